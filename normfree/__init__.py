@@ -1,0 +1,30 @@
+"""normfree: any PyTorch model with BatchNorm, without it; the same class, the same methods."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normfree.checkpoint import load, save
+    from normfree.conversion import convert, convert_
+    from normfree.layers import SkipInit
+    from normfree.norms import Norm, register_norm
+    from normfree.planning import plan
+    from normfree.plans import Plan
+    from normfree.verifying import Report, verify
+
+__version__ = "0.1.0"
+__all__ = ["Norm", "Plan", "Report", "SkipInit", "convert", "convert_", "errors", "load", "plan", "register_norm"]
+__all__ += ["save", "verify"]
+
+_HOMES = {"checkpoint": ("load", "save"), "conversion": ("convert", "convert_"), "layers": ("SkipInit",)}
+_HOMES |= {"norms": ("Norm", "register_norm"), "planning": ("plan",), "plans": ("Plan",)}
+_HOMES |= {"verifying": ("Report", "verify")}
+
+
+def __getattr__(name: str) -> Any:  # lazily: `normfree --help` must not import torch
+    if name == "errors":
+        return importlib.import_module("normfree.errors")
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'normfree' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"normfree.{home}"), name)

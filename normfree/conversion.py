@@ -1,0 +1,78 @@
+"""The main job: ``convert`` on a copy, ``convert_`` in place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from normfree.planning import Patterns, plan
+from normfree.rewriting import rewrite
+
+__all__ = ["convert", "convert_"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert_(
+    model: M,
+    *,
+    init: Literal["auto", "skipinit", "preserve"] = "auto",
+    alpha: float | Literal["rsqrt_depth"] | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    scope: Literal["all", "residual"] = "all",
+) -> M:
+    """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
+
+    Convert before an optimizer takes the parameters: norms lose theirs, and layers gain new ones. A conversion that
+    fails leaves the model bit for bit as it was.
+    """
+    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
+    rewrite(model, made)
+    return model
+
+
+def convert(
+    model: M,
+    *,
+    init: Literal["auto", "skipinit", "preserve"] = "auto",
+    alpha: float | Literal["rsqrt_depth"] | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    scope: Literal["all", "residual"] = "all",
+) -> M:
+    """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
+
+    SkipInit (De & Smith, NeurIPS 2020, section 4): a residual branch that starts near zero needs no normalisation.
+    Every norm is removed; the layer that fed it gets a bias, and under ``"preserve"`` a per-channel gain.
+
+    Args:
+        model: Any module with batch normalisation in it; it is not changed.
+        init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew from He's distribution with torch's
+            global generator), ``"preserve"`` to keep the function that ``model.eval()`` computes (alpha 1), ``"auto"``
+            for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``.
+        alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
+        include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
+        exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
+        scope: ``"residual"`` converts only the norms inside residual branches.
+
+    Raises:
+        NoNormError: There is nothing to convert, or the patterns leave nothing.
+        AlreadyConvertedError: The model was converted before.
+        WrappedModelError: The model is wrapped in DDP, FSDP, ``torch.compile`` or is a ScriptModule.
+        UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
+        UsageError: An argument makes no sense.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> model = normfree.convert(torchvision.models.resnet18())
+        >>> model.layer1[0].conv2.alpha
+        Parameter containing:
+        tensor([0.], requires_grad=True)
+    """
+    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
+    converted = copy.deepcopy(model)
+    rewrite(converted, made)
+    return converted

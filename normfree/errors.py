@@ -1,0 +1,72 @@
+"""Errors, sorted by who must act.
+
+Every message says where (qualified module name and type), what was found, and what to do about it. Problems
+are collected before anything is raised, so that one run shows all of them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyConvertedError",
+    "CheckpointError",
+    "InternalError",
+    "NoNormError",
+    "NormfreeError",
+    "OutputError",
+    "SourceError",
+    "UnsupportedModelError",
+    "UsageError",
+    "WrappedModelError",
+]
+
+
+class NormfreeError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class UsageError(NormfreeError, ValueError):
+    """The caller must act: an argument is wrong, or the call cannot mean anything."""
+
+
+class NoNormError(UsageError):
+    """The model holds no batch normalisation, or none that the patterns let through."""
+
+
+class AlreadyConvertedError(UsageError):
+    """The model already carries normfree's layers."""
+
+
+class WrappedModelError(UsageError):
+    """The model is wrapped (DDP, FSDP, torch.compile, ScriptModule); convert what is inside, then wrap again."""
+
+
+class SourceError(UsageError):
+    """A model name no zoo knows."""
+
+
+class OutputError(UsageError):
+    """The output file cannot or must not be written."""
+
+
+class CheckpointError(NormfreeError):
+    """A checkpoint cannot be read, or does not belong to the model."""
+
+
+class UnsupportedModelError(NormfreeError):
+    """The model's author must act: something in the model has no exact conversion.
+
+    Attributes:
+        problems: One line a problem, each opening with the qualified module name.
+    """
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        self.problems = problems
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{len(problems)} problem(s) prevent the conversion:\n{listed}")
+
+    def __reduce__(self) -> tuple[type[UnsupportedModelError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
+
+class InternalError(NormfreeError):
+    """We must act: a plan and a model disagree in a way that no user can cause. Please report it."""

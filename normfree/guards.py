@@ -1,0 +1,107 @@
+"""Early exits: what cannot be converted is refused before anything is done, with the place and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from normfree.errors import AlreadyConvertedError, NoNormError, UnsupportedModelError, UsageError, WrappedModelError
+from normfree.layers import is_normfree
+from normfree.norms import Norm, is_norm, looks_like_norm
+from normfree.plans import Init
+
+__all__ = ["PLAN_ATTRIBUTE", "check_arguments", "check_model", "check_support", "check_wrapping"]
+
+PLAN_ATTRIBUTE = "_normfree_plan"
+"""Where a converted root keeps its plan, so that it can be saved and verified."""
+
+
+def check_arguments(init: str, alpha: object, scope: str) -> None:
+    if init not in ("auto", "skipinit", "preserve"):
+        raise UsageError(f"init is {init!r}; it must be 'auto', 'skipinit' or 'preserve'")
+    if scope not in ("all", "residual"):
+        raise UsageError(f"scope is {scope!r}; it must be 'all' or 'residual'")
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    if not (alpha is None or alpha == "rsqrt_depth" or number):
+        raise UsageError(f"alpha is {alpha!r}; it must be a finite number or 'rsqrt_depth'")
+
+
+def check_model(model: nn.Module, norms: tuple[str, ...]) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_wrapping(model)
+    if is_norm(model) or looks_like_norm(model) == "subclass":
+        raise UsageError(
+            f"the model itself is a {type(model).__name__}; nothing can take its place: "
+            "wrap it, nn.Sequential(norm), or convert the module that holds it"
+        )
+    ours = [name for name, module in model.named_modules() if is_normfree(module)]
+    if ours or PLAN_ATTRIBUTE in model.__dict__:
+        left = f"; norms left or added since: {', '.join(norms[:5])}" if norms else ""
+        where = f" (for example {ours[0]!r})" if ours else ""
+        raise AlreadyConvertedError(
+            f"this {type(model).__name__} has been converted already{where}{left}. Convert the original model instead"
+        )
+
+
+def check_wrapping(model: nn.Module) -> None:
+    for cls in type(model).__mro__:
+        inner = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if inner is not None:
+            raise WrappedModelError(
+                f"the model is wrapped in {type(model).__name__}: convert what is inside ({inner}), then wrap it again"
+            )
+    if model._compiled_call_impl is not None:
+        raise WrappedModelError("the model is compiled in place (model.compile()): convert it before compiling")
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise WrappedModelError(
+                f"{name or 'the model'} is sharded by fully_shard: convert the model before sharding it"
+            )
+
+
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "model.module",
+    "torch.nn.parallel.data_parallel.DataParallel": "model.module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "model.module",
+    "torch._dynamo.eval_frame.OptimizedModule": "model._orig_mod",
+    "torch.jit._script.ScriptModule": "the Python module it was scripted from",
+}
+
+
+def check_support(
+    model: nn.Module, norms: Mapping[str, Norm], functional: tuple[str, ...], init: Init, exclude: tuple[str, ...]
+) -> None:
+    """Collect everything that stands in the way, then raise once."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        problem = _module_problem(module, norms.get(name), init)
+        if problem is not None and not any(fnmatchcase(name, pattern) for pattern in exclude):
+            found[name] = f"{name} ({type(module).__qualname__}): {problem}"
+    for place in functional:
+        found[place] = f"{place}: calls F.batch_norm on an activation; use an nn.BatchNorm module there"
+    if found:
+        raise UnsupportedModelError(tuple(found.values()))
+    if not norms:
+        raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
+
+
+def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | None:
+    if norm is not None:
+        if norm.problem is None and norm.mean is None and init == "preserve":
+            return "tracks no running statistics, so there is nothing to preserve; use init='skipinit', or exclude it"
+        return norm.problem
+    if looks_like_norm(module) == "subclass":
+        return "an unknown batch norm with a forward of its own; describe it with normfree.register_norm"
+    if looks_like_norm(module) == "statistics":
+        return "holds running statistics but is no norm known here; describe it with normfree.register_norm"
+    if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in str(getattr(module, "original_name", "")):
+        return "a scripted batch norm; convert before scripting"
+    if isinstance(module, LazyModuleMixin):
+        return "has no shape yet: run one forward pass, then convert"
+    return None

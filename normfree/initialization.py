@@ -1,0 +1,37 @@
+"""Weights for training from scratch, where a norm no longer repairs their scale."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+__all__ = ["fan_in", "he_normal_"]
+
+
+def fan_in(module: nn.Module) -> float:
+    """Return how many inputs one output of a convolution or linear sums over.
+
+    ``C_in / groups`` times the kernel; a transposed convolution spreads its kernel over stride many outputs.
+    """
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{type(module).__qualname__} has no weight")
+    kernel = math.prod(weight.shape[2:])
+    if getattr(module, "transposed", False):
+        stride = math.prod(module.stride)  # type: ignore[arg-type]  # a tuple of ints on every convolution
+        return max(1.0, weight.shape[0] / module.groups * kernel / stride)  # type: ignore[operator]  # an int
+    return float(weight.shape[1] * kernel)
+
+
+def he_normal_(module: nn.Module, gain: float) -> None:
+    """Fill the weight from ``N(0, gain^2 / fan_in)`` and zero the bias (He et al. 2015, equation 10).
+
+    torchvision's own fan-out initialisation keeps the scale of gradients and relies on the norm behind it for the
+    scale of activations: without that norm resnet50's signal would end hundreds of times larger than it starts.
+    """
+    with torch.no_grad():
+        nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in(module)))  # type: ignore[arg-type]  # a tensor
+        if isinstance(module.bias, torch.Tensor):
+            module.bias.zero_()

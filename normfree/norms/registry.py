@@ -1,0 +1,152 @@
+"""The registry of norm types, keyed by type or by the qualified name of a type in a library we must not import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Norm", "describe", "is_norm", "looks_like_norm", "register_norm"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What one norm instance is, free of its library: ``act(drop(weight * (x - mean) / sqrt(var + eps) + bias))``.
+
+    Attributes:
+        features: Number of channels ``C``; every tensor here has shape ``(C,)``.
+        mean: Running mean, or ``None`` if none is tracked.
+        var: Running (biased) variance, or ``None`` if none is tracked.
+        weight: The affine scale, or ``None`` for ones.
+        bias: The affine shift, or ``None`` for zeros.
+        eps: Added to the variance.
+        drop: Dropout applied after the affine, if the type brings one.
+        act: Activation applied last, if the type brings one.
+        frozen: The type never uses batch statistics.
+        problem: Why an instance cannot be converted as it stands, for example a lazy one that never ran.
+    """
+
+    features: int
+    mean: Tensor | None
+    var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    drop: nn.Module | None = None
+    act: nn.Module | None = None
+    frozen: bool = False
+    problem: str | None = None
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return ``(gain, shift)`` of shape ``(C,)`` in float64 with ``norm(x) == gain * x + shift`` in eval mode.
+
+        ``gain = weight / sqrt(var + eps)`` and ``shift = bias - gain * mean`` (Ioffe & Szegedy 2015, algorithm 2).
+
+        Raises:
+            ValueError: No statistics are tracked.
+        """
+        if self.mean is None or self.var is None:
+            raise ValueError("no running statistics")
+        gain = (self.var.detach().double() + self.eps).rsqrt()
+        if self.weight is not None:
+            gain = gain * self.weight.detach().double()
+        shift = -gain * self.mean.detach().double()
+        if self.bias is not None:
+            shift = shift + self.bias.detach().double()
+        return gain, shift
+
+    def trained(self) -> bool:
+        """Whether the statistics have moved from where construction puts them, or never will."""
+        if self.frozen:
+            return True
+        if self.mean is None or self.var is None or self.mean.is_meta:
+            return False
+        return bool((self.mean != 0).any() or (self.var != 1).any())
+
+
+Describe = Callable[[nn.Module], Norm]
+_BY_TYPE: dict[type[nn.Module], Describe] = {}
+_BY_NAME: dict[str, Describe] = {}
+
+
+def register_norm(*kinds: type[nn.Module] | str) -> Callable[[Describe], Describe]:
+    """Teach normfree a norm type: decorate the function that describes an instance.
+
+    Args:
+        kinds: Types, or qualified names of types (``"package.module.Class"``) that should not be imported for this.
+
+    Raises:
+        ValueError: One of them is registered already.
+
+    Example:
+        >>> import torch, normfree
+        >>> class MyNorm(torch.nn.BatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x) * 2
+        >>> @normfree.register_norm(MyNorm)
+        ... def describe(norm):
+        ...     return normfree.Norm(
+        ...         norm.num_features, norm.running_mean, norm.running_var, norm.weight * 2, norm.bias * 2, norm.eps
+        ...     )
+    """
+
+    def decorate(function: Describe) -> Describe:
+        for kind in kinds:
+            known: dict[str, Describe] | dict[type[nn.Module], Describe]
+            known = _BY_NAME if isinstance(kind, str) else _BY_TYPE
+            if kind in known:
+                raise ValueError(f"{kind!r} is registered already")
+        for kind in kinds:
+            if isinstance(kind, str):
+                _BY_NAME[kind] = function
+            else:
+                _BY_TYPE[kind] = function
+        return function
+
+    return decorate
+
+
+def _find(module: nn.Module) -> Describe | None:
+    """Return the handler for a module's type, or a parent's if the module computes exactly what the parent does."""
+    if "forward" in module.__dict__:  # patched on the instance: it computes something else
+        return None
+    cls = type(module)
+    for parent in cls.__mro__:
+        found = _BY_TYPE.get(parent) or _BY_NAME.get(f"{parent.__module__}.{parent.__qualname__}")
+        if found is not None:
+            return found if cls.forward is parent.forward else None
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a norm this package can remove."""
+    return _find(module) is not None
+
+
+def describe(module: nn.Module) -> Norm:
+    """Return the description of a norm for which :func:`is_norm` holds."""
+    found = _find(module)
+    if found is None:
+        raise ValueError(f"{type(module).__qualname__} is not a registered norm")
+    return found(module)
+
+
+def looks_like_norm(module: nn.Module) -> Literal["subclass", "statistics"] | None:
+    """Say why an unregistered module is suspected to be batch normalisation, or ``None`` if it is not.
+
+    Either it is an unknown subclass with a forward of its own, or it holds running statistics of its own.
+    """
+    if is_norm(module):
+        return None
+    if isinstance(module, _BatchNorm):
+        return "subclass"
+    buffers = module._buffers
+    if isinstance(buffers.get("running_mean"), torch.Tensor) and not isinstance(
+        module, nn.modules.instancenorm._InstanceNorm
+    ):
+        return "statistics"
+    return None

@@ -1,0 +1,126 @@
+"""Watching a model run: which operators see which tensors, with randomness off."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["NormSpy", "Recorder", "Still", "module_stack", "out_of_place", "tensors"]
+
+
+def tensors(value: object) -> list[Tensor]:
+    """Return the tensors in any nesting of lists, dicts and tuples, in order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+class Still(TorchDispatchMode):
+    """Dropout and stochastic depth keep everything, in whatever form they are written: every draw is a success."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "aten::bernoulli_":
+            return args[0].fill_(1)
+        if name == "aten::native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        result = func(*args, **kwargs)
+        if name == "aten::bernoulli":
+            return torch.ones_like(result)
+        return result
+
+
+class NormSpy(TorchDispatchMode):
+    """Records every batch-norm operator that normalises an activation over the batch.
+
+    A tensor is an activation if it was computed from an input. Weight standardisation normalises what was computed
+    from parameters alone, and instance norm runs as a batch norm over a batch of one: neither mixes samples.
+    """
+
+    def __init__(self, inputs: list[Tensor], stack: list[str]) -> None:
+        super().__init__()
+        self.activations = {_storage(x) for x in inputs}
+        self.stack = stack
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        touched = any(_storage(x) in self.activations for x in tensors((args, kwargs)))
+        name = func._schema.name
+        if touched and "batch_norm" in name and "backward" not in name and args[0].shape[0] != 1:
+            self.seen.append(self.stack[-1])
+        result = func(*args, **kwargs)
+        for x in tensors(result):
+            # Memory is used again: what a storage holds is decided anew by whoever writes it.
+            (self.activations.add if touched else self.activations.discard)(_storage(x))
+        return result
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def module_stack(model: nn.Module) -> Iterator[list[str]]:
+    """Yield the names of the modules whose forward is running, innermost last."""
+    stack = ["the root"]
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name or "the root")))
+        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def out_of_place(model: nn.Module) -> Iterator[None]:
+    """Switch every in-place module to out-of-place."""
+    changed = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    try:
+        for module in changed:
+            module.inplace = False  # type: ignore[assignment]  # a plain bool attribute
+        yield
+    finally:
+        for module in changed:
+            module.inplace = True  # type: ignore[assignment]  # as it was
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and looks at the operands of chosen additions at the moment they are added.
+
+    Args:
+        module: The module the graph was traced from.
+        graph: Its graph.
+        watched: For each addition its skip operand, the node where the paths split, and the branch operands.
+    """
+
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, watched: dict[fx.Node, tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]
+    ) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.watched = watched
+        self.kept_nodes = {node for skip, base, _ in watched.values() for node in (skip, base)}
+        self.copies: dict[fx.Node, Tensor] = {}
+        self.zero_branches: dict[fx.Node, int] = {}
+        self.intact: dict[fx.Node, bool] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, after looking at its operands if it is watched."""
+        if n in self.watched:
+            skip, base, branches = self.watched[n]
+            self.zero_branches[n] = sum(not torch.any(self.env[branch]) for branch in branches)
+            self.intact[n] = all(
+                torch.equal(self.env[node], self.copies[node]) for node in (skip, base) if node in self.copies
+            )
+        result = super().run_node(n)
+        if n in self.kept_nodes and isinstance(result, Tensor):
+            self.copies[n] = result.detach().clone()
+        return result

@@ -1,0 +1,262 @@
+"""Findings -> Plan: every decision of a conversion is made here, and nothing is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from normfree.activations import gain_of
+from normfree.analysis import Branch, Findings, Site, Sum, analyse
+from normfree.errors import NoNormError, UsageError
+from normfree.guards import check_arguments, check_model, check_support
+from normfree.layers import Channels
+from normfree.norms import Norm, describe, is_norm
+from normfree.plans import Action, Alpha, Init, NormEdit, Plan, SumEdit
+from normfree.tracing import Trace, meta_copy, trace
+
+__all__ = ["find_norms", "plan"]
+
+Patterns = str | Sequence[str]
+
+
+def plan(
+    model: nn.Module,
+    *,
+    init: Literal["auto", "skipinit", "preserve"] = "auto",
+    alpha: float | Literal["rsqrt_depth"] | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    scope: Literal["all", "residual"] = "all",
+) -> Plan:
+    """Say what :func:`normfree.convert` would do, without doing it.
+
+    Args:
+        model: Any module with batch normalisation in it. It is not changed.
+        init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew), ``"preserve"`` to keep the function
+            (alpha 1), ``"auto"`` for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``.
+        alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
+        include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
+        exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
+        scope: ``"residual"`` converts only the norms inside residual branches.
+
+    Raises:
+        NoNormError: There is nothing to convert, or the patterns leave nothing.
+        AlreadyConvertedError: The model was converted before.
+        WrappedModelError: The model is wrapped in DDP, FSDP, ``torch.compile`` or is a ScriptModule.
+        UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
+        UsageError: An argument makes no sense.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> print(normfree.plan(torchvision.models.resnet18()))
+        init: skipinit (no norm has been trained), alpha starts at 0
+        norms: 20 (20 fold)
+        sums: 8, 8 residual
+        alphas: 8 placed, 0 declined
+    """
+    check_arguments(init, alpha, scope)
+    norms = find_norms(model)
+    check_model(model, tuple(norms))
+    described = {name: describe(model.get_submodule(name)) for name in norms}
+    copied = meta_copy(model)
+    traced = trace(copied, frozenset(norms))
+    findings = analyse(copied, traced, norms)
+    chosen, why = _choose_init(init, described.values())
+    check_support(model, described, findings.functional, chosen, _patterns(exclude))
+    kept = _kept(described, findings, _patterns(include), _patterns(exclude), scope)
+    edits = tuple(
+        _norm_edit(name, aliases, model.get_submodule(name), findings.sites.get(name), chosen, kept.get(name), traced)
+        for name, aliases in norms.items()
+    )
+    sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, _patterns(exclude), model)
+    count = sum(len(total.alphas) for total in sums)
+    skipinit = chosen == "skipinit"
+    start = alpha if alpha is not None else (0.0 if skipinit else 1.0)
+    return Plan(
+        init=chosen,
+        init_reason=why,
+        alpha=1 / math.sqrt(max(count, 1)) if start == "rsqrt_depth" else float(start),
+        norms=edits,
+        sums=sums,
+        biases=tuple(_biases(edits, findings, model)) if skipinit else (),
+        weights=tuple(_weights(edits, findings)) if skipinit else (),
+        out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, described, sums))),
+        opaque=tuple(traced.opaque.items()),
+    )
+
+
+def find_norms(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the first name of every norm with its further names."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_norm(module):
+            known = first.setdefault(id(module), name)
+            found.setdefault(known, []).append(name)
+    return {name: tuple(names[1:]) for name, names in found.items()}
+
+
+def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
+    if init == "skipinit" or init == "preserve":
+        return init, "asked for"  # type: ignore[return-value]  # narrowed by the comparison
+    if any(norm.trained() for norm in norms):
+        return "preserve", "norms have been trained or are frozen"
+    return "skipinit", "no norm has been trained"
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kept(
+    norms: dict[str, Norm], findings: Findings, include: tuple[str, ...], exclude: tuple[str, ...], scope: str
+) -> dict[str, str]:
+    """Return the norms that stay, each with the reason."""
+    names = [*norms, *(total.name for total in findings.sums)]
+    unused = [p for p in (*include, *exclude) if not any(fnmatchcase(name, p) for name in names)]
+    if unused:
+        raise UsageError(f"no norm and no sum matches {', '.join(map(repr, unused))}; norms: {_some(list(norms))}")
+    inside = {name for total in findings.sums for branch in total.branches for name in branch.norms}
+    kept = {}
+    for name in norms:
+        if include and not _matches(name, include):
+            kept[name] = "not in include"
+        elif _matches(name, exclude):
+            kept[name] = "in exclude"
+        elif scope == "residual" and name not in inside:
+            kept[name] = "outside the residual branches"
+    if len(kept) == len(norms):
+        raise NoNormError(f"include, exclude and scope leave none of {len(norms)} norms to convert: {_some(list(norms))}")
+    return kept
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _norm_edit(
+    name: str,
+    aliases: tuple[str, ...],
+    module: nn.Module,
+    site: Site | None,
+    init: Init,
+    kept: str | None,
+    traced: Trace,
+) -> NormEdit:
+    edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
+    if kept is not None:
+        return edit
+    if site is None:
+        action: Action = "affine" if init == "preserve" else "bias"
+        return replace(edit, action=action, reason=_why_unseen(name, traced))
+    if site.producer is not None:
+        what = "gain and bias move" if init == "preserve" else "the bias moves"
+        return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
+    action = "affine" if init == "preserve" else "delete"
+    has_act = describe(module).act is not None
+    copy = action == "delete" and not site.fresh and site.unsafe_write and not has_act
+    return replace(edit, action=action, reason=site.why, copy=copy)
+
+
+def _why_unseen(name: str, traced: Trace) -> str:
+    around = [path for path in traced.opaque if name.startswith(f"{path}." if path else "")]
+    if not around:
+        return "never called"
+    path = max(around, key=len)
+    return f"no trace reaches it: {path or 'the root'} cannot be traced ({traced.opaque[path]})"
+
+
+def _sum_edits(
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], model: nn.Module
+) -> tuple[SumEdit, ...]:
+    taken: set[str] = set()
+    edits = []
+    for total in sums:
+        alphas, declined, reason = [], [], total.reason
+        for branch in total.branches:
+            if not any(norms[name].action != "keep" for name in branch.norms):
+                reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
+                continue
+            if _matches(total.name, exclude):
+                reason = f"{total.reason}; its scalar is excluded by name"
+                continue
+            alpha = _place(branch, norms, model, taken)
+            if alpha is None:
+                declined.append(branch.why or "no place takes the scalar: what ends the branch serves another sum too")
+            else:
+                taken.add(alpha.path)
+                alphas.append(alpha)
+        edits.append(SumEdit(total.name, total.kind, reason, tuple(alphas), tuple(declined)))
+    return tuple(edits)
+
+
+def _place(branch: Branch, norms: dict[str, NormEdit], model: nn.Module, taken: set[str]) -> Alpha | None:
+    """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last."""
+    options = []
+    for candidate in branch.candidates:
+        vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
+        if candidate.place == "norm" and norms[candidate.path].action == "keep":
+            candidate = replace(candidate, place="output")
+        if vanish and candidate.path not in taken:
+            options.append(candidate)
+    if not options:
+        return None
+    best = min(options, key=lambda c: ("weight", "norm", "slot", "output").index(c.place))
+    return Alpha(best.path, best.place, _clamp(best.channels, model.get_submodule(best.path)))
+
+
+def _clamp(channels: Channels, module: nn.Module) -> Channels:
+    """An open slice ends at the module's last channel; one that takes them all is no slice."""
+    features = describe(module).features if is_norm(module) else None
+    features = features or getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    if channels is None or features is None:
+        return channels
+    start, stop = channels[0], min(channels[1], int(features))
+    return None if (start, stop) == (0, features) else (start, stop)
+
+
+def _biases(edits: tuple[NormEdit, ...], findings: Findings, model: nn.Module) -> Iterable[str]:
+    wanted: dict[str, None] = {}
+    for edit in edits:
+        if edit.producer is not None:
+            wanted[edit.producer] = None
+        elif edit.action == "delete":
+            wanted.update(dict.fromkeys(findings.sites[edit.name].feeds))
+    return [path for path in wanted if getattr(model.get_submodule(path), "bias", None) is None]
+
+
+def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[str, float]]:
+    """Layers that a norm rescaled and no norm rescales any more.
+
+    Only where every norm goes is that known for a layer from which several norms can be reached.
+    """
+    kept = [edit for edit in edits if edit.action == "keep"]
+    produced = {edit.producer for edit in edits if edit.producer is not None}
+    for path, activation in findings.rescaled.items():
+        if not kept or path in produced:
+            yield path, gain_of(activation)
+
+
+def _out_of_place(
+    edits: tuple[NormEdit, ...], findings: Findings, norms: dict[str, Norm], sums: tuple[SumEdit, ...]
+) -> Iterable[str]:
+    """Activations that would write into the input of a norm that is no longer there to copy it."""
+    for edit in edits:
+        site = findings.sites.get(edit.name)
+        if edit.action != "delete" or site is None or site.fresh or edit.copy:
+            continue
+        act = norms[edit.name].act
+        if act is not None:
+            if getattr(act, "inplace", False):
+                yield f"{edit.name}.act"
+        else:
+            yield from site.writers

@@ -1,0 +1,158 @@
+"""The plan: a frozen, printable, JSON-able list of edits with a reason for each, and of what was declined."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from normfree.errors import CheckpointError
+from normfree.layers import Channels
+from normfree.sums import Kind
+from normfree.tails import Place
+
+__all__ = ["Action", "Alpha", "Init", "NormEdit", "Plan", "SumEdit"]
+
+Action = Literal["fold", "affine", "delete", "bias", "keep"]
+Init = Literal["skipinit", "preserve"]
+
+
+@dataclass(frozen=True)
+class NormEdit:
+    """What becomes of one norm.
+
+    Attributes:
+        name: Qualified name.
+        aliases: Further names of the same module.
+        type: Its class.
+        feed: What computes its input.
+        action: ``fold``: its gain and bias (under ``skipinit`` only a bias) move onto ``producer``.
+            ``affine``: a per-channel gain and bias stay in the slot. ``delete``: nothing stays.
+            ``bias``: a per-channel bias stays. ``keep``: the norm stays.
+        producer: The layer that takes gain and bias.
+        reason: Why.
+        copy: The slot copies, because somebody writes into it in place.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    type: str
+    feed: str
+    action: Action
+    producer: str | None
+    reason: str
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """One SkipInit scalar: in the ``weight`` of a layer, the slot of a ``norm``, an identity ``slot``, or on an ``output``."""
+
+    path: str
+    place: Place
+    channels: Channels = None
+
+
+@dataclass(frozen=True)
+class SumEdit:
+    """What becomes of one sum: its kind with the reason, a scalar for each branch, and the branches declined."""
+
+    name: str
+    kind: Kind
+    reason: str
+    alphas: tuple[Alpha, ...] = ()
+    declined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All edits of one conversion. Printing it shows a summary; :meth:`to_json` and :meth:`from_json` round-trip.
+
+    Attributes:
+        init: The starting point.
+        init_reason: Why ``"auto"`` chose it, or that the caller did.
+        alpha: Starting value of every scalar.
+        norms: Every norm of the model.
+        sums: Every sum of activations that a trace reached.
+        biases: Layers that get a bias of zeros.
+        weights: Layers that are drawn anew, with the gain of the activation behind them.
+        out_of_place: Activations that must no longer work in place.
+        opaque: Modules that could not be traced, each with the error.
+    """
+
+    init: Init
+    init_reason: str
+    alpha: float
+    norms: tuple[NormEdit, ...]
+    sums: tuple[SumEdit, ...]
+    biases: tuple[str, ...] = ()
+    weights: tuple[tuple[str, float], ...] = ()
+    out_of_place: tuple[str, ...] = ()
+    opaque: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def alphas(self) -> tuple[Alpha, ...]:
+        """Every scalar that is placed."""
+        return tuple(alpha for total in self.sums for alpha in total.alphas)
+
+    @property
+    def removed(self) -> tuple[NormEdit, ...]:
+        """Every norm that goes."""
+        return tuple(edit for edit in self.norms if edit.action != "keep")
+
+    @property
+    def declined(self) -> tuple[str, ...]:
+        """Residual branches that get no scalar, each with the reason."""
+        return tuple(f"{total.name}: {reason}" for total in self.sums for reason in total.declined)
+
+    def __str__(self) -> str:
+        actions = Counter(edit.action for edit in self.norms)
+        kinds = Counter(total.kind for total in self.sums)
+        lines = [
+            f"init: {self.init} ({self.init_reason}), alpha starts at {self.alpha:g}",
+            f"norms: {len(self.norms)} ({', '.join(f'{n} {action}' for action, n in actions.items())})",
+            f"sums: {len(self.sums)}" + "".join(f", {n} {kind}" for kind, n in kinds.items()),
+            f"alphas: {len(self.alphas)} placed, {len(self.declined)} declined",
+            *(f"declined: {text}" for text in self.declined),
+            *(f"not traced: {path or 'the root'}: {error}" for path, error in self.opaque),
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CheckpointError: The text is not a plan.
+        """
+        try:
+            raw = json.loads(text)
+            return cls(
+                **{
+                    **raw,
+                    "norms": tuple(_build(NormEdit, n, aliases=tuple(n["aliases"])) for n in raw["norms"]),
+                    "sums": tuple(_sum_edit(s) for s in raw["sums"]),
+                    "biases": tuple(map(str, raw["biases"])),
+                    "weights": tuple((str(path), float(gain)) for path, gain in raw["weights"]),
+                    "out_of_place": tuple(map(str, raw["out_of_place"])),
+                    "opaque": tuple((str(path), str(error)) for path, error in raw["opaque"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the stored plan cannot be read: {error!r}") from error
+
+
+def _build(kind: Any, raw: dict[str, Any], **changes: Any) -> Any:
+    return kind(**{**raw, **changes})
+
+
+def _sum_edit(raw: dict[str, Any]) -> SumEdit:
+    alphas = tuple(_build(Alpha, a, channels=tuple(a["channels"]) if a["channels"] else None) for a in raw["alphas"])
+    edit: SumEdit = _build(SumEdit, raw, alphas=alphas, declined=tuple(raw["declined"]))
+    return edit

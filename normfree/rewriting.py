@@ -1,0 +1,211 @@
+"""Plan -> model: applies a plan without making decisions.
+
+All checks and all new tensors first, then all writes: the writes are plain assignments that cannot fail, so a failed
+conversion leaves the model bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.errors import InternalError
+from normfree.guards import PLAN_ATTRIBUTE
+from normfree.initialization import he_normal_
+from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, is_carrier, scaled_class
+from normfree.norms import describe, is_norm
+from normfree.plans import Alpha, NormEdit, Plan
+
+__all__ = ["rewrite"]
+
+
+@dataclass
+class _Carrier:
+    """New parameters of one layer that stays where it is."""
+
+    gain: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
+    alpha: nn.Parameter | None = None
+    channels: Channels = None
+
+
+@dataclass
+class _Writes:
+    """Everything to be written, complete before the first write."""
+
+    slots: dict[str, nn.Module] = field(default_factory=dict)
+    carriers: dict[str, _Carrier] = field(default_factory=dict)
+    outputs: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+def rewrite(model: nn.Module, plan: Plan) -> None:
+    """Apply ``plan`` to ``model`` in place.
+
+    Raises:
+        InternalError: The plan does not fit the model. The model is unchanged.
+    """
+    _check(model, plan)
+    writes = _prepare(model, plan)
+    out_of_place = [_submodule(model, path) for path in plan.out_of_place]
+    drawn = [(_submodule(model, path), gain) for path, gain in plan.weights]
+    for path, carrier in writes.carriers.items():
+        _write_carrier(model.get_submodule(path), carrier)
+    for path, alpha in writes.outputs.items():
+        module = model.get_submodule(path)
+        module.__class__ = scaled_class(type(module))
+        module.register_parameter("alpha", alpha)
+    for activation in out_of_place:
+        activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
+    _replace_everywhere(model, {id(model.get_submodule(path)): slot for path, slot in writes.slots.items()})
+    for layer, gain in drawn:
+        he_normal_(layer, gain)
+    model.__dict__[PLAN_ATTRIBUTE] = plan
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise InternalError(f"the plan names {path!r}, which this {type(model).__name__} does not have") from error
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    for edit in plan.removed:
+        if not is_norm(_submodule(model, edit.name)):
+            raise InternalError(f"the plan removes a norm at {edit.name!r}, where the model has none")
+        if edit.producer is not None and not is_carrier(_submodule(model, edit.producer)):
+            raise InternalError(f"{edit.producer!r} cannot take a gain and a bias")
+    for path in plan.biases:
+        if not is_carrier(_submodule(model, path)):
+            raise InternalError(f"{path!r} cannot take a bias")
+    for alpha in plan.alphas:
+        module = _submodule(model, alpha.path)
+        fits = {"weight": is_carrier, "norm": is_norm, "slot": lambda m: type(m) is nn.Identity}.get(alpha.place)
+        if fits is not None and not fits(module):
+            raise InternalError(f"alpha cannot live in the {alpha.place} of {alpha.path!r}")
+
+
+def _prepare(model: nn.Module, plan: Plan) -> _Writes:
+    writes = _Writes()
+    preserve = plan.init == "preserve"
+    in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
+    for edit in plan.removed:
+        writes.slots[edit.name] = _slot(model, edit, plan, in_slot.get(edit.name))
+        if edit.producer is not None and preserve:
+            writes.carriers[edit.producer] = _fold(model, edit)
+    for path in plan.biases:
+        layer = model.get_submodule(path)
+        bias = _weight(layer).new_zeros(_features(layer))
+        writes.carriers[path] = _Carrier(bias=nn.Parameter(bias, _weight(layer).requires_grad))
+    for alpha in plan.alphas:
+        module = model.get_submodule(alpha.path)
+        if alpha.place == "weight":
+            carrier = writes.carriers.setdefault(alpha.path, _Carrier())
+            carrier.alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
+            carrier.channels = alpha.channels
+        elif alpha.place == "slot":
+            like = _like(model)
+            writes.slots[alpha.path] = SkipInit(plan.alpha, alpha.channels, device=like.device, dtype=like.dtype)
+        elif alpha.place == "output":
+            writes.outputs[alpha.path] = _alpha(plan, next(_floats(module), _like(model)))
+    for path, slot in writes.slots.items():
+        _take_over(model.get_submodule(path), slot)
+    return writes
+
+
+def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
+    """Build what takes the norm's place."""
+    module = model.get_submodule(edit.name)
+    norm = describe(module)
+    gain = bias = scalar = None
+    if edit.action in ("affine", "bias"):
+        like = next(_floats(module), _like(model))
+        if edit.action == "affine":
+            values = norm.affine()
+        else:
+            values = None, torch.zeros(norm.features, device=like.device)
+        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else True
+        shift = norm.bias.requires_grad if isinstance(norm.bias, nn.Parameter) else train
+        gain = None if values[0] is None else nn.Parameter(values[0].to(like.dtype), train)
+        bias = nn.Parameter(values[1].to(like.dtype), shift)
+    if alpha is not None:
+        scalar = _alpha(plan, next(_floats(module), _like(model)))
+    rest = norm.drop is not None or norm.act is not None
+    if not rest and gain is None and bias is None:
+        if alpha is not None and scalar is not None:
+            return SkipInit(plan.alpha, alpha.channels, device=scalar.device, dtype=scalar.dtype)
+        return Copy() if edit.copy else nn.Identity()
+    return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act)
+
+
+def _fold(model: nn.Module, edit: NormEdit) -> _Carrier:
+    """``gain = weight / sqrt(var + eps)`` and ``bias = beta + gain * (b - mean)`` (design of arXiv 2305.11624)."""
+    layer = model.get_submodule(str(edit.producer))
+    norm = describe(model.get_submodule(edit.name))
+    weight, old = _weight(layer), layer.bias
+    gain, bias = norm.affine()
+    trained = [weight.requires_grad if not isinstance(p, nn.Parameter) else p.requires_grad for p in (norm.weight,)]
+    if isinstance(old, Tensor):
+        bias = bias + gain * old.detach().double()
+    learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or trained
+    return _Carrier(
+        gain=nn.Parameter(gain.to(weight.dtype), trained[0]),
+        bias=nn.Parameter(bias.to(weight.dtype), any(learns)),
+    )
+
+
+def _alpha(plan: Plan, like: Tensor, requires_grad: bool = True) -> nn.Parameter:
+    return nn.Parameter(torch.full((1,), plan.alpha, device=like.device, dtype=like.dtype), requires_grad)
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    if not isinstance(weight, nn.Parameter):
+        raise InternalError(f"{type(layer).__qualname__} has no weight of its own")
+    return weight
+
+
+def _features(layer: Any) -> int:
+    return int(layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
+
+
+def _floats(module: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            yield tensor
+
+
+def _like(model: nn.Module) -> Tensor:
+    return next(_floats(model), torch.empty(0))
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """The slot keeps the norm's mode and its hooks."""
+    new.training = old.training
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, name).update(getattr(old, name))
+    for name in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(new, name).update(getattr(old, name))
+
+
+def _write_carrier(layer: nn.Module, carrier: _Carrier) -> None:
+    if carrier.bias is not None:
+        layer._parameters["bias"] = carrier.bias
+    if carrier.gain is None and carrier.alpha is None:
+        return
+    layer.__class__ = scaled_class(type(layer))
+    layer._parameters["gain"] = carrier.gain
+    layer._parameters["alpha"] = carrier.alpha
+    layer.__dict__["alpha_channels"] = carrier.channels
+
+
+def _replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
+    """Replace modules in all their parents: a shared one is registered under several names."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in slots:
+                parent._modules[name] = slots[id(child)]

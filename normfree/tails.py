@@ -1,0 +1,136 @@
+"""Where the alpha of a residual branch can live.
+
+Walking up from the sum, every place whose output goes nowhere but into the sum and in which a scalar scales the whole
+branch is a candidate; the plan takes the cheapest (a weight costs nothing per image).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from normfree.graph import Flow, Role
+from normfree.layers import Channels, is_carrier
+
+__all__ = ["Candidate", "Place", "find_candidates"]
+
+Place = Literal["weight", "norm", "slot", "output"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that could carry alpha.
+
+    Attributes:
+        path: The module.
+        place: ``weight`` of a conv or linear, slot of a ``norm``, ``slot`` of an ``nn.Identity``, or ``output`` of any
+            other module.
+        through: Norms between the module and the sum; all of them must turn into nothing for alpha to commute.
+        channels: The range of the module's channels that goes into the sum, or all of them.
+    """
+
+    path: str
+    place: Place
+    through: tuple[str, ...] = ()
+    channels: Channels = None
+
+
+def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tuple[Candidate, ...], str]:
+    """Return the candidates for one branch, outermost first, and the reason if there is none."""
+    found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
+    if found:
+        return found, ""
+    others = [u.name for u in flow.users[branch] if u is not addition]
+    if others:
+        return found, f"the branch's output is also used by {', '.join(others)}"
+    module = flow.module(branch)
+    if module is not None and not flow.called_once(branch):
+        return found, f"{branch.target} is called more than once"
+    return found, f"the branch ends in {branch.name}, which no module of its own returns"
+
+
+def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:
+    """Yield the candidates at or above ``node``; ``so_far`` carries the norms passed and the channels in use."""
+    if not _only_user(flow, node, user):
+        return
+    role = flow.roles[node]
+    once = node.op == "call_module" and flow.called_once(node)
+    path = str(node.target)
+    module = flow.module(node)
+    above: Iterator[Candidate] = iter(())
+    if role is Role.NORM and module is not None:
+        if once:
+            yield replace(so_far, path=path, place="norm")
+        if flow.activation_in(node) is None:
+            above = _walk(flow, flow.inputs[node][0], node, replace(so_far, through=(*so_far.through, path)))
+    elif module is not None and role is not Role.PASS:
+        if once and is_carrier(module):
+            yield replace(so_far, path=path, place="weight")
+        elif once and so_far.channels is None and _can_scale_output(module):
+            yield replace(so_far, path=path, place="output")
+    elif role is Role.PASS or (role is Role.RESHAPE and so_far.channels is None):
+        if once and type(module) is nn.Identity:
+            yield replace(so_far, path=path, place="slot")
+        above = _walk(flow, flow.inputs[node][0], node, so_far)
+    elif role is Role.MUL and so_far.channels is None:
+        above = (c for factor in reversed(flow.inputs[node]) for c in _walk(flow, factor, node, so_far))
+    elif role is Role.SLICE and so_far.channels is None:
+        channels = _channel_slice(node)
+        if channels is not None:
+            above = _walk(flow, flow.inputs[node][0], node, replace(so_far, channels=channels))
+    yield from above
+    if so_far.channels is None:
+        yield from _exits(flow, node, user, so_far)
+
+
+def _exits(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:
+    """A traced module that returns ``node``: its own output can be scaled, whatever happens inside."""
+    inside = f"{flow.graph.owners[user]}."
+    for path in flow.graph.exits.get(node, ()):
+        if flow.graph.calls[path] == 1 and not inside.startswith(f"{path}."):
+            if _can_scale_output(flow.modules[path]):
+                yield replace(so_far, path=path, place="output")
+
+
+def _can_scale_output(module: nn.Module) -> bool:
+    patched = isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__
+    return not patched and not hasattr(module, "alpha")
+
+
+def _only_user(flow: Flow, node: fx.Node, user: fx.Node) -> bool:
+    users = flow.users[node]
+    if len(users) == 1:
+        return True
+    mine = _channel_slice(user)
+    if mine is None:
+        return False
+    return all(other is user or _disjoint(mine, _channel_slice(other)) for other in users)
+
+
+def _disjoint(mine: Channels, other: Channels) -> bool:
+    return mine is not None and other is not None and (mine[1] <= other[0] or other[1] <= mine[0])
+
+
+def _channel_slice(node: fx.Node) -> Channels:
+    """Return ``(start, stop)`` of ``x[:, start:stop]``, with a huge stop where it is open; ``None`` for the rest."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return None
+    index = node.args[1]
+    everything = slice(None)
+    if not isinstance(index, tuple) or len(index) < 2 or any(i != everything for i in (index[0], *index[2:])):
+        return None
+    picked = index[1]
+    if not isinstance(picked, slice) or picked.step not in (None, 1):
+        return None
+    start, stop = picked.start or 0, _OPEN if picked.stop is None else picked.stop
+    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
+        return None
+    return start, stop
+
+
+_OPEN = 1 << 62

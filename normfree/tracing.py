@@ -1,0 +1,246 @@
+"""nn.Module -> Trace: torch.fx graphs, for reading only.
+
+The graphs are taken from a copy whose tensors live on the meta device, because tracing runs the module's own Python:
+in train mode that updates buffers for real. Both modes are traced, since auxiliary heads and distillation make them
+differ. A module whose forward cannot be traced (it loops over data, or branches on shapes) is found by its error,
+treated as opaque together with every other module of its type, and its children are traced as parts of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfree.layers import ChannelAffine, SkipInit, _ScaledWeight
+from normfree.norms import is_norm
+
+__all__ = ["MODES", "Graph", "Part", "Trace", "calls_batch_norm", "meta_copy", "trace"]
+
+MODES = ("eval", "train")
+_CONV_OR_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One fx graph of one part in one mode.
+
+    Attributes:
+        fx: The graph; module targets are relative to the part.
+        owners: For each node, the path of the module whose forward created it.
+        exits: For each node, the paths of the traced modules that return it, innermost first.
+        calls: How often each module was called.
+    """
+
+    fx: fx.Graph
+    owners: Mapping[fx.Node, str]
+    exits: Mapping[fx.Node, tuple[str, ...]]
+    calls: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that was traced as a whole: the root, or a piece of a root that could not be.
+
+    Attributes:
+        path: Qualified name, empty for the root.
+        graphs: One graph for each of :data:`MODES`.
+    """
+
+    path: str
+    graphs: Mapping[str, Graph]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything the graphs say about a model.
+
+    Attributes:
+        parts: The traced parts.
+        opaque: Modules that were called but not looked into, with the error that says why.
+    """
+
+    parts: tuple[Part, ...]
+    opaque: Mapping[str, str]
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of ``model`` with every tensor replaced by one on the meta device."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = _to_meta(value)
+            elif name.endswith("_hooks"):
+                # Hooks are the user's own code: they must not run on proxies, nor be copied with what they hold.
+                memo[id(value)] = OrderedDict()
+    return copy.deepcopy(model, memo)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        empty = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
+
+
+class _Tracer(fx.Tracer):
+    """Records, besides the graph, who owns each node, who returns it, and the module in which tracing failed."""
+
+    def __init__(self, sites: frozenset[str], opaque: set[type[nn.Module]]) -> None:
+        super().__init__(autowrap_functions=_untraceable_functions())
+        self.sites = sites
+        self.opaque = opaque
+        self.stack: list[str] = [""]
+        self.owners: dict[fx.Node, str] = {}
+        self.exits: dict[fx.Node, list[str]] = {}
+        self.calls: dict[str, int] = {}
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.sites or type(m) in self.opaque or not _is_worth_opening(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        self.owners[node] = self.stack[-1]
+        return node
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        self.calls[path] = self.calls.get(path, 0) + 1
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.stack.append(path)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = path if self.failed is None else self.failed
+            raise
+        finally:
+            self.stack.pop()
+        if isinstance(result, fx.Proxy):
+            self.exits.setdefault(result.node, []).append(path)
+        return result
+
+
+def _is_worth_opening(module: nn.Module) -> bool:
+    """Whether anything the analysis asks about can lie inside: every composite, but no layer."""
+    if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, _ScaledWeight, torch.jit.ScriptModule)):
+        return False
+    if isinstance(module, nn.Sequential) or calls_batch_norm(module):
+        return True
+    layer = type(module).__module__.startswith("torch.nn") or isinstance(module, _CONV_OR_LINEAR)
+    return not layer and any(True for _ in module.children())
+
+
+def calls_batch_norm(module: nn.Module) -> bool:
+    """Whether the module's own forward names ``batch_norm``: then its graph shows what is normalised."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any("batch_norm" in name for name in code.co_names)
+
+
+def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
+    """timm marks the functions that branch on shapes; a model of timm's has imported timm already."""
+    marked = getattr(sys.modules.get("timm.layers"), "get_notrace_functions", None)
+    return tuple(marked()) if marked is not None else ()
+
+
+def _trace_part(model: nn.Module, sites: frozenset[str], opaque: dict[type[nn.Module], str]) -> dict[str, Graph] | None:
+    """Trace one module in both modes; ``None`` if its own forward cannot be traced.
+
+    ``opaque`` collects the types found to be untraceable, with the reason.
+    """
+    while True:
+        graphs = {}
+        for mode in MODES:
+            model.train(mode == "train")
+            tracer = _Tracer(sites, set(opaque))
+            try:
+                graph = tracer.trace(model, _defaults(model))
+            except Exception as error:  # whatever the user's forward raises when it meets a proxy
+                if tracer.failed is None:
+                    opaque[type(model)] = _one_line(error)
+                    return None
+                opaque[type(model.get_submodule(tracer.failed))] = _one_line(error)
+                break
+            exits = {node: tuple(paths) for node, paths in tracer.exits.items()}
+            graphs[mode] = Graph(graph, tracer.owners, exits, tracer.calls)
+        else:
+            return graphs
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Optional arguments keep their defaults: a proxy would take every ``if mask is not None``."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def trace(model: nn.Module, sites: frozenset[str]) -> Trace:
+    """Trace ``model`` in train and eval mode.
+
+    Args:
+        model: A model on the meta device that nobody else uses: see :func:`meta_copy`.
+        sites: Qualified names that are leaves: the norms, or what has taken their place.
+    """
+    parts: list[Part] = []
+    opaque: dict[str, str] = {}
+    types: dict[type[nn.Module], str] = {}
+    for path in _roots(model, sites, ""):
+        _collect(model, path, sites, types, parts, opaque)
+    return Trace(tuple(parts), opaque)
+
+
+def _collect(
+    model: nn.Module,
+    path: str,
+    sites: frozenset[str],
+    types: dict[type[nn.Module], str],
+    parts: list[Part],
+    opaque: dict[str, str],
+) -> None:
+    module = model.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
+    graphs = None if type(module) in types else _trace_part(module, below, types)
+    unseen = [""] if graphs is None else _opaque_calls(module, graphs, set(types))
+    if graphs is not None:
+        parts.append(Part(path, graphs))
+    for name in unseen:
+        inner = f"{prefix}{name}" if name else path
+        opaque[inner] = types[type(model.get_submodule(inner))]
+        for child in _roots(model, sites, inner, descend=True):
+            _collect(model, child, sites, types, parts, opaque)
+
+
+def _opaque_calls(module: nn.Module, graphs: Mapping[str, Graph], types: set[type[nn.Module]]) -> list[str]:
+    called = dict.fromkeys(name for graph in graphs.values() for name in graph.calls)
+    return [name for name in called if type(module.get_submodule(name)) in types]
+
+
+def _roots(model: nn.Module, sites: frozenset[str], path: str, descend: bool = False) -> Iterator[str]:
+    """Yield what can be traced at or below ``path``: containers have no forward of their own."""
+    module = model.get_submodule(path)
+    if not descend and not isinstance(module, _CONTAINERS):
+        yield path
+        return
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        inside = any(site.startswith(f"{inner}.") for site in sites)
+        if inside and inner not in sites and not isinstance(child, torch.jit.ScriptModule):
+            yield from _roots(model, sites, inner)

@@ -1,0 +1,122 @@
+"""Proof, not a count: what a conversion promises, measured on the model itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.errors import UsageError
+from normfree.guards import PLAN_ATTRIBUTE
+from normfree.plans import Plan
+from normfree.proofs import PROOFS, Case, Proof
+
+__all__ = ["Proof", "Report", "example_input", "verify"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The proofs of one conversion; printing it shows them.
+
+    Attributes:
+        proofs: One entry a proof. ``passed`` is ``None`` where the conversion makes no such claim, or where the
+            original would be needed and is not here.
+    """
+
+    proofs: tuple[Proof, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no proof failed."""
+        return all(proof.passed is not False for proof in self.proofs)
+
+    def __str__(self) -> str:
+        words = {True: "ok", False: "FAILED", None: "not claimed"}
+        return "\n".join(f"{p.number} {words[p.passed]:11} {p.name}: {p.detail}" for p in self.proofs)
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps({"ok": self.ok, "proofs": [asdict(proof) for proof in self.proofs]})
+
+
+def verify(
+    model: nn.Module,
+    original: nn.Module | None = None,
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    plan: Plan | None = None,
+) -> Report:
+    """Prove a conversion on copies in float64; neither model is changed.
+
+    Args:
+        model: What :func:`normfree.convert` returned.
+        original: The model before conversion. Proof 3 needs it; proofs 4 to 6 compare with it.
+        inputs: Arguments of ``model``: a tensor ``(N, C, *)``, a tuple, or keyword arguments; a batch of at least
+            two. Default: white noise of the shape the model's first layer or its timm configuration asks for.
+        plan: The plan that was applied, if ``model`` is a piece of what was converted.
+
+    Returns:
+        The six proofs: (1) no batch-norm operator runs, (2) no output depends on the rest of the batch,
+        (3) ``preserve`` computes what the original computes, (4) alpha = 0 makes every scaled branch zero and nothing
+        writes into a skip path, (5) everything learns, (6) nothing of the norms is left in the state.
+
+    Raises:
+        UsageError: The model carries no plan, or the batch has fewer than two samples.
+
+    Example:
+        >>> import torch, normfree, torchvision
+        >>> original = torchvision.models.resnet18()
+        >>> normfree.verify(normfree.convert(original), original, torch.randn(2, 3, 64, 64)).ok
+        True
+    """
+    plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
+    if plan is None:
+        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    args, kwargs = _arguments(example_input(model) if inputs is None else inputs)
+    sizes = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0}
+    if not sizes or min(sizes) < 2:
+        raise UsageError("verify needs a batch of at least two: with one sample nothing can depend on the others")
+    case = Case(model, original, plan, args, kwargs)
+    return Report(tuple(proof(case) for proof in PROOFS))
+
+
+def _arguments(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+_SIZES: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.Conv1d: (256,),
+    nn.Conv2d: (224, 224),
+    nn.Conv3d: (8, 112, 112),
+}
+
+
+def example_input(model: nn.Module, batch: int = 2) -> Tensor:
+    """Return white noise ``(N, C, *)`` of a shape the model takes, from its timm configuration or its first layer.
+
+    Raises:
+        UsageError: Neither says anything.
+    """
+    generator = torch.Generator().manual_seed(0)
+    like = next(model.parameters())
+    shape: tuple[int, ...] | None = None
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("input_size"):
+        shape = tuple(config["input_size"])
+    for module in model.modules() if shape is None else ():
+        if isinstance(module, nn.Linear):
+            shape = (module.in_features,)
+        for kind, size in _SIZES.items():
+            if isinstance(module, kind):
+                shape = (int(module.in_channels), *size)  # type: ignore[arg-type]  # an int on every convolution
+        if shape is not None:
+            break
+    if shape is None:
+        raise UsageError(f"no input shape is known for {type(model).__name__}: pass inputs=")
+    return torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
