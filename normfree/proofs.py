@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normfree.analysis import flows
 from normfree.observing import NormSpy, Recorder, Still, module_stack, out_of_place, tensors
 from normfree.plans import Plan
+from normfree.reference import Reference
 from normfree.rewriting import rewrite
 from normfree.sums import find_sums, sum_names
 from normfree.tracing import trace
@@ -45,10 +46,22 @@ class Proof:
 
 @dataclass(frozen=True)
 class Case:
-    """A converted model, what it came from, and something to run them on."""
+    """A converted model, what it came from, and something to run them on.
+
+    Attributes:
+        model: The converted model.
+        original: The model before conversion, if it is here.
+        structure: The same architecture with any weights, if it is here.
+        reference: Samples of what the original computed, if they are here.
+        plan: The plan that was applied.
+        args: Arguments of a forward pass.
+        kwargs: Keyword arguments of it.
+    """
 
     model: nn.Module
     original: nn.Module | None
+    structure: nn.Module | None
+    reference: Reference | None
     plan: Plan
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -147,7 +160,7 @@ def same_function(case: Case) -> Proof:
     if case.plan.init != "preserve" or case.plan.alpha != 1:
         return Proof(3, name, None, None, f"init is {case.plan.init} and alpha starts at {case.plan.alpha:g}")
     if case.original is None:
-        return Proof(3, name, None, None, "the original is not here to compare with")
+        return _same_as_reference(case, name)
     exact = case.run(case.double(case.original, training=False))
     # Gains are stored in the model's own dtype: that the edits are exact shows when they are made in float64.
     again = case.double(case.original, training=False)
@@ -164,6 +177,15 @@ def same_function(case: Case) -> Proof:
     return Proof(3, name, passed, error, detail)
 
 
+def _same_as_reference(case: Case, name: str) -> Proof:
+    error = None if case.reference is None else case.reference.error(case.model)
+    if case.reference is None or error is None:
+        return Proof(3, name, None, None, "the original is not here to compare with")
+    rounding = case.reference.rounding
+    detail = f"relative error {error:.1e} to the recorded output in {case.reference.dtype}; the original's is {rounding:.1e}"
+    return Proof(3, name, error <= max(8 * rounding, TOLERANCE), error, detail)
+
+
 @torch.no_grad()
 def branches_vanish(case: Case) -> Proof:
     """4: alpha = 0 makes every scaled branch exactly zero, and nothing writes into a skip path."""
@@ -173,14 +195,14 @@ def branches_vanish(case: Case) -> Proof:
         _parameter(model, alpha.path).zero_()
     zero, written, ran = _watch(case, model, set(scaled))
     blamed = written
-    if written and case.original is not None:
-        theirs = _watch(case, case.double(case.original, training=False), set(scaled))[1]
+    if written and case.structure is not None:
+        theirs = _watch(case, case.double(case.structure, training=False), set(scaled))[1]
         blamed = [name for name in written if name not in theirs]
     alive = [name for name in scaled if name in ran and zero.get(name, 0) < scaled[name]]
     unseen = [name for name in scaled if name not in ran]
     moved = _inplace_error(case, model)
-    if moved and case.original is not None:
-        moved = 0.0 if _inplace_error(case, case.double(case.original, training=False)) else moved
+    if moved and case.structure is not None:
+        moved = 0.0 if _inplace_error(case, case.double(case.structure, training=False)) else moved
     problems = [
         *([f"branch not zero at {_some(alive)}"] if alive else []),
         *([f"not reached: {_some(unseen)}"] if unseen else []),
@@ -308,9 +330,9 @@ def _gradients(case: Case, model: nn.Module) -> dict[str, Tensor | None]:
 
 def _expected(case: Case) -> list[str]:
     """Names of the parameters that get a gradient in the original; without it, of all that ask for one."""
-    if case.original is None:
+    if case.structure is None:
         return [name for name, p in case.model.named_parameters() if p.requires_grad and not name.endswith("alpha")]
-    grads = _gradients(case, case.double(case.original, training=True))
+    grads = _gradients(case, case.double(case.structure, training=True))
     return [name for name, grad in grads.items() if grad is not None]
 
 
@@ -340,17 +362,14 @@ def clean_state(case: Case) -> Proof:
         and not key.startswith(inside)
     ]
     problems = [f"statistics left: {_some(statistics)}"] if statistics else []
-    if case.original is not None:
-        problems += _key_changes(case, state)
+    if case.structure is not None:
+        problems += _key_changes(case, case.structure.state_dict(), state)
     detail = "; ".join(problems) or f"{len(state)} keys, none of them statistics"
     return Proof(6, "no statistics are left in the state", not problems, float(len(problems)), detail)
 
 
-def _key_changes(case: Case, state: dict[str, Tensor]) -> list[str]:
+def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     """Compare with the original: only what the plan names may differ, in keys and (``preserve``) in values."""
-    if case.original is None:
-        return []
-    before = case.original.state_dict()
     names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
     slots = tuple(f"{name}." for name in names)
     touched = {f"{edit.producer}.{leaf}" for edit in case.plan.removed for leaf in ("gain", "bias")}
@@ -365,7 +384,8 @@ def _key_changes(case: Case, state: dict[str, Tensor]) -> list[str]:
         if k in before and k not in shared | _aliases(case.model, drawn) and not k.startswith(slots)
         and not torch.equal(state[k].cpu(), before[k].cpu())
     ]
-    named = {"keys lost": lost, "keys unplanned": new, "values changed": moved if case.plan.init == "preserve" else []}
+    compare = case.original is not None and case.plan.init == "preserve"
+    named = {"keys lost": lost, "keys unplanned": new, "values changed": moved if compare else []}
     return [f"{what}: {_some(keys)}" for what, keys in named.items() if keys]
 
 

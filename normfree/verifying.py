@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +15,11 @@ from normfree.errors import UsageError
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.plans import Plan
 from normfree.proofs import PROOFS, Case, Proof
+from normfree.reference import Reference
 
-__all__ = ["Proof", "Report", "example_input", "verify"]
+__all__ = ["Inputs", "Proof", "Report", "each_proof", "example_input", "verify"]
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Report:
 def verify(
     model: nn.Module,
     original: nn.Module | None = None,
-    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     *,
     plan: Plan | None = None,
 ) -> Report:
@@ -73,6 +77,28 @@ def verify(
         >>> normfree.verify(normfree.convert(original), original, torch.randn(2, 3, 64, 64)).ok
         True
     """
+    return Report(tuple(each_proof(model, original, inputs, plan=plan)))
+
+
+def each_proof(
+    model: nn.Module,
+    original: nn.Module | None = None,
+    inputs: Inputs | None = None,
+    *,
+    plan: Plan | None = None,
+    structure: nn.Module | None = None,
+    reference: Reference | None = None,
+) -> Iterator[Proof]:
+    """Yield the proofs one by one as they are done; see :func:`verify`.
+
+    Args:
+        model: As there.
+        original: As there.
+        inputs: As there.
+        plan: As there.
+        structure: The original architecture with any weights, where the original itself is not to be had.
+        reference: Samples of what the original computed, likewise.
+    """
     plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
@@ -80,43 +106,55 @@ def verify(
     sizes = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0}
     if not sizes or min(sizes) < 2:
         raise UsageError("verify needs a batch of at least two: with one sample nothing can depend on the others")
-    case = Case(model, original, plan, args, kwargs)
-    return Report(tuple(proof(case) for proof in PROOFS))
+    case = Case(model, original, structure if original is None else original, reference, plan, args, kwargs)
+    for proof in PROOFS:
+        yield proof(case)
 
 
-def _arguments(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-_SIZES: dict[type[nn.Module], tuple[int, ...]] = {
-    nn.Conv1d: (256,),
-    nn.Conv2d: (224, 224),
-    nn.Conv3d: (8, 112, 112),
-}
-
-
 def example_input(model: nn.Module, batch: int = 2) -> Tensor:
-    """Return white noise ``(N, C, *)`` of a shape the model takes, from its timm configuration or its first layer.
+    """Return white noise ``(N, C, *)`` of the smallest of a few shapes that the model takes.
+
+    The number of channels and the largest size come from its timm configuration or its first layer.
 
     Raises:
-        UsageError: Neither says anything.
+        UsageError: Neither says anything, or the model takes none of the shapes.
     """
     generator = torch.Generator().manual_seed(0)
     like = next(model.parameters())
-    shape: tuple[int, ...] | None = None
+    probe = copy.deepcopy(model)
+    errors = []
+    for shape in _shapes(model):
+        x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+        try:
+            with torch.no_grad():
+                probe.train()(x.clone())
+                probe.eval()(x.clone())
+        except Exception as error:  # whatever the model raises for a shape it does not take
+            errors.append(f"{tuple(x.shape)}: {type(error).__name__}: {error}"[:200])
+        else:
+            return x
+    tried = "; ".join(errors) or "no layer tells the shape"
+    raise UsageError(f"no input shape is known for {type(model).__name__}: pass inputs= ({tried})")
+
+
+def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
-        shape = tuple(config["input_size"])
-    for module in model.modules() if shape is None else ():
+        channels, *native = config["input_size"]
+        return [(channels, *size) for size in ((64, 64), (128, 128), tuple(native))]
+    for module in model.modules():
         if isinstance(module, nn.Linear):
-            shape = (module.in_features,)
-        for kind, size in _SIZES.items():
-            if isinstance(module, kind):
-                shape = (int(module.in_channels), *size)  # type: ignore[arg-type]  # an int on every convolution
-        if shape is not None:
-            break
-    if shape is None:
-        raise UsageError(f"no input shape is known for {type(model).__name__}: pass inputs=")
-    return torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+            return [(module.in_features,)]
+        if isinstance(module, nn.Conv1d):
+            return [(module.in_channels, 256)]
+        if isinstance(module, nn.Conv2d):
+            return [(module.in_channels, size, size) for size in (64, 128, 224, 299)]
+        if isinstance(module, nn.Conv3d):
+            return [(module.in_channels, 8, size, size) for size in (64, 112)]
+    return []

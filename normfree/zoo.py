@@ -1,0 +1,124 @@
+"""Model names -> models: ``torchvision:resnet50``, ``timm:resnet50.a1_in1k``, or a bare name found in one of them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from normfree.errors import SourceError
+
+__all__ = ["Source", "build", "find"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model name that one library knows.
+
+    Attributes:
+        library: Which one.
+        name: The name there.
+        note: What the caller should be told, if the name was ambiguous.
+    """
+
+    library: Literal["torchvision", "timm"]
+    name: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.library}:{self.name}"
+
+
+def find(text: str) -> Source:
+    """Look a name up.
+
+    Raises:
+        SourceError: No library knows it; the message lists the nearest names.
+
+    Example:
+        >>> from normfree import zoo
+        >>> str(zoo.find("timm:resnet50.a1_in1k"))
+        'timm:resnet50.a1_in1k'
+    """
+    library, colon, name = text.partition(":")
+    if not colon:
+        in_torchvision, in_timm = text in _torchvision_names(), _in_timm(text)
+        if in_torchvision:
+            note = f"{text} is in torchvision and in timm: taking torchvision:{text}" if in_timm else ""
+            return Source("torchvision", text, note)
+        if in_timm:
+            return Source("timm", text)
+        raise SourceError(f"neither torchvision nor timm has a model {text!r}{_nearest(text)}")
+    if library == "torchvision":
+        if name in _torchvision_names():
+            return Source("torchvision", name)
+        raise SourceError(f"torchvision has no model {name!r}{_nearest(name)}")
+    if library == "timm":
+        if _in_timm(name):
+            return Source("timm", name)
+        raise SourceError(f"timm has no model {name!r}{_nearest(name)}")
+    raise SourceError(f"unknown library {library!r}: write torchvision:NAME or timm:NAME")
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return list(torchvision.models.list_models())
+
+
+def _in_timm(name: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(name))
+
+
+def _nearest(name: str) -> str:
+    import timm
+
+    names = [*_torchvision_names(), *timm.list_models()]
+    close = difflib.get_close_matches(name.partition(".")[0], names, n=3)
+    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+
+
+def build(source: Source, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
+    """Build the model.
+
+    Args:
+        source: What :func:`find` returned.
+        pretrained: Load the library's default weights, from its cache or its hub.
+        num_classes: Width of the classifier; the library's default if ``None``.
+
+    Raises:
+        SourceError: The library refuses these arguments, or the weights cannot be had.
+    """
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        if source.library == "timm":
+            import timm
+
+            model: nn.Module = timm.create_model(source.name, pretrained=pretrained, **options)
+            return model
+        import torchvision
+
+        builder = torchvision.models.get_model_builder(source.name)
+        options |= _torchvision_options(builder)
+        built: nn.Module = builder(weights="DEFAULT" if pretrained else None, **options)
+        return built
+    except Exception as error:  # hub, cache and constructor errors of two libraries
+        raise SourceError(f"{source} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _torchvision_options(builder: Any) -> dict[str, Any]:
+    """Say what would otherwise be downloaded or warned about."""
+    options: dict[str, Any] = {}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    made = typing.get_type_hints(inspect.unwrap(builder)).get("return")
+    init = inspect.signature(made.__init__).parameters.get("init_weights") if made else None
+    if init is not None and init.default is None:
+        options["init_weights"] = True
+    return options

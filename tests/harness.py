@@ -1,0 +1,111 @@
+"""What the trap tests share: models that have seen data, and the proof of a conversion."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfree
+
+both = pytest.mark.parametrize("init", ["skipinit", "preserve"])
+"""Every starting point."""
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every norm statistics and an affine as training leaves them, some gains negative; return ``model``.
+
+    A norm as constructed is almost the identity in eval mode: whatever a conversion does with it passes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: object, low: float, high: float, signs: bool = False) -> None:
+        if isinstance(tensor, Tensor):
+            value = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if signs:
+                value = torch.where(torch.rand(tensor.shape, generator=generator) < 0.25, -value, value)
+            tensor.copy_(value)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "running_mean"):
+                draw(module.running_mean, -0.5, 0.5)
+                draw(module.running_var, 0.5, 2.0)
+                draw(module.weight, 0.5, 1.5, signs=True)
+                draw(module.bias, -0.5, 0.5)
+    return model
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return white noise that is the same in every test."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def prove(model: nn.Module, inputs: Any, *, init: str, **options: Any) -> Any:
+    """Convert, hold all six proofs of :func:`normfree.verify`, and return the converted model."""
+    converted = normfree.convert(model, init=init, **options)
+    report = normfree.verify(converted, model, inputs)
+    assert report.ok, f"\n{report}\n{plan_of(converted)}"
+    return converted
+
+
+def assert_preserved(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Hold ``preserve`` to the original in float64, without the package's own verification."""
+    original = copy.deepcopy(model).double()
+    converted = normfree.convert(original, init="preserve").eval()
+    original.eval()
+    with torch.no_grad():
+        expected = original(*map(_double, args), **{k: _double(v) for k, v in kwargs.items()})
+        found = converted(*map(_double, args), **{k: _double(v) for k, v in kwargs.items()})
+    assert_close(found, expected)
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """Hold the largest difference to ``tolerance`` of the largest value."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else copy.deepcopy(x)
+
+
+def plan_of(model: nn.Module) -> normfree.Plan:
+    """Return the plan that a converted model carries."""
+    plan = model._normfree_plan
+    assert isinstance(plan, normfree.Plan)
+    return plan
+
+
+def actions(model: nn.Module) -> dict[str, str]:
+    """Return what became of every norm."""
+    return {edit.name: edit.action for edit in plan_of(model).norms}
+
+
+def kinds(model: nn.Module) -> list[str]:
+    """Return the kind of every sum."""
+    return [total.kind for total in plan_of(model).sums]
+
+
+def alphas(model: nn.Module) -> list[str]:
+    """Return the modules that carry an alpha, from the parameters and not from the plan."""
+    return [name.removesuffix(".alpha") for name, _ in model.named_parameters() if name.endswith(".alpha")]
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Return the names of the batch norms in the module tree."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def set_alphas(model: nn.Module, value: float) -> nn.Module:
+    """Fill every alpha and return ``model``."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.fill_(value)
+    return model
