@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normfree.errors import NormfreeError, UsageError
+from normfree.errors import UsageError
+from normfree.printing import note, plan_tables, print_json, print_out, progress, proof_table, reporting
 
 if TYPE_CHECKING:
     from normfree.plans import Plan
@@ -64,8 +63,22 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model, prove it, and write it with its plan."""
-    with _reporting(as_json):
-        _convert(source, out, checkpoint, pretrained, num_classes, init, alpha, include, exclude, scope, force, proofs, as_json)
+    with reporting(as_json):
+        _convert(
+            source,
+            out,
+            checkpoint,
+            pretrained,
+            num_classes,
+            init,
+            alpha,
+            include,
+            exclude,
+            scope,
+            force,
+            proofs,
+            as_json,
+        )
 
 
 def _convert(
@@ -83,7 +96,7 @@ def _convert(
     proofs: bool,
     as_json: bool,
 ) -> None:
-    with _progress(10 if proofs else 4) as step:
+    with progress(10 if proofs else 4) as step:
         from normfree.files import check_output
 
         check_output(out, overwrite=force, inputs=() if checkpoint is None else (checkpoint,))
@@ -115,11 +128,11 @@ def _convert(
             save(model, out, source=name, num_classes=num_classes, reference=reference, overwrite=force)
     if as_json:
         body = {"ok": report.ok, "source": name, "output": str(out) if report.ok else None}
-        _json(body | {"plan": json.loads(plan.to_json()), **json.loads(report.to_json())})
+        print_json(body | {"plan": json.loads(plan.to_json()), **json.loads(report.to_json())})
     else:
-        _print(str(plan))
-        _proof_table(report.proofs)
-        _print(f"wrote {out}" if report.ok else f"a proof failed: {out} was not written")
+        print_out(str(plan))
+        proof_table(report.proofs)
+        print_out(f"wrote {out}" if report.ok else f"a proof failed: {out} was not written")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -138,8 +151,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a conversion would do: every norm and every sum, with the reason."""
-    with _reporting(as_json):
-        with _progress(3) as step:
+    with reporting(as_json):
+        with progress(3) as step:
             step("importing torch")
             from normfree.planning import plan
 
@@ -150,8 +163,8 @@ def inspect(
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
         else:
-            _plan_tables(made)
-            _print(str(made))
+            plan_tables(made)
+            print_out(str(made))
 
 
 @app.command()
@@ -166,8 +179,8 @@ def verify(
     With the original's weights (--checkpoint or --pretrained) proof 3 compares with the original itself, else with
     samples of its output that were recorded at conversion.
     """
-    with _reporting(as_json):
-        with _progress(8) as step:
+    with reporting(as_json):
+        with progress(8) as step:
             step("importing torch")
             from normfree import checkpoint as files
             from normfree import verifying
@@ -189,9 +202,9 @@ def verify(
                 step(f"proof {number} of 6")
         report = verifying.Report(tuple(done))
         if as_json:
-            _json(json.loads(report.to_json()))
+            print_json(json.loads(report.to_json()))
         else:
-            _proof_table(report.proofs)
+            proof_table(report.proofs)
         if not report.ok:
             raise typer.Exit(1)
 
@@ -203,7 +216,7 @@ def _original(source: str, checkpoint: Path | None, pretrained: bool, num_classe
 
     found = zoo.find(source)
     if found.note:
-        _note(found.note)
+        note(found.note)
     step(f"building {found}")
     # The checkpoint first: a file that cannot be read should not cost the time of building.
     state = None if checkpoint is None else read_state_dict(checkpoint)
@@ -220,83 +233,3 @@ def _alpha(text: str | None) -> float | str | None:
         return float(text)
     except ValueError:
         raise UsageError(f"--alpha is {text!r}; it must be a number or rsqrt_depth") from None
-
-
-@contextlib.contextmanager
-def _reporting(as_json: bool) -> Iterator[None]:
-    """Exit 2 for wrong usage, 1 for what cannot be converted or read, with the message and no traceback."""
-    try:
-        yield
-    except NormfreeError as error:
-        if as_json:
-            _json({"ok": False, "error": type(error).__name__, "message": str(error)})
-        else:
-            _note(f"error: {error}", style="red")
-        from normfree.errors import AlreadyConvertedError, NoNormError
-
-        wrong_usage = isinstance(error, UsageError) and not isinstance(error, (NoNormError, AlreadyConvertedError))
-        raise typer.Exit(2 if wrong_usage else 1) from error
-
-
-@contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Any]:
-    """Show a bar on stderr while the work goes on; ``step(text)`` says what comes next."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=steps)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text, advance=1)
-
-        yield step
-
-
-def _plan_tables(plan: Plan) -> None:
-    norms = _table("norm", "type", "fed by", "becomes", "why")
-    for edit in plan.norms:
-        norms.add_row(edit.name, edit.type, edit.feed, edit.action, edit.reason)
-    _print(norms)
-    sums = _table("sum", "kind", "alpha", "why")
-    for total in plan.sums:
-        tails = [f"{a.path} ({a.place}{'' if a.channels is None else f' {a.channels}'})" for a in total.alphas]
-        sums.add_row(total.name, total.kind, "\n".join(tails) or "none", "\n".join((total.reason, *total.declined)))
-    if plan.sums:
-        _print(sums)
-
-
-def _proof_table(proofs: tuple[Proof, ...]) -> None:
-    if not proofs:
-        return
-    words = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "not claimed"}
-    table = _table("", "proof", "", "figures")
-    for proof in proofs:
-        table.add_row(str(proof.number), proof.name, words[proof.passed], proof.detail)
-    _print(table)
-
-
-def _table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print(what: Any) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=isinstance(what, str), highlight=False, markup=not isinstance(what, str)).print(what)
-
-
-def _note(text: str, style: str = "yellow") -> None:
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text, style=style)
-
-
-def _json(body: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(body) + "\n")

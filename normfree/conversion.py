@@ -7,8 +7,9 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from normfree.planning import Patterns, plan
+from normfree.planning import plan
 from normfree.rewriting import rewrite
+from normfree.selecting import Patterns
 
 __all__ = ["convert", "convert_"]
 

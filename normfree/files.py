@@ -50,11 +50,15 @@ def _read_safetensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
+# How torch's restricted unpickler words what it will not construct or call.
+_FOREIGN = ("Unsupported global", "Unsupported class", "unrecognized function", "not an allowed global")
+
+
 def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if any(sign in str(error) for sign in _FOREIGN):
             raise CheckpointError(
                 f"{path}: reading this file would unpickle arbitrary objects, which can run any code; refused. "
                 "Save its state_dict alone: torch.save(model.state_dict(), ...)"
@@ -74,7 +78,7 @@ def _clean(raw: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(raw, Mapping) or not raw or not all(isinstance(v, Tensor) for v in raw.values()):
         kinds = ", ".join(map(str, raw)) if isinstance(raw, Mapping) else type(raw).__name__
         raise CheckpointError(f"{path}: holds no state dict (found: {kinds[:200]})")
-    cleaned: dict[str, Tensor] = clean_state_dict(raw)
+    cleaned: dict[str, Tensor] = clean_state_dict(dict(raw))
     return cleaned
 
 

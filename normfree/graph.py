@@ -7,116 +7,22 @@ look as if it were used twice. :class:`Flow` is the graph with such edges remove
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from enum import Enum, auto
+from collections.abc import Iterable, Mapping
+from types import EllipsisType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from normfree.layers import ChannelAffine
 from normfree.norms import describe, is_norm
+from normfree.roles import Role, function_role, method_role, module_role
 from normfree.tracing import Graph
 
 __all__ = ["Flow", "Role", "is_inplace"]
 
 
-class Role(Enum):
-    """What a node does to its (first) data input."""
-
-    NORM = auto()
-    CONV = auto()  # convolution or linear of any kind
-    PASS = auto()  # identity, dropout, stochastic depth: commutes with a scalar, keeps zero zero
-    RESHAPE = auto()
-    POOL = auto()
-    PAD = auto()
-    UPSAMPLE = auto()
-    SLICE = auto()
-    SPLIT = auto()
-    ADD = auto()
-    MUL = auto()
-    CAT = auto()
-    INPUT = auto()
-    OTHER = auto()  # activations, and everything unknown
-
-
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point", "get_device"}
 _SHAPE_FROM_SECOND = {"reshape_as", "view_as", "expand_as", "type_as"}
-
-_FUNCTIONS: dict[Callable[..., Any], Role] = {
-    operator.add: Role.ADD,
-    operator.iadd: Role.ADD,
-    torch.add: Role.ADD,
-    operator.mul: Role.MUL,
-    operator.imul: Role.MUL,
-    torch.mul: Role.MUL,
-    torch.cat: Role.CAT,
-    torch.concat: Role.CAT,
-    torch.chunk: Role.SPLIT,
-    torch.split: Role.SPLIT,
-    torch.unbind: Role.SPLIT,
-    torch.flatten: Role.RESHAPE,
-    torch.reshape: Role.RESHAPE,
-    torch.permute: Role.RESHAPE,
-    torch.transpose: Role.RESHAPE,
-    torch.squeeze: Role.RESHAPE,
-    torch.unsqueeze: Role.RESHAPE,
-    F.pad: Role.PAD,
-    F.interpolate: Role.UPSAMPLE,
-    F.dropout: Role.PASS,
-    F.dropout1d: Role.PASS,
-    F.dropout2d: Role.PASS,
-    F.dropout3d: Role.PASS,
-    torch.dropout: Role.PASS,
-    F.linear: Role.CONV,
-    F.conv1d: Role.CONV,
-    F.conv2d: Role.CONV,
-    F.conv3d: Role.CONV,
-}
-_FUNCTION_NAMES: dict[str, Role] = {
-    "stochastic_depth": Role.PASS,
-    "drop_path": Role.PASS,
-    **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
-    **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
-}
-_METHODS: dict[str, Role] = {
-    "add": Role.ADD,
-    "add_": Role.ADD,
-    "mul": Role.MUL,
-    "mul_": Role.MUL,
-    "chunk": Role.SPLIT,
-    "split": Role.SPLIT,
-    "unbind": Role.SPLIT,
-    **dict.fromkeys(
-        ("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "reshape_as"),
-        Role.RESHAPE,
-    ),
-    "view_as": Role.RESHAPE,
-}
-_MODULES: tuple[tuple[tuple[type[nn.Module], ...], Role], ...] = (
-    ((nn.modules.conv._ConvNd, nn.Linear), Role.CONV),
-    ((nn.Identity, nn.modules.dropout._DropoutNd), Role.PASS),
-    ((nn.Flatten, nn.Unflatten), Role.RESHAPE),
-    ((nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._LPPoolNd), Role.POOL),
-    ((nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd), Role.POOL),
-    (
-        (
-            nn.modules.padding._ConstantPadNd,
-            nn.modules.padding._ReflectionPadNd,
-            nn.modules.padding._ReplicationPadNd,
-            nn.modules.padding._CircularPadNd,
-        ),
-        Role.PAD,
-    ),
-    ((nn.Upsample, nn.PixelShuffle), Role.UPSAMPLE),
-)
-# By qualified name, since these libraries must not be imported for it.
-_MODULE_NAMES: dict[str, Role] = {
-    "timm.layers.drop.DropPath": Role.PASS,
-    "torchvision.ops.stochastic_depth.StochasticDepth": Role.PASS,
-    "timm.layers.blur_pool.BlurPool2d": Role.POOL,
-}
 
 
 class Flow:
@@ -140,7 +46,7 @@ class Flow:
         self.sites = frozenset(sites)
         self.memo: dict[Any, bool] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
-        for node in graph.fx.nodes:
+        for node in graph.nodes.nodes:
             found = () if _is_shape(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
             if found or node.op == "placeholder":
                 self.inputs[node] = found
@@ -165,17 +71,22 @@ class Flow:
             self.roles[node] = self._role(node)
 
     def bit(self, node: fx.Node) -> int:
+        """Return the bit of ``node`` in ``ancestors`` and ``descendants``."""
         return 1 << self.index[node]
 
     def between(self, base: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
         """Return the nodes on the paths from ``base`` (excluded) to ``end`` (included)."""
         bits = self.descendants[base] & (self.ancestors[end] | self.bit(end))
-        return tuple(node for node in self.nodes[self.index[base] : self.index[end] + 1] if bits >> self.index[node] & 1)
+        return tuple(
+            node for node in self.nodes[self.index[base] : self.index[end] + 1] if bits >> self.index[node] & 1
+        )
 
     def feeds(self, base: fx.Node, end: fx.Node) -> bool:
+        """Whether ``end`` depends on ``base``."""
         return bool(self.ancestors[end] & self.bit(base))
 
     def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that ``node`` calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def activation_in(self, node: fx.Node) -> nn.Module | None:
@@ -186,19 +97,20 @@ class Flow:
         return module.act if isinstance(module, ChannelAffine) else None
 
     def called_once(self, node: fx.Node) -> bool:
+        """Whether the module that ``node`` calls is called nowhere else in this graph."""
         return self.graph.calls.get(str(node.target)) == 1
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
             return Role.INPUT
         if node.op == "call_module":
-            return Role.NORM if node.target in self.sites else _module_role(self.modules[str(node.target)])
+            return Role.NORM if node.target in self.sites else module_role(self.modules[str(node.target)])
         if node.op == "call_method":
-            role = _METHODS.get(str(node.target), Role.OTHER)
+            role = method_role(node)
         elif node.target is operator.getitem:
             role = _getitem_role(node, self.roles.get(self.inputs[node][0]))
         else:
-            role = _FUNCTIONS.get(node.target) or _FUNCTION_NAMES.get(getattr(node.target, "__name__", ""), Role.OTHER)
+            role = function_role(node)
         if role in (Role.ADD, Role.MUL):
             operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.inputs]
             if len(operands) == 2:
@@ -210,18 +122,8 @@ class Flow:
 
 def _getitem_role(node: fx.Node, source: Role | None) -> Role:
     index = node.args[1]
-    tensor = isinstance(index, (tuple, slice)) or index is None or index is Ellipsis
+    tensor = index is None or isinstance(index, (tuple, slice, EllipsisType))
     return Role.SLICE if tensor or source is Role.SPLIT else Role.OTHER
-
-
-def _module_role(module: nn.Module) -> Role:
-    if isinstance(module, nn.Sequential) and len(module) == 0:
-        return Role.PASS
-    for kinds, role in _MODULES:
-        if isinstance(module, kinds):
-            return role
-    cls = type(module)
-    return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)
 
 
 def _is_shape(node: fx.Node) -> bool:

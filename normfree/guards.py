@@ -22,6 +22,7 @@ PLAN_ATTRIBUTE = "_normfree_plan"
 
 
 def check_arguments(init: str, alpha: object, scope: str) -> None:
+    """Refuse arguments that make no sense."""
     if init not in ("auto", "skipinit", "preserve"):
         raise UsageError(f"init is {init!r}; it must be 'auto', 'skipinit' or 'preserve'")
     if scope not in ("all", "residual"):
@@ -32,6 +33,7 @@ def check_arguments(init: str, alpha: object, scope: str) -> None:
 
 
 def check_model(model: nn.Module, norms: tuple[str, ...]) -> None:
+    """Refuse what is no model, is wrapped, is itself a norm, or was converted before."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_wrapping(model)
@@ -50,6 +52,7 @@ def check_model(model: nn.Module, norms: tuple[str, ...]) -> None:
 
 
 def check_wrapping(model: nn.Module) -> None:
+    """Refuse a model inside DDP, FSDP, ``torch.compile`` or TorchScript."""
     for cls in type(model).__mro__:
         inner = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if inner is not None:

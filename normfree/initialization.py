@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def fan_in(module: nn.Module) -> float:
     kernel = math.prod(weight.shape[2:])
     if getattr(module, "transposed", False):
         stride = math.prod(module.stride)  # type: ignore[arg-type]  # a tuple of ints on every convolution
-        return max(1.0, weight.shape[0] / module.groups * kernel / stride)  # type: ignore[operator]  # an int
+        return max(1.0, float(weight.shape[0] / cast(int, module.groups) * kernel / stride))
     return float(weight.shape[1] * kernel)
 
 

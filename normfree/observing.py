@@ -22,6 +22,9 @@ def tensors(value: object) -> list[Tensor]:
 class Still(TorchDispatchMode):
     """Dropout and stochastic depth keep everything, in whatever form they are written: every draw is a success."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
@@ -43,7 +46,7 @@ class NormSpy(TorchDispatchMode):
     """
 
     def __init__(self, inputs: list[Tensor], stack: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.activations = {_storage(x) for x in inputs}
         self.stack = stack
         self.seen: list[str] = []
@@ -62,7 +65,7 @@ class NormSpy(TorchDispatchMode):
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
 
 from normfree.activations import gain_of
 from normfree.analysis import Branch, Findings, Site, Sum, analyse
-from normfree.errors import NoNormError, UsageError
 from normfree.guards import check_arguments, check_model, check_support
 from normfree.layers import Channels
-from normfree.norms import Norm, describe, is_norm
+from normfree.norms import Norm, describe, find_norms, is_norm
 from normfree.plans import Action, Alpha, Init, NormEdit, Plan, SumEdit
+from normfree.selecting import Patterns, as_patterns, kept_norms, matches
 from normfree.tracing import Trace, meta_copy, trace
 
-__all__ = ["find_norms", "plan"]
-
-Patterns = str | Sequence[str]
+__all__ = ["plan"]
 
 
 def plan(
@@ -67,13 +64,13 @@ def plan(
     traced = trace(copied, frozenset(norms))
     findings = analyse(copied, traced, norms)
     chosen, why = _choose_init(init, described.values())
-    check_support(model, described, findings.functional, chosen, _patterns(exclude))
-    kept = _kept(described, findings, _patterns(include), _patterns(exclude), scope)
+    check_support(model, described, findings.functional, chosen, as_patterns(exclude))
+    kept = kept_norms(described, findings, as_patterns(include), as_patterns(exclude), scope)
     edits = tuple(
         _norm_edit(name, aliases, model.get_submodule(name), findings.sites.get(name), chosen, kept.get(name), traced)
         for name, aliases in norms.items()
     )
-    sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, _patterns(exclude), model)
+    sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), model)
     count = sum(len(total.alphas) for total in sums)
     skipinit = chosen == "skipinit"
     start = alpha if alpha is not None else (0.0 if skipinit else 1.0)
@@ -85,20 +82,9 @@ def plan(
         sums=sums,
         biases=tuple(_biases(edits, findings, model)) if skipinit else (),
         weights=tuple(_weights(edits, findings)) if skipinit else (),
-        out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, described, sums))),
+        out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, described))),
         opaque=tuple(traced.opaque.items()),
     )
-
-
-def find_norms(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the first name of every norm with its further names."""
-    first: dict[int, str] = {}
-    found: dict[str, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_norm(module):
-            known = first.setdefault(id(module), name)
-            found.setdefault(known, []).append(name)
-    return {name: tuple(names[1:]) for name, names in found.items()}
 
 
 def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
@@ -107,40 +93,6 @@ def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
     if any(norm.trained() for norm in norms):
         return "preserve", "norms have been trained or are frozen"
     return "skipinit", "no norm has been trained"
-
-
-def _patterns(patterns: Patterns) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _kept(
-    norms: dict[str, Norm], findings: Findings, include: tuple[str, ...], exclude: tuple[str, ...], scope: str
-) -> dict[str, str]:
-    """Return the norms that stay, each with the reason."""
-    names = [*norms, *(total.name for total in findings.sums)]
-    unused = [p for p in (*include, *exclude) if not any(fnmatchcase(name, p) for name in names)]
-    if unused:
-        raise UsageError(f"no norm and no sum matches {', '.join(map(repr, unused))}; norms: {_some(list(norms))}")
-    inside = {name for total in findings.sums for branch in total.branches for name in branch.norms}
-    kept = {}
-    for name in norms:
-        if include and not _matches(name, include):
-            kept[name] = "not in include"
-        elif _matches(name, exclude):
-            kept[name] = "in exclude"
-        elif scope == "residual" and name not in inside:
-            kept[name] = "outside the residual branches"
-    if len(kept) == len(norms):
-        raise NoNormError(f"include, exclude and scope leave none of {len(norms)} norms to convert: {_some(list(norms))}")
-    return kept
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _norm_edit(
@@ -186,7 +138,7 @@ def _sum_edits(
             if not any(norms[name].action != "keep" for name in branch.norms):
                 reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
                 continue
-            if _matches(total.name, exclude):
+            if matches(total.name, exclude):
                 reason = f"{total.reason}; its scalar is excluded by name"
                 continue
             alpha = _place(branch, norms, model, taken)
@@ -246,9 +198,7 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
             yield path, gain_of(activation)
 
 
-def _out_of_place(
-    edits: tuple[NormEdit, ...], findings: Findings, norms: dict[str, Norm], sums: tuple[SumEdit, ...]
-) -> Iterable[str]:
+def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, norms: dict[str, Norm]) -> Iterable[str]:
     """Activations that would write into the input of a norm that is no longer there to copy it."""
     for edit in edits:
         site = findings.sites.get(edit.name)

@@ -48,7 +48,7 @@ class NormEdit:
 
 @dataclass(frozen=True)
 class Alpha:
-    """One SkipInit scalar: in the ``weight`` of a layer, the slot of a ``norm``, an identity ``slot``, or on an ``output``."""
+    """One SkipInit scalar: on a ``weight``, in the slot of a ``norm`` or an identity ``slot``, or on an ``output``."""
 
     path: str
     place: Place

@@ -99,7 +99,7 @@ def _prepare(model: nn.Module, plan: Plan) -> _Writes:
             writes.carriers[edit.producer] = _fold(model, edit)
     for path in plan.biases:
         layer = model.get_submodule(path)
-        bias = _weight(layer).new_zeros(_features(layer))
+        bias = torch.zeros(_features(layer), dtype=_weight(layer).dtype, device=_weight(layer).device)
         writes.carriers[path] = _Carrier(bias=nn.Parameter(bias, _weight(layer).requires_grad))
     for alpha in plan.alphas:
         module = model.get_submodule(alpha.path)
@@ -124,14 +124,11 @@ def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> 
     gain = bias = scalar = None
     if edit.action in ("affine", "bias"):
         like = next(_floats(module), _like(model))
-        if edit.action == "affine":
-            values = norm.affine()
-        else:
-            values = None, torch.zeros(norm.features, device=like.device)
+        affine = norm.affine() if edit.action == "affine" else (None, torch.zeros(norm.features, device=like.device))
         train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else True
         shift = norm.bias.requires_grad if isinstance(norm.bias, nn.Parameter) else train
-        gain = None if values[0] is None else nn.Parameter(values[0].to(like.dtype), train)
-        bias = nn.Parameter(values[1].to(like.dtype), shift)
+        gain = None if affine[0] is None else nn.Parameter(affine[0].to(like.dtype), train)
+        bias = nn.Parameter(affine[1].to(like.dtype), shift)
     if alpha is not None:
         scalar = _alpha(plan, next(_floats(module), _like(model)))
     rest = norm.drop is not None or norm.act is not None

@@ -141,7 +141,9 @@ def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping
     position, i = min(options, key=lambda option: (option[0].preactivated, option[0].convs, option[0].steps))
     branches = tuple(o for j, o in enumerate(operands) if j != i)
     path = "identity" if position.steps == 0 else "projection" if position.convs else "linear path"
-    return SumNode(node, "residual", f"skip path: {path} from {position.node.name}", position.node, operands[i], branches)
+    return SumNode(
+        node, "residual", f"skip path: {path} from {position.node.name}", position.node, operands[i], branches
+    )
 
 
 def _walk(flow: Flow, operand: fx.Node) -> Iterator[_Position]:
@@ -161,9 +163,9 @@ def _walk(flow: Flow, operand: fx.Node) -> Iterator[_Position]:
         position = _Position(source, position.convs + (role is Role.CONV), position.steps + 1, sliced)
     # A pre-activation block may project what its own norm and activation return: bn -> relu -> conv.
     if position.convs == 1:
-        source = _before_preactivation(flow, position.node)
-        if source is not None:
-            yield _Position(source, 1, position.steps + 1, position.sliced, preactivated=True)
+        origin = _before_preactivation(flow, position.node)
+        if origin is not None:
+            yield _Position(origin, 1, position.steps + 1, position.sliced, preactivated=True)
 
 
 def _before_preactivation(flow: Flow, node: fx.Node) -> fx.Node | None:
@@ -183,9 +185,7 @@ def _splits(flow: Flow, position: _Position, other: fx.Node) -> bool:
     return any(flow.roles[user] is not Role.SLICE for user in flow.users[base] if user in path)
 
 
-def _not_a_branch(
-    flow: Flow, position: _Position, operand: fx.Node, found: Mapping[fx.Node, SumNode]
-) -> str | None:
+def _not_a_branch(flow: Flow, position: _Position, operand: fx.Node, found: Mapping[fx.Node, SumNode]) -> str | None:
     """Say why the path from ``position`` to ``operand`` is no residual branch, or return ``None``."""
     path = flow.between(position.node, operand)
     inside = set(path) | {position.node}

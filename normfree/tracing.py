@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.layers import ChannelAffine, SkipInit, _ScaledWeight
+from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "calls_batch_norm", "meta_copy", "trace"]
@@ -34,13 +34,13 @@ class Graph:
     """One fx graph of one part in one mode.
 
     Attributes:
-        fx: The graph; module targets are relative to the part.
+        nodes: The graph; module targets are relative to the part.
         owners: For each node, the path of the module whose forward created it.
         exits: For each node, the paths of the traced modules that return it, innermost first.
         calls: How often each module was called.
     """
 
-    fx: fx.Graph
+    nodes: fx.Graph
     owners: Mapping[fx.Node, str]
     exits: Mapping[fx.Node, tuple[str, ...]]
     calls: Mapping[str, int]
@@ -136,7 +136,7 @@ class _Tracer(fx.Tracer):
 
 def _is_worth_opening(module: nn.Module) -> bool:
     """Whether anything the analysis asks about can lie inside: every composite, but no layer."""
-    if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, _ScaledWeight, torch.jit.ScriptModule)):
+    if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, torch.jit.ScriptModule)):
         return False
     if isinstance(module, nn.Sequential) or calls_batch_norm(module):
         return True
@@ -151,7 +151,7 @@ def calls_batch_norm(module: nn.Module) -> bool:
 
 
 def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
-    """timm marks the functions that branch on shapes; a model of timm's has imported timm already."""
+    """Timm marks the functions that branch on shapes; a model of timm's has imported timm already."""
     marked = getattr(sys.modules.get("timm.layers"), "get_notrace_functions", None)
     return tuple(marked()) if marked is not None else ()
 

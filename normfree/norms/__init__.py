@@ -8,8 +8,8 @@ from __future__ import annotations
 from normfree.norms import timm as _timm
 from normfree.norms import torch as _torch
 from normfree.norms import torchvision as _torchvision
-from normfree.norms.registry import Norm, describe, is_norm, looks_like_norm, register_norm
+from normfree.norms.registry import Norm, describe, find_norms, is_norm, looks_like_norm, register_norm
 
-__all__ = ["Norm", "describe", "is_norm", "looks_like_norm", "register_norm"]
+__all__ = ["Norm", "describe", "find_norms", "is_norm", "looks_like_norm", "register_norm"]
 
 del _timm, _torch, _torchvision  # imported for their registrations

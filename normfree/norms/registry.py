@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Norm", "describe", "is_norm", "looks_like_norm", "register_norm"]
+__all__ = ["Norm", "describe", "find_norms", "is_norm", "looks_like_norm", "register_norm"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _find(module: nn.Module) -> Describe | None:
     for parent in cls.__mro__:
         found = _BY_TYPE.get(parent) or _BY_NAME.get(f"{parent.__module__}.{parent.__qualname__}")
         if found is not None:
-            return found if cls.forward is parent.forward else None
+            return found if cls.forward is getattr(parent, "forward", None) else None
     return None
 
 
@@ -133,6 +133,17 @@ def describe(module: nn.Module) -> Norm:
     if found is None:
         raise ValueError(f"{type(module).__qualname__} is not a registered norm")
     return found(module)
+
+
+def find_norms(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the first name of every norm with its further names."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_norm(module):
+            known = first.setdefault(id(module), name)
+            found.setdefault(known, []).append(name)
+    return {name: tuple(names[1:]) for name, names in found.items()}
 
 
 def looks_like_norm(module: nn.Module) -> Literal["subclass", "statistics"] | None:

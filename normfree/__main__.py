@@ -1,0 +1,5 @@
+"""``python -m normfree``."""
+
+from normfree.cli import main
+
+main()

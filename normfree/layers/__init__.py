@@ -1,0 +1,15 @@
+"""What remains where a norm was: modules in its slot, and layers that carry alpha and gain on their weight."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from normfree.layers.carriers import ScaledOutput, ScaledWeight, is_carrier, scaled_class
+from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit
+
+__all__ = ["ChannelAffine", "Channels", "Copy", "ScaledWeight", "SkipInit", "is_carrier", "is_normfree", "scaled_class"]
+
+
+def is_normfree(module: nn.Module) -> bool:
+    """Whether ``module`` is one of this package's own layers: how a second conversion is recognised."""
+    return isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, ScaledOutput))

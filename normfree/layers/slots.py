@@ -1,0 +1,142 @@
+"""Modules on activations, for what no weight can absorb."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ChannelAffine", "Channels", "Copy", "SkipInit", "alpha_scale"]
+
+Channels = tuple[int, int] | None
+"""Range ``[start, stop)`` of output channels that alpha scales; ``None`` scales all of them."""
+
+
+def alpha_scale(alpha: Tensor, channels: Channels, features: int) -> Tensor:
+    """Return alpha as a 0-dim scalar, or as a ``(C,)`` vector that is one outside ``channels``.
+
+    A 0-dim tensor does not take part in type promotion, a ``(1,)`` one does: fp32 alpha times a bf16 activation
+    would come out in fp32.
+    """
+    scalar = alpha.reshape(())
+    if channels is None:
+        return scalar
+    start, stop = channels
+    one = torch.ones_like(alpha)
+    return torch.cat([one.expand(start), alpha.expand(stop - start), one.expand(features - stop)])
+
+
+def _per_channel(scale: Tensor, dims: int) -> Tensor:
+    return scale if scale.dim() == 0 else scale.reshape(-1, *(1,) * (dims - 2))
+
+
+class SkipInit(nn.Module):
+    """Multiply by one learnable scalar: the SkipInit multiplier of De & Smith (NeurIPS 2020, section 4).
+
+    Args:
+        alpha: Starting value. 0 makes the branch vanish; ``1 / sqrt(d)`` for ``d`` branches also trains.
+        channels: Scale only this range of channels (dimension 1), or all of them.
+
+    Shape:
+        ``(N, C, *)`` to the same.
+
+    Example:
+        >>> import torch, normfree
+        >>> normfree.SkipInit(0.5)(torch.ones(1, 2))
+        tensor([[0.5000, 0.5000]], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.0,
+        channels: Channels = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        # (1,) and not 0-dim: FSDP refuses 0-dim parameters.
+        self.alpha = nn.Parameter(torch.full((1,), alpha, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``alpha * x``."""
+        if self.channels is None:
+            return x * self.alpha.reshape(())
+        scale = alpha_scale(self.alpha, self.channels, x.shape[1])
+        return x * _per_channel(scale, x.dim()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Say which channels are scaled."""
+        return "" if self.channels is None else f"channels={self.channels}"
+
+
+class ChannelAffine(nn.Module):
+    """What is left of a norm that no weight could absorb: ``alpha * act(drop(gain * x + bias))``.
+
+    Every part may be missing. ``drop`` and ``act`` are the ones a fused norm-and-activation brought along and keep
+    their keys. Without an activation alpha is folded into gain and bias, which costs nothing per image.
+
+    Args:
+        gain: Per-channel scale, shape ``(C,)``.
+        bias: Per-channel shift, shape ``(C,)``.
+        alpha: SkipInit scalar, shape ``(1,)``.
+        channels: Range of channels that alpha scales, or all of them.
+        drop: Dropout that followed the norm.
+        act: Activation that followed the norm.
+
+    Shape:
+        ``(N, C, *)`` to the same.
+    """
+
+    gain: nn.Parameter | None
+    bias: nn.Parameter | None
+    alpha: nn.Parameter | None
+
+    def __init__(
+        self,
+        gain: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        alpha: nn.Parameter | None = None,
+        channels: Channels = None,
+        drop: nn.Module | None = None,
+        act: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_parameter("gain", gain)
+        self.register_parameter("bias", bias)
+        self.register_parameter("alpha", alpha)
+        self.drop = drop
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``alpha * act(drop(gain * x + bias))``."""
+        scale: Tensor | None = self.gain
+        shift: Tensor | None = self.bias
+        alpha = None if self.alpha is None else alpha_scale(self.alpha, self.channels, x.shape[1])
+        if alpha is not None and self.drop is None and self.act is None:
+            scale = alpha if scale is None else scale * alpha
+            shift = None if shift is None else shift * alpha
+            alpha = None
+        if scale is not None:
+            x = x * _per_channel(scale, x.dim()).to(x.dtype)
+        if shift is not None:
+            x = x + _per_channel(shift, x.dim()).to(x.dtype)
+        if self.drop is not None:
+            x = self.drop(x)
+        if self.act is not None:
+            x = self.act(x)
+        return x if alpha is None else x * _per_channel(alpha, x.dim()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Say which parts are there."""
+        parts = [name for name in ("gain", "bias", "alpha") if getattr(self, name) is not None]
+        return ", ".join(parts)
+
+
+class Copy(nn.Module):
+    """Return a copy: a deleted norm whose output is written to in place, where the input must survive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a copy of ``x``."""
+        return x.clone()

@@ -1,0 +1,109 @@
+"""What the command line shows: tables and JSON on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from normfree.errors import AlreadyConvertedError, NoNormError, NormfreeError, UsageError
+
+if TYPE_CHECKING:
+    from normfree.plans import Plan
+    from normfree.proofs import Proof
+
+__all__ = ["note", "plan_tables", "print_json", "print_out", "progress", "proof_table", "reporting"]
+
+
+@contextlib.contextmanager
+def reporting(as_json: bool) -> Iterator[None]:
+    """Exit 2 for wrong usage, 1 for what cannot be converted or read, with the message and no traceback."""
+    try:
+        yield
+    except NormfreeError as error:
+        if as_json:
+            print_json({"ok": False, "error": type(error).__name__, "message": str(error)})
+        else:
+            note(f"error: {error}", style="red")
+        wrong_usage = isinstance(error, UsageError) and not isinstance(error, (NoNormError, AlreadyConvertedError))
+        raise typer.Exit(2 if wrong_usage else 1) from error
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr while the work goes on; ``step(text)`` says what comes next."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=steps)
+
+        def step(text: str) -> None:
+            progress.update(task, description=text, advance=1)
+
+        yield step
+
+
+def plan_tables(plan: Plan) -> None:
+    """Show every norm and every sum of a plan."""
+    from rich.markup import escape
+
+    norms = _table("norm", "type", "fed by", "becomes", "why")
+    for edit in plan.norms:
+        norms.add_row(*map(escape, (edit.name, edit.type, edit.feed, edit.action, edit.reason)))
+    print_out(norms)
+    sums = _table("sum", "kind", "alpha", "why")
+    for total in plan.sums:
+        tails = [f"{a.path} ({a.place}{'' if a.channels is None else f' {a.channels}'})" for a in total.alphas]
+        why = "\n".join((total.reason, *total.declined))
+        sums.add_row(*map(escape, (total.name, total.kind, "\n".join(tails) or "none", why)))
+    if plan.sums:
+        print_out(sums)
+
+
+def proof_table(proofs: tuple[Proof, ...]) -> None:
+    """Show the proofs with their figures."""
+    if not proofs:
+        return
+    from rich.markup import escape
+
+    words = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "not claimed"}
+    table = _table("", "proof", "", "figures")
+    for proof in proofs:
+        table.add_row(str(proof.number), proof.name, words[proof.passed], escape(proof.detail))
+    print_out(table)
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def print_out(what: Any) -> None:
+    """Print text or a table to stdout."""
+    from rich.console import Console
+
+    # Piped into a file or a pager there is no terminal whose width a table should be squeezed into.
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, soft_wrap=isinstance(what, str), highlight=False, markup=not isinstance(what, str)).print(what)
+
+
+def note(text: str, style: str = "yellow") -> None:
+    """Print a message to stderr."""
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text, style=style)
+
+
+def print_json(body: dict[str, Any]) -> None:
+    """Print one line of JSON to stdout."""
+    sys.stdout.write(json.dumps(body) + "\n")

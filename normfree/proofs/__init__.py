@@ -1,0 +1,22 @@
+"""The six proofs, a file for each thing that is proven; a new one is one more entry in :data:`PROOFS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from normfree.proofs.branches import branches_vanish
+from normfree.proofs.case import Case, Proof
+from normfree.proofs.forward import batch_independent, no_norm_runs, same_function
+from normfree.proofs.learning import everything_learns
+from normfree.proofs.state import clean_state
+
+__all__ = ["PROOFS", "Case", "Proof"]
+
+PROOFS: tuple[Callable[[Case], Proof], ...] = (
+    no_norm_runs,
+    batch_independent,
+    same_function,
+    branches_vanish,
+    everything_learns,
+    clean_state,
+)

@@ -1,0 +1,110 @@
+"""Proof 4: at alpha = 0 the network is exactly its skip paths."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.analysis import flows
+from normfree.observing import Recorder, Still, out_of_place
+from normfree.proofs.case import Case, Proof, alpha_of, error_between, some
+from normfree.sums import find_sums, sum_names
+from normfree.tracing import trace
+
+__all__ = ["branches_vanish"]
+
+
+@torch.no_grad()
+def branches_vanish(case: Case) -> Proof:
+    """4: alpha = 0 makes every scaled branch exactly zero, and nothing writes into a skip path."""
+    model = case.double(case.model, training=False)
+    scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
+    for alpha in case.plan.alphas:
+        alpha_of(model, alpha.path).zero_()
+    zero, written, ran = _watch(case, model, set(scaled))
+    blamed = written
+    if written and case.structure is not None:
+        theirs = _watch(case, case.double(case.structure, training=False), set(scaled))[1]
+        blamed = [name for name in written if name not in theirs]
+    alive = [name for name in scaled if name in ran and zero.get(name, 0) < scaled[name]]
+    unseen = [name for name in scaled if name not in ran]
+    moved = _inplace_error(case, model)
+    if moved and case.structure is not None:
+        moved = 0.0 if _inplace_error(case, case.double(case.structure, training=False)) else moved
+    problems = [
+        *([f"branch not zero at {some(alive)}"] if alive else []),
+        *([f"not reached: {some(unseen)}"] if unseen else []),
+        *([f"skip path overwritten at {some(blamed)}"] if blamed else []),
+        *([f"in-place activations change the output by {moved:.1e}"] if moved else []),
+    ]
+    total = sum(scaled.values())
+    detail = "; ".join(problems) or f"{total} branches exactly zero at alpha = 0, their skip paths untouched"
+    return Proof(4, "alpha = 0 leaves exactly the skip paths", not problems, float(len(problems)), detail)
+
+
+def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int], list[str], set[str]]:
+    """Return how many branches are zero at each sum, where a skip path was overwritten, and which sums ran."""
+    sites = frozenset(name for edit in case.plan.norms for name in (edit.name, *edit.aliases))
+    traced = trace(model, sites)
+    zero: dict[str, int] = {}
+    written: list[str] = []
+    for prefix, mode, flow in flows(model, traced, sites):
+        model.train(mode == "train")
+        named = sum_names(flow)
+        watched = {
+            s.node: (s.skip, s.base, s.branches)
+            for s in find_sums(flow)
+            if prefix + named[s.node] in names and s.skip is not None and s.base is not None
+        }
+        module = model.get_submodule(prefix.rstrip("."))
+        arguments = _part_arguments(case, model, module) if watched else None
+        if arguments is None:
+            continue
+        recorder = Recorder(module, flow.graph.nodes, watched)
+        with Still():
+            recorder.run(*arguments)
+        for node, count in recorder.zero_branches.items():
+            name = prefix + named[node]
+            zero[name] = min(count, zero.get(name, count))
+            if not recorder.intact[node]:
+                written.append(name)
+    return zero, list(dict.fromkeys(written)), set(zero)
+
+
+def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> list[Any] | None:
+    """Return what ``part`` is called with when the whole model runs, or ``None`` if it is not called."""
+    args, kwargs = case.inputs()
+    if part is model and not kwargs:
+        return args
+    captured: list[list[Any]] = []
+
+    def keep(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
+        captured.append([*(_clone(x) for x in a), *(_clone(x) for x in k.values())])
+
+    handle = part.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with Still():
+            model(*args, **kwargs)
+    finally:
+        handle.remove()
+    return captured[0] if captured else None
+
+
+def _clone(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _inplace_error(case: Case, model: nn.Module) -> float:
+    """How far the output moves when every in-place activation works out of place."""
+    worst = 0.0
+    for training in (True, False):
+        model.train(training)
+        state = copy.deepcopy(model.state_dict())
+        plain = case.run(model)
+        model.load_state_dict(state)  # a norm that stays updates its statistics in train mode
+        with out_of_place(model):
+            worst = max(worst, error_between(plain, case.run(model)))
+    return worst

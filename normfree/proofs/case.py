@@ -1,0 +1,124 @@
+"""What every proof works on, and what it returns."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.observing import Still, tensors
+from normfree.plans import Plan
+from normfree.reference import Reference
+
+__all__ = ["TOLERANCE", "Case", "Proof", "alpha_of", "error_between", "some"]
+
+TOLERANCE = 1e-9
+"""Relative to the largest output, in float64."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One proof.
+
+    Attributes:
+        number: 1 to 6, as in the documentation.
+        name: What is claimed.
+        passed: The verdict, or ``None`` where nothing is claimed.
+        figure: The measured value behind it: an error, or a count.
+        detail: The figure in words, and the places where it fails.
+    """
+
+    number: int
+    name: str
+    passed: bool | None
+    figure: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A converted model, what it came from, and something to run them on.
+
+    Attributes:
+        model: The converted model.
+        original: The model before conversion, if it is here.
+        structure: The same architecture with any weights, if it is here.
+        reference: Samples of what the original computed, if they are here.
+        plan: The plan that was applied.
+        args: Arguments of a forward pass.
+        kwargs: Keyword arguments of it.
+    """
+
+    model: nn.Module
+    original: nn.Module | None
+    structure: nn.Module | None
+    reference: Reference | None
+    plan: Plan
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @functools.cached_property
+    def kept(self) -> frozenset[str]:
+        """Norms that the plan leaves in place."""
+        return frozenset(edit.name for edit in self.plan.norms if edit.action == "keep")
+
+    def double(self, model: nn.Module, training: bool) -> nn.Module:
+        """Return a copy of ``model`` in float64."""
+        copied = copy.deepcopy(model).double()
+        _strip_hooks(copied)
+        return copied.train(training)
+
+    def run(self, model: nn.Module, sample: int | None = None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """Run ``model`` with dropout off, on everything or on one sample, and return its output tensors."""
+        args, kwargs = self.inputs(sample, dtype)
+        with Still():
+            return tensors(model(*args, **kwargs))
+
+    def inputs(self, sample: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[list[Any], dict[str, Any]]:
+        """Return fresh arguments: a model may write into its input."""
+
+        def pick(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x = x.detach().to(dtype) if x.is_floating_point() else x.detach()
+            return (x if sample is None else x[sample : sample + 1]).clone()
+
+        return [pick(x) for x in self.args], {name: pick(x) for name, x in self.kwargs.items()}
+
+
+def _strip_hooks(model: nn.Module) -> None:
+    """The user's hooks must not see the runs of a proof; those of torch's own weight reparametrisations must stay."""
+    for module in model.modules():
+        module._forward_hooks.clear()
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if not type(hook).__module__.startswith("torch.nn.utils"):
+                del module._forward_pre_hooks[key]
+
+
+def error_between(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference over the largest value, over all outputs."""
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.is_floating_point() and x.numel():
+            difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-300)
+            worst = max(worst, float(difference)) if bool(torch.isfinite(difference)) else float("inf")
+    return worst
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    """Return the first names and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def alpha_of(model: nn.Module, path: str) -> nn.Parameter:
+    """Return the alpha that the module at ``path`` carries."""
+    alpha = model.get_submodule(path).alpha
+    if not isinstance(alpha, nn.Parameter):
+        raise TypeError(f"{path} carries no alpha")
+    return alpha

@@ -1,0 +1,57 @@
+"""Proof 6: nothing of the norms is left in the state, and nothing else has changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normfree.proofs.case import Case, Proof, some
+
+__all__ = ["clean_state"]
+
+
+def clean_state(case: Case) -> Proof:
+    """6: no statistics are left, and keys outside the plan are the original's."""
+    state = case.model.state_dict()
+    inside = tuple(f"{name}." for name in case.kept)
+    statistics = [
+        key
+        for key in state
+        if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        and not key.startswith(inside)
+    ]
+    problems = [f"statistics left: {some(statistics)}"] if statistics else []
+    if case.structure is not None:
+        problems += _key_changes(case, case.structure.state_dict(), state)
+    detail = "; ".join(problems) or f"{len(state)} keys, none of them statistics"
+    return Proof(6, "no statistics are left in the state", not problems, float(len(problems)), detail)
+
+
+def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """Compare with the original: only what the plan names may differ, in keys and (``preserve``) in values."""
+    names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
+    slots = tuple(f"{name}." for name in names)
+    touched = {f"{edit.producer}.{leaf}" for edit in case.plan.removed for leaf in ("gain", "bias")}
+    touched |= {f"{path}.bias" for path in case.plan.biases} | {f"{a.path}.alpha" for a in case.plan.alphas}
+    shared = _aliases(case.model, touched)
+    lost = [k for k in before if k not in state and not k.startswith(slots)]
+    new = [k for k in state if k not in before and k not in shared and not k.startswith(slots)]
+    drawn = {f"{path}.{leaf}" for path, _ in case.plan.weights for leaf in ("weight", "bias")}
+    moved = [
+        k
+        for k in state
+        if k in before
+        and k not in shared | _aliases(case.model, drawn)
+        and not k.startswith(slots)
+        and not torch.equal(state[k].cpu(), before[k].cpu())
+    ]
+    compare = case.original is not None and case.plan.init == "preserve"
+    named = {"keys lost": lost, "keys unplanned": new, "values changed": moved if compare else []}
+    return [f"{what}: {some(keys)}" for what, keys in named.items() if keys]
+
+
+def _aliases(model: nn.Module, names: set[str]) -> set[str]:
+    """Add the further names of parameters that are registered more than once."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {id(every[name]) for name in names if name in every}
+    return names | {name for name, parameter in every.items() if id(parameter) in chosen}

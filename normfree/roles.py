@@ -1,0 +1,134 @@
+"""What functions, methods and layers do to their input: the tables behind :class:`normfree.graph.Flow`.
+
+Types of timm and torchvision stand here by qualified name, since neither may be imported for it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+__all__ = ["Role", "function_role", "method_role", "module_role"]
+
+
+class Role(Enum):
+    """What a node does to its (first) data input."""
+
+    NORM = auto()
+    CONV = auto()  # convolution or linear of any kind
+    PASS = auto()  # identity, dropout, stochastic depth: commutes with a scalar, keeps zero zero
+    RESHAPE = auto()
+    POOL = auto()
+    PAD = auto()
+    UPSAMPLE = auto()
+    SLICE = auto()
+    SPLIT = auto()
+    ADD = auto()
+    MUL = auto()
+    CAT = auto()
+    INPUT = auto()
+    OTHER = auto()  # activations, and everything unknown
+
+
+_FUNCTIONS: dict[Callable[..., Any], Role] = {
+    operator.add: Role.ADD,
+    operator.iadd: Role.ADD,
+    torch.add: Role.ADD,
+    operator.mul: Role.MUL,
+    operator.imul: Role.MUL,
+    torch.mul: Role.MUL,
+    torch.cat: Role.CAT,
+    torch.concat: Role.CAT,
+    torch.chunk: Role.SPLIT,
+    torch.split: Role.SPLIT,
+    torch.unbind: Role.SPLIT,
+    torch.flatten: Role.RESHAPE,
+    torch.reshape: Role.RESHAPE,
+    torch.permute: Role.RESHAPE,
+    torch.transpose: Role.RESHAPE,
+    torch.squeeze: Role.RESHAPE,
+    torch.unsqueeze: Role.RESHAPE,
+    F.pad: Role.PAD,
+    F.interpolate: Role.UPSAMPLE,
+    F.dropout: Role.PASS,
+    F.dropout1d: Role.PASS,
+    F.dropout2d: Role.PASS,
+    F.dropout3d: Role.PASS,
+    torch.dropout: Role.PASS,
+    F.linear: Role.CONV,
+    F.conv1d: Role.CONV,
+    F.conv2d: Role.CONV,
+    F.conv3d: Role.CONV,
+}
+_FUNCTION_NAMES: dict[str, Role] = {
+    "stochastic_depth": Role.PASS,
+    "drop_path": Role.PASS,
+    **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
+    **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
+}
+_METHODS: dict[str, Role] = {
+    "add": Role.ADD,
+    "add_": Role.ADD,
+    "mul": Role.MUL,
+    "mul_": Role.MUL,
+    "chunk": Role.SPLIT,
+    "split": Role.SPLIT,
+    "unbind": Role.SPLIT,
+    **dict.fromkeys(
+        ("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "reshape_as"),
+        Role.RESHAPE,
+    ),
+    "view_as": Role.RESHAPE,
+}
+_MODULES: tuple[tuple[tuple[type[nn.Module], ...], Role], ...] = (
+    ((nn.modules.conv._ConvNd, nn.Linear), Role.CONV),
+    ((nn.Identity, nn.modules.dropout._DropoutNd), Role.PASS),
+    ((nn.Flatten, nn.Unflatten), Role.RESHAPE),
+    ((nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._LPPoolNd), Role.POOL),
+    ((nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd), Role.POOL),
+    (
+        (
+            nn.modules.padding._ConstantPadNd,
+            nn.modules.padding._ReflectionPadNd,
+            nn.modules.padding._ReplicationPadNd,
+            nn.modules.padding._CircularPadNd,
+        ),
+        Role.PAD,
+    ),
+    ((nn.Upsample, nn.PixelShuffle), Role.UPSAMPLE),
+)
+# By qualified name, since these libraries must not be imported for it.
+_MODULE_NAMES: dict[str, Role] = {
+    "timm.layers.drop.DropPath": Role.PASS,
+    "torchvision.ops.stochastic_depth.StochasticDepth": Role.PASS,
+    "timm.layers.blur_pool.BlurPool2d": Role.POOL,
+}
+
+
+def function_role(node: fx.Node) -> Role:
+    """Return what a ``call_function`` node does."""
+    return _FUNCTIONS.get(cast(Any, node.target)) or _FUNCTION_NAMES.get(
+        getattr(node.target, "__name__", ""), Role.OTHER
+    )
+
+
+def method_role(node: fx.Node) -> Role:
+    """Return what a ``call_method`` node does."""
+    return _METHODS.get(str(node.target), Role.OTHER)
+
+
+def module_role(module: nn.Module) -> Role:
+    """Return what a layer does."""
+    if isinstance(module, nn.Sequential) and len(module) == 0:
+        return Role.PASS
+    for kinds, role in _MODULES:
+        if isinstance(module, kinds):
+            return role
+    cls = type(module)
+    return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)

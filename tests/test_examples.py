@@ -1,0 +1,35 @@
+"""Every example runs as people run it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def _run(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_quickstart_sees_the_same_on_real_photographs(tmp_path: Path) -> None:
+    out = _run("quickstart.py", tmp_path)
+    assert out.count("espresso 94.4%") == 2
+    assert "Egyptian cat" in out
+    differences = [float(text) for text in re.findall(r"largest difference[^:0-9]*:? ([0-9.e+-]+)", out)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-4
+    assert "all three top-5 lists agree" in out
+    assert (tmp_path / "lite0-nf.safetensors").stat().st_size > 10_000_000
+
+
+def test_every_example_is_tested() -> None:
+    text = Path(__file__).read_text()
+    scripts = [path.name for path in EXAMPLES.glob("*.py")]
+    assert scripts
+    assert [name for name in scripts if f'"{name}"' not in text] == []
