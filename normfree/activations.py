@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normfree.graph import Flow, Role
+from normfree.roles import elementwise
 
 __all__ = ["Activation", "as_activation", "gain_of"]
 
@@ -44,29 +45,12 @@ def _as_function(flow: Flow, node: fx.Node) -> Activation | None:
 
 
 def _acts_elementwise(flow: Flow, node: fx.Node, function: Activation) -> bool:
-    """Whether shuffling the entries of a tensor shuffles the result: pools, softmax and filters fail.
-
-    Remembered by type and settings, which decide it.
-    """
+    """Whether the operation works entry by entry; remembered by type and settings, which decide it."""
     module = flow.module(node)
     key: Any = (type(module), repr(module)) if module is not None else (node.target, repr(node.kwargs))
     if key not in flow.memo:
-        flow.memo[key] = _probe(function)
+        flow.memo[key] = elementwise(function) is not None
     return flow.memo[key]
-
-
-def _probe(function: Activation) -> bool:
-    x = torch.linspace(-3.0, 3.0, 96).reshape(2, 3, 4, 4)
-    # 29 has no factor in common with 96, so this visits every entry once and keeps none in its row or channel.
-    order = torch.arange(96) * 29 % 96
-    try:
-        with torch.no_grad():
-            result, shuffled = function(x.clone()), function(x.flatten()[order].reshape(x.shape))
-    except Exception:  # not a function of one tensor of this shape, whatever it raises
-        return False
-    same = isinstance(result, Tensor) and isinstance(shuffled, Tensor) and result.shape == x.shape
-    # Vectorised loops round the same entry differently at different places.
-    return same and torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6)
 
 
 def gain_of(activation: Activation | None) -> float:

@@ -5,8 +5,9 @@ Both modes of every part are analysed; a fact holds only if every graph in which
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -58,40 +59,74 @@ class Findings:
 
 def flows(model: nn.Module, trace: Trace, sites: Iterable[str]) -> Iterator[tuple[str, str, Flow]]:
     """Yield ``(part, mode, flow)`` for every graph of a trace."""
+    sites = tuple(sites)
+    shared = _shared_between_parts(model, trace)
     for part in trace.parts:
         prefix = f"{part.path}." if part.path else ""
         below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
         modules = dict(model.get_submodule(part.path).named_modules(remove_duplicate=False))
         for mode in MODES:
-            yield prefix, mode, Flow(part.graphs[mode], modules, below)
+            yield prefix, mode, Flow(part.graphs[mode], modules, below, shared)
 
 
-def analyse(model: nn.Module, trace: Trace, sites: Iterable[str]) -> Findings:
-    """Analyse every graph of a trace; ``model`` is the module it was taken from."""
+def _shared_between_parts(model: nn.Module, trace: Trace) -> frozenset[int]:
+    """Return the identities of modules that more than one part calls."""
+    counts: Counter[int] = Counter()
+    for part in trace.parts:
+        root = model.get_submodule(part.path)
+        counts.update({id(root.get_submodule(path)) for graph in part.graphs.values() for path in graph.calls})
+    return frozenset(module for module, count in counts.items() if count > 1)
+
+
+def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]) -> Findings:
+    """Analyse every graph of a trace.
+
+    Args:
+        model: The module it was taken from.
+        trace: The trace.
+        norms: The first name of every norm with its further names, as :func:`normfree.norms.find_norms` returns them.
+    """
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}
-    functional: dict[str, None] = {}
     rescaled: dict[str, Activation | None] = {}
-    for prefix, _, flow in flows(model, trace, sites):
+    functional: dict[str, None] = {}
+    first = {name: known for known, more in norms.items() for name in (known, *more)}
+    for prefix, _, flow in flows(model, trace, first):
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
         rescaled.update({prefix + path: activation for path, activation in rescaled_layers(flow)})
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
                 site = find_site(flow, node, prefix)
+                site = replace(site, name=first[site.name])
+                if site.producer is not None and _may_be_called_apart(flow, node, prefix):
+                    why = "what calls it cannot be traced and may call its layers one by one"
+                    site = replace(site, producer=None, why=why)
                 found_sites[site.name] = agree(found_sites.get(site.name), site)
         names = sum_names(flow)
         for found in find_sums(flow):
-            total = _sum(flow, found, prefix, names[found.node])
+            total = _sum(flow, found, prefix, names[found.node], first)
             found_sums[total.name] = _agree_sum(found_sums.get(total.name), total)
     return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional))
 
 
-def _sum(flow: Flow, found: SumNode, prefix: str, name: str) -> Sum:
+def _may_be_called_apart(flow: Flow, node: fx.Node, prefix: str) -> bool:
+    """Whether only plain ``nn.Sequential`` containers stand between a layer and a module that cannot be traced.
+
+    Such a module may well iterate over the container or index it, and use what lies between its layers.
+    """
+    if not prefix:
+        return False
+    owner = flow.graph.owners[node]
+    chain = ["", *(owner[: i + 1] for i in range(len(owner)) if i + 1 == len(owner) or owner[i + 1] == ".")]
+    return all(type(flow.modules[path]) is nn.Sequential for path in chain)
+
+
+def _sum(flow: Flow, found: SumNode, prefix: str, name: str, first: Mapping[str, str]) -> Sum:
     branches = []
     for operand in found.branches:
-        norms = _norms_between(flow, found.base, operand, prefix)
+        norms = tuple(first[norm] for norm in _norms_between(flow, found.base, operand, prefix))
         candidates, why = find_candidates(flow, operand, found.node)
-        branches.append(Branch(norms, tuple(_prefixed(c, prefix) for c in candidates), why))
+        branches.append(Branch(norms, tuple(_prefixed(c, prefix, first) for c in candidates), why))
     return Sum(prefix + name, found.kind, found.reason, tuple(branches))
 
 
@@ -101,9 +136,10 @@ def _norms_between(flow: Flow, base: fx.Node | None, end: fx.Node, prefix: str) 
     return tuple(prefix + str(n.target) for n in flow.between(base, end) if flow.roles[n] is Role.NORM)
 
 
-def _prefixed(candidate: Candidate, prefix: str) -> Candidate:
-    through = tuple(prefix + name for name in candidate.through)
-    return Candidate(prefix + candidate.path, candidate.place, through, candidate.channels)
+def _prefixed(candidate: Candidate, prefix: str, first: Mapping[str, str]) -> Candidate:
+    path = prefix + candidate.path
+    through = tuple(first[prefix + name] for name in candidate.through)
+    return replace(candidate, path=first.get(path, path), through=through)
 
 
 def _functional_norms(flow: Flow, prefix: str) -> Iterator[str]:

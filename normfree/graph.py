@@ -7,7 +7,7 @@ look as if it were used twice. :class:`Flow` is the graph with such edges remove
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import EllipsisType
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import fx, nn
 
 from normfree.layers import ChannelAffine
 from normfree.norms import describe, is_norm
-from normfree.roles import Role, function_role, method_role, module_role
+from normfree.roles import Role, elementwise, function_role, method_role, module_role
 from normfree.tracing import Graph
 
-__all__ = ["Flow", "Role", "is_inplace"]
+__all__ = ["Flow", "Role", "is_inplace", "writes_unannounced"]
 
 
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point", "get_device"}
+_NEW = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
+_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 _SHAPE_FROM_SECOND = {"reshape_as", "view_as", "expand_as", "type_as"}
 
 
@@ -31,6 +33,9 @@ class Flow:
     Attributes:
         nodes: The nodes that carry data, in order.
         graph: Where they come from.
+        modules: The modules of the part by their paths in it.
+        sites: Paths of the norms, or of what has taken their place.
+        shared: Identities of modules that other parts call too.
         index: Position of each node in ``nodes``.
         inputs: The data inputs of each node.
         users: The data users of each node (``output`` counts).
@@ -40,9 +45,12 @@ class Flow:
         memo: Answers that hold for the whole graph, for whoever asks twice.
     """
 
-    def __init__(self, graph: Graph, modules: Mapping[str, nn.Module], sites: Iterable[str]) -> None:
+    def __init__(
+        self, graph: Graph, modules: Mapping[str, nn.Module], sites: Iterable[str], shared: Container[int] = ()
+    ) -> None:
         self.graph = graph
         self.modules = modules
+        self.shared = shared
         self.sites = frozenset(sites)
         self.memo: dict[Any, bool] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -97,8 +105,9 @@ class Flow:
         return module.act if isinstance(module, ChannelAffine) else None
 
     def called_once(self, node: fx.Node) -> bool:
-        """Whether the module that ``node`` calls is called nowhere else in this graph."""
-        return self.graph.calls.get(str(node.target)) == 1
+        """Whether the module that ``node`` calls is called nowhere else, in this graph or in another part."""
+        once = self.graph.calls.get(str(node.target)) == 1
+        return once and id(self.modules[str(node.target)]) not in self.shared
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
@@ -111,13 +120,17 @@ class Flow:
             role = _getitem_role(node, self.roles.get(self.inputs[node][0]))
         else:
             role = function_role(node)
-        if role in (Role.ADD, Role.MUL):
-            operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.inputs]
-            if len(operands) == 2:
-                return role
-            # A constant factor commutes with alpha, a constant summand does not.
-            return Role.PASS if role is Role.MUL and len(operands) == 1 else Role.OTHER
-        return role
+        return self._arithmetic(node, role) if role in (Role.ADD, Role.MUL, Role.DIV) else role
+
+    def _arithmetic(self, node: fx.Node, role: Role) -> Role:
+        """Only two activations make a sum or a product; a constant factor commutes with alpha, a summand does not."""
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.inputs]
+        if len(operands) == 2:
+            return Role.OTHER if role is Role.DIV else role
+        if role is Role.DIV:
+            return Role.PASS if operands == [node.args[0]] else Role.OTHER
+        neutral = role is Role.ADD and any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
+        return Role.PASS if len(operands) == 1 and (role is Role.MUL or neutral) else Role.OTHER
 
 
 def _getitem_role(node: fx.Node, source: Role | None) -> Role:
@@ -128,7 +141,9 @@ def _getitem_role(node: fx.Node, source: Role | None) -> Role:
 
 def _is_shape(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return node.target in _SHAPE_METHODS
+        return node.target in _SHAPE_METHODS or node.target in _NEW
+    if getattr(node.target, "__name__", "") in _LIKE:
+        return True
     return node.op == "call_function" and node.target is getattr and node.args[1] not in ("T", "mT", "real", "data")
 
 
@@ -141,7 +156,8 @@ def _data_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
 def is_inplace(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node writes into its first argument."""
     if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
+        module = modules[str(node.target)]
+        return bool(getattr(module, "inplace", False)) or writes_unannounced(module)
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
@@ -149,6 +165,13 @@ def is_inplace(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     name = getattr(node.target, "__name__", "")
     in_place_name = name.endswith("_") and not name.endswith("__")
     return bool(node.kwargs.get("inplace")) or in_place_name or node.target in _IN_PLACE_OPERATORS
+
+
+def writes_unannounced(module: nn.Module) -> bool:
+    """Whether a layer of the user's own works in place without an ``inplace`` flag to say so, or to switch."""
+    if type(module).__module__.startswith("torch.nn") or hasattr(module, "inplace"):
+        return False
+    return not any(True for _ in module.children()) and elementwise(module) == "in place"
 
 
 _IN_PLACE_OPERATORS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}

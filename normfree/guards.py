@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normfree.errors import AlreadyConvertedError, NoNormError, UnsupportedModelError, UsageError, WrappedModelError
+from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError
 from normfree.layers import is_normfree
-from normfree.norms import Norm, is_norm, looks_like_norm
+from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
 from normfree.plans import Init
 
-__all__ = ["PLAN_ATTRIBUTE", "check_arguments", "check_model", "check_support", "check_wrapping"]
+__all__ = ["PLAN_ATTRIBUTE", "check_arguments", "check_model", "check_wrapping", "is_lazy", "module_problems"]
 
 PLAN_ATTRIBUTE = "_normfree_plan"
 """Where a converted root keeps its plan, so that it can be saved and verified."""
@@ -32,7 +32,7 @@ def check_arguments(init: str, alpha: object, scope: str) -> None:
         raise UsageError(f"alpha is {alpha!r}; it must be a finite number or 'rsqrt_depth'")
 
 
-def check_model(model: nn.Module, norms: tuple[str, ...]) -> None:
+def check_model(model: nn.Module) -> None:
     """Refuse what is no model, is wrapped, is itself a norm, or was converted before."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -44,6 +44,7 @@ def check_model(model: nn.Module, norms: tuple[str, ...]) -> None:
         )
     ours = [name for name, module in model.named_modules() if is_normfree(module)]
     if ours or PLAN_ATTRIBUTE in model.__dict__:
+        norms = list(find_norms(model))
         left = f"; norms left or added since: {', '.join(norms[:5])}" if norms else ""
         where = f" (for example {ours[0]!r})" if ours else ""
         raise AlreadyConvertedError(
@@ -77,21 +78,21 @@ _WRAPPERS = {
 }
 
 
-def check_support(
-    model: nn.Module, norms: Mapping[str, Norm], functional: tuple[str, ...], init: Init, exclude: tuple[str, ...]
-) -> None:
-    """Collect everything that stands in the way, then raise once."""
+def module_problems(
+    model: nn.Module, norms: Mapping[str, Norm], init: Init, exclude: tuple[str, ...]
+) -> dict[str, str]:
+    """Collect what stands in the way of a conversion, by module."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         problem = _module_problem(module, norms.get(name), init)
         if problem is not None and not any(fnmatchcase(name, pattern) for pattern in exclude):
             found[name] = f"{name} ({type(module).__qualname__}): {problem}"
-    for place in functional:
-        found[place] = f"{place}: calls F.batch_norm on an activation; use an nn.BatchNorm module there"
-    if found:
-        raise UnsupportedModelError(tuple(found.values()))
-    if not norms:
-        raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
+    return found
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Whether a module has no shape yet, so that the model cannot even be traced."""
+    return any(isinstance(module, LazyModuleMixin) for module in model.modules())
 
 
 def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | None:

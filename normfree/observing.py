@@ -19,8 +19,13 @@ def tensors(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+# Half: `rand() < keep` and `floor(keep + rand())` both keep, for every keep above a half.
+_DRAWS = {"aten::bernoulli": 1.0, "aten::bernoulli_": 1.0, "aten::rand": 0.5, "aten::rand_like": 0.5}
+_DRAWS |= {"aten::uniform_": 0.5, "aten::randn": 0.0, "aten::randn_like": 0.0, "aten::normal_": 0.0}
+
+
 class Still(TorchDispatchMode):
-    """Dropout and stochastic depth keep everything, in whatever form they are written: every draw is a success."""
+    """Dropout, stochastic depth and noise stand still, in whatever form they are written: every draw is the same."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -28,14 +33,12 @@ class Still(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if name == "aten::bernoulli_":
-            return args[0].fill_(1)
         if name == "aten::native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if name == "aten::rrelu_with_noise":
+            return torch.ops.aten.leaky_relu(args[0], (args[2] + args[3]) / 2)
         result = func(*args, **kwargs)
-        if name == "aten::bernoulli":
-            return torch.ones_like(result)
-        return result
+        return result.fill_(_DRAWS[name]) if name in _DRAWS else result
 
 
 class NormSpy(TorchDispatchMode):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import nn
 
 from normfree.activations import gain_of
 from normfree.analysis import Branch, Findings, Site, Sum, analyse
-from normfree.guards import check_arguments, check_model, check_support
+from normfree.errors import NoNormError, UnsupportedModelError
+from normfree.guards import check_arguments, check_model, is_lazy, module_problems
 from normfree.layers import Channels
 from normfree.norms import Norm, describe, find_norms, is_norm
 from normfree.plans import Action, Alpha, Init, NormEdit, Plan, SumEdit
@@ -57,14 +59,20 @@ def plan(
         alphas: 8 placed, 0 declined
     """
     check_arguments(init, alpha, scope)
+    check_model(model)
     norms = find_norms(model)
-    check_model(model, tuple(norms))
     described = {name: describe(model.get_submodule(name)) for name in norms}
-    copied = meta_copy(model)
-    traced = trace(copied, frozenset(norms))
-    findings = analyse(copied, traced, norms)
     chosen, why = _choose_init(init, described.values())
-    check_support(model, described, findings.functional, chosen, as_patterns(exclude))
+    problems = module_problems(model, described, chosen, as_patterns(exclude))
+    if is_lazy(model):
+        raise UnsupportedModelError(tuple(problems.values()))
+    traced, findings = _look(model, norms)
+    for place in findings.functional:
+        problems[place] = f"{place}: calls F.batch_norm on an activation; use an nn.BatchNorm module there"
+    if problems:
+        raise UnsupportedModelError(tuple(problems.values()))
+    if not norms:
+        raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
     kept = kept_norms(described, findings, as_patterns(include), as_patterns(exclude), scope)
     edits = tuple(
         _norm_edit(name, aliases, model.get_submodule(name), findings.sites.get(name), chosen, kept.get(name), traced)
@@ -85,6 +93,14 @@ def plan(
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, described))),
         opaque=tuple(traced.opaque.items()),
     )
+
+
+def _look(model: nn.Module, norms: Mapping[str, tuple[str, ...]]) -> tuple[Trace, Findings]:
+    """Trace and analyse a copy; the user's generator and modules stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        copied = meta_copy(model)
+        traced = trace(copied, frozenset(name for first, more in norms.items() for name in (first, *more)))
+        return traced, analyse(copied, traced, norms)
 
 
 def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
@@ -115,7 +131,8 @@ def _norm_edit(
         return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
     action = "affine" if init == "preserve" else "delete"
     has_act = describe(module).act is not None
-    copy = action == "delete" and not site.fresh and site.unsafe_write and not has_act
+    copy = site.input_written or (not site.fresh and site.unsafe_write and not has_act)
+    copy = copy and action == "delete"
     return replace(edit, action=action, reason=site.why, copy=copy)
 
 
@@ -203,7 +220,7 @@ def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, norms: dict[s
     for edit in edits:
         site = findings.sites.get(edit.name)
         if edit.action != "delete" or site is None or site.fresh or edit.copy:
-            continue
+            continue  # nothing to protect, or the slot copies
         act = norms[edit.name].act
         if act is not None:
             if getattr(act, "inplace", False):

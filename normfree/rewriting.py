@@ -108,10 +108,9 @@ def _prepare(model: nn.Module, plan: Plan) -> _Writes:
             carrier.alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
             carrier.channels = alpha.channels
         elif alpha.place == "slot":
-            like = _like(model)
-            writes.slots[alpha.path] = SkipInit(plan.alpha, alpha.channels, device=like.device, dtype=like.dtype)
+            writes.slots[alpha.path] = _skipinit(_alpha_beside(plan, module, model), alpha.channels)
         elif alpha.place == "output":
-            writes.outputs[alpha.path] = _alpha(plan, next(_floats(module), _like(model)))
+            writes.outputs[alpha.path] = _alpha_beside(plan, module, model)
     for path, slot in writes.slots.items():
         _take_over(model.get_submodule(path), slot)
     return writes
@@ -125,18 +124,30 @@ def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> 
     if edit.action in ("affine", "bias"):
         like = next(_floats(module), _like(model))
         affine = norm.affine() if edit.action == "affine" else (None, torch.zeros(norm.features, device=like.device))
-        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else True
+        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else _trains(model)
         shift = norm.bias.requires_grad if isinstance(norm.bias, nn.Parameter) else train
         gain = None if affine[0] is None else nn.Parameter(affine[0].to(like.dtype), train)
         bias = nn.Parameter(affine[1].to(like.dtype), shift)
     if alpha is not None:
-        scalar = _alpha(plan, next(_floats(module), _like(model)))
+        scalar = _alpha_beside(plan, module, model)
+    if edit.copy and norm.drop is not None and norm.act is None and scalar is None:
+        return nn.Sequential(Copy(), norm.drop)  # a dropout that is off returns its input itself
     rest = norm.drop is not None or norm.act is not None
     if not rest and gain is None and bias is None:
         if alpha is not None and scalar is not None:
-            return SkipInit(plan.alpha, alpha.channels, device=scalar.device, dtype=scalar.dtype)
+            return _skipinit(scalar, alpha.channels)
         return Copy() if edit.copy else nn.Identity()
     return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act)
+
+
+def _trains(model: nn.Module) -> bool:
+    return any(p.requires_grad for p in model.parameters()) or not any(True for _ in model.parameters())
+
+
+def _skipinit(alpha: nn.Parameter, channels: Channels) -> SkipInit:
+    slot = SkipInit(channels=channels)
+    slot.alpha = alpha
+    return slot
 
 
 def _fold(model: nn.Module, edit: NormEdit) -> _Carrier:
@@ -155,8 +166,15 @@ def _fold(model: nn.Module, edit: NormEdit) -> _Carrier:
     )
 
 
-def _alpha(plan: Plan, like: Tensor, requires_grad: bool = True) -> nn.Parameter:
+def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(torch.full((1,), plan.alpha, device=like.device, dtype=like.dtype), requires_grad)
+
+
+def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Parameter:
+    """Build an alpha that is like the module's own parameters: a frozen part of a model stays frozen."""
+    parameters = list(module.parameters()) or list(model.parameters())
+    like = next(_floats(module), _like(model))
+    return _alpha(plan, like, any(p.requires_grad for p in parameters) or not parameters)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
@@ -183,10 +201,12 @@ def _like(model: nn.Module) -> Tensor:
 def _take_over(old: nn.Module, new: nn.Module) -> None:
     """The slot keeps the norm's mode and its hooks."""
     new.training = old.training
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, name).update(getattr(old, name))
-    for name in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(new, name).update(getattr(old, name))
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]  # the same dict: a handle must still find what it removes
+
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _write_carrier(layer: nn.Module, carrier: _Carrier) -> None:

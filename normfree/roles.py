@@ -8,13 +8,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["Role", "function_role", "method_role", "module_role"]
+__all__ = ["VIEWS", "Role", "elementwise", "function_role", "method_role", "module_role"]
 
 
 class Role(Enum):
@@ -31,6 +31,7 @@ class Role(Enum):
     SPLIT = auto()
     ADD = auto()
     MUL = auto()
+    DIV = auto()
     CAT = auto()
     INPUT = auto()
     OTHER = auto()  # activations, and everything unknown
@@ -43,6 +44,9 @@ _FUNCTIONS: dict[Callable[..., Any], Role] = {
     operator.mul: Role.MUL,
     operator.imul: Role.MUL,
     torch.mul: Role.MUL,
+    operator.truediv: Role.DIV,
+    operator.itruediv: Role.DIV,
+    torch.div: Role.DIV,
     torch.cat: Role.CAT,
     torch.concat: Role.CAT,
     torch.chunk: Role.SPLIT,
@@ -77,6 +81,8 @@ _METHODS: dict[str, Role] = {
     "add_": Role.ADD,
     "mul": Role.MUL,
     "mul_": Role.MUL,
+    "div": Role.DIV,
+    "div_": Role.DIV,
     "chunk": Role.SPLIT,
     "split": Role.SPLIT,
     "unbind": Role.SPLIT,
@@ -132,3 +138,40 @@ def module_role(module: nn.Module) -> Role:
             return role
     cls = type(module)
     return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)
+
+
+# Further methods whose result may share memory with the tensor they are called on.
+VIEWS = {
+    "narrow",
+    "select",
+    "expand",
+    "expand_as",
+    "unfold",
+    "diagonal",
+    "detach",
+    "swapaxes",
+    "movedim",
+    "t",
+    "as_strided",
+}
+
+
+def elementwise(function: Callable[[Tensor], Tensor]) -> Literal["pure", "in place"] | None:
+    """Say whether a function works entry by entry, and whether it writes into its input; ``None`` if it does not.
+
+    Told by what it does: shuffling the entries must shuffle the result. Pools, softmax and filters fail.
+    """
+    x = torch.linspace(-3.0, 3.0, 96).reshape(2, 3, 4, 4)
+    # 29 has no factor in common with 96, so this visits every entry once and keeps none in its row or channel.
+    order = torch.arange(96) * 29 % 96
+    given = x.clone()
+    try:
+        with torch.no_grad():
+            result, shuffled = function(given), function(x.flatten()[order].reshape(x.shape))
+    except Exception:  # not a function of one tensor of this shape, whatever it raises
+        return None
+    same = isinstance(result, Tensor) and isinstance(shuffled, Tensor) and result.shape == x.shape
+    # Vectorised loops round the same entry differently at different places.
+    if not same or not torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6):
+        return None
+    return "pure" if torch.equal(given, x) else "in place"

@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from normfree.activations import Activation, as_activation
-from normfree.graph import Flow, Role, is_inplace
+from normfree.graph import Flow, Role, is_inplace, writes_unannounced
 from normfree.layers import is_carrier
 from normfree.norms import describe
+from normfree.roles import VIEWS
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
 
@@ -28,6 +29,7 @@ class Site:
         why: Why there is no producer.
         feeds: Convolutions and linears that its output reaches through activations.
         fresh: Its input is a new tensor that nobody else reads, so writing into it is harmless.
+        input_written: Somebody else writes into its input in place, later.
         writers: Modules that write into its output in place, and so into its input once it is gone.
         unsafe_write: An operation that does the same and has no module to switch.
     """
@@ -38,6 +40,7 @@ class Site:
     why: str
     feeds: tuple[str, ...]
     fresh: bool
+    input_written: bool
     writers: tuple[str, ...]
     unsafe_write: bool
 
@@ -54,6 +57,7 @@ def find_site(flow: Flow, node: fx.Node, prefix: str) -> Site:
         why=why,
         feeds=tuple(prefix + path for path in dict.fromkeys(_feeds(flow, node))),
         fresh=_is_fresh(flow, source) and flow.users[source] == [node],
+        input_written=_input_is_written_later(flow, node, source),
         writers=tuple(prefix + path for path in writers),
         unsafe_write=unsafe,
     )
@@ -69,15 +73,14 @@ def _feed(flow: Flow, source: fx.Node, prefix: str) -> str:
 def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, str]:
     """Return the conv or linear whose weight can take the norm's gain, or why there is none."""
     module = flow.module(source)
-    calls = flow.graph.calls[str(node.target)]
-    if calls != 1:
-        return None, f"the norm is called {calls} times"
+    if not flow.called_once(node):
+        return None, "the norm is called more than once"
     if module is None or flow.roles[source] is not Role.CONV:
         return None, "not fed by a convolution or linear"
     if not is_carrier(module):
         return None, f"fed by {type(module).__name__}, whose forward or weight is not torch's own"
     if not flow.called_once(source):
-        return None, f"{source.target} is called {flow.graph.calls[str(source.target)]} times"
+        return None, f"{source.target} is called more than once"
     others = [user.name for user in flow.users[source] if user is not node]
     if others:
         return None, f"{source.target} also feeds {', '.join(others)}"
@@ -99,10 +102,10 @@ def _is_matrix(flow: Flow, node: fx.Node) -> bool:
         if role is Role.RESHAPE:
             if isinstance(module, nn.Flatten):
                 return (module.start_dim, module.end_dim) == (1, -1)
-            dims = (*node.args[1:], *node.kwargs.values())
             if node.target in (torch.flatten, "flatten"):
-                return dims == (1,)
-            return node.target in ("view", "reshape") and len(dims) == 2
+                given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+                return given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1
+            return node.target in ("view", "reshape") and len(node.args) == 3
         keeps_rank = isinstance(module, (nn.Linear, nn.BatchNorm1d)) or role is Role.PASS
         if not (keeps_rank or as_activation(flow, node) is not None):
             return False
@@ -151,21 +154,41 @@ def _activation(flow: Flow, node: fx.Node) -> Activation | None:
 
 def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
     """Find what writes in place into the norm's output, directly or through a view."""
-    writers: list[str] = []
+    switchable: dict[str, None] = {}
     unsafe = False
-    aliases = [node]
+    for user in _writes(flow, node):
+        if user.op == "call_module" and not writes_unannounced(flow.modules[str(user.target)]):
+            switchable[str(user.target)] = None
+        else:
+            unsafe = True
+    return tuple(switchable), unsafe
+
+
+def _input_is_written_later(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
+    """Whether somebody else writes into the norm's input once the norm has read it."""
+    while _is_alias(flow, source) or is_inplace(source, flow.modules):
+        source = flow.inputs[source][0]
+    return any(flow.index[user] > flow.index[node] for user in _writes(flow, source, without=node))
+
+
+def _writes(flow: Flow, node: fx.Node, without: fx.Node | None = None) -> Iterator[fx.Node]:
+    """Yield the operations that write into the memory of ``node``, seen through views of it."""
+    aliases, seen = [node], {node}
     while aliases:
         alias = aliases.pop()
         for user in flow.users[alias]:
-            if is_inplace(user, flow.modules) and (user.op == "call_module" or user.args[0] is alias):
-                if user.op == "call_module":
-                    writers.append(str(user.target))
-                else:
-                    unsafe = True
+            writes = is_inplace(user, flow.modules) and flow.inputs[user][0] is alias
+            if writes:
+                yield user
+            if user is not without and user not in seen and (writes or _is_alias(flow, user)):
+                seen.add(user)
                 aliases.append(user)
-            elif flow.roles[user] in (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT):
-                aliases.append(user)
-    return tuple(dict.fromkeys(writers)), unsafe
+
+
+def _is_alias(flow: Flow, node: fx.Node) -> bool:
+    """Whether the result may share memory with the first input."""
+    view = node.op == "call_method" and node.target in VIEWS
+    return view or flow.roles[node] in (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT)
 
 
 def _is_fresh(flow: Flow, source: fx.Node) -> bool:
@@ -188,6 +211,7 @@ def agree(known: Site | None, site: Site) -> Site:
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
         feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
         fresh=known.fresh and site.fresh,
+        input_written=known.input_written or site.input_written,
         writers=tuple(dict.fromkeys(known.writers + site.writers)),
         unsafe_write=known.unsafe_write or site.unsafe_write,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
+from normfree.roles import Role, elementwise, module_role
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "calls_batch_norm", "meta_copy", "trace"]
 
@@ -93,10 +95,26 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return empty
 
 
+class _Proxy(fx.Proxy):
+    """Also records what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Records, besides the graph, who owns each node, who returns it, and the module in which tracing failed."""
 
-    def __init__(self, sites: frozenset[str], opaque: set[type[nn.Module]]) -> None:
+    def __init__(self, sites: frozenset[str], opaque: set[type[nn.Module]], layers: dict[Any, bool]) -> None:
         super().__init__(autowrap_functions=_untraceable_functions())
         self.sites = sites
         self.opaque = opaque
@@ -105,9 +123,19 @@ class _Tracer(fx.Tracer):
         self.exits: dict[fx.Node, list[str]] = {}
         self.calls: dict[str, int] = {}
         self.failed: str | None = None
+        self.layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.sites or type(m) in self.opaque or not _is_worth_opening(m)
+        return module_qualified_name in self.sites or type(m) in self.opaque or self.is_layer(m)
+
+    def is_layer(self, module: nn.Module) -> bool:
+        key = (type(module), repr(module))
+        if key not in self.layers:
+            self.layers[key] = not _is_worth_opening(module)
+        return self.layers[key]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -135,13 +163,16 @@ class _Tracer(fx.Tracer):
 
 
 def _is_worth_opening(module: nn.Module) -> bool:
-    """Whether anything the analysis asks about can lie inside: every composite, but no layer."""
+    """Whether anything the analysis asks about can lie inside: every composite, but no layer and no activation."""
     if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, torch.jit.ScriptModule)):
         return False
     if isinstance(module, nn.Sequential) or calls_batch_norm(module):
         return True
-    layer = type(module).__module__.startswith("torch.nn") or isinstance(module, _CONV_OR_LINEAR)
-    return not layer and any(True for _ in module.children())
+    if type(module).__module__.startswith("torch.nn") or isinstance(module, _CONV_OR_LINEAR):
+        return False
+    if any(True for _ in module.children()):
+        return True
+    return module_role(module) is Role.OTHER and elementwise(module) is None
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
@@ -156,18 +187,21 @@ def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
     return tuple(marked()) if marked is not None else ()
 
 
-def _trace_part(model: nn.Module, sites: frozenset[str], opaque: dict[type[nn.Module], str]) -> dict[str, Graph] | None:
+def _trace_part(
+    model: nn.Module, sites: frozenset[str], opaque: dict[type[nn.Module], str], arguments: Mapping[str, Any] | None
+) -> dict[str, Graph] | None:
     """Trace one module in both modes; ``None`` if its own forward cannot be traced.
 
     ``opaque`` collects the types found to be untraceable, with the reason.
     """
+    layers: dict[Any, bool] = {}
     while True:
         graphs = {}
         for mode in MODES:
             model.train(mode == "train")
-            tracer = _Tracer(sites, set(opaque))
+            tracer = _Tracer(sites, set(opaque), layers)
             try:
-                graph = tracer.trace(model, _defaults(model))
+                graph = tracer.trace(model, _constants(model, arguments))
             except Exception as error:  # whatever the user's forward raises when it meets a proxy
                 if tracer.failed is None:
                     opaque[type(model)] = _one_line(error)
@@ -180,8 +214,14 @@ def _trace_part(model: nn.Module, sites: frozenset[str], opaque: dict[type[nn.Mo
             return graphs
 
 
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Optional arguments keep their defaults: a proxy would take every ``if mask is not None``."""
+def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments that are no proxies.
+
+    Optional arguments keep their defaults: a proxy would take every ``if mask is not None``. Where the arguments of a
+    call are known, everything in them that is no tensor stays what it is.
+    """
+    if arguments is not None:
+        return {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
     parameters = inspect.signature(model.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -191,18 +231,20 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def trace(model: nn.Module, sites: frozenset[str]) -> Trace:
+def trace(model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None = None) -> Trace:
     """Trace ``model`` in train and eval mode.
 
     Args:
         model: A model on the meta device that nobody else uses: see :func:`meta_copy`.
         sites: Qualified names that are leaves: the norms, or what has taken their place.
+        arguments: Arguments of one call by name, to trace what that call does; by default optional arguments are left
+            out.
     """
     parts: list[Part] = []
     opaque: dict[str, str] = {}
     types: dict[type[nn.Module], str] = {}
     for path in _roots(model, sites, ""):
-        _collect(model, path, sites, types, parts, opaque)
+        _collect(model, path, sites, types, parts, opaque, arguments)
     return Trace(tuple(parts), opaque)
 
 
@@ -213,11 +255,12 @@ def _collect(
     types: dict[type[nn.Module], str],
     parts: list[Part],
     opaque: dict[str, str],
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     module = model.get_submodule(path)
     prefix = f"{path}." if path else ""
     below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
-    graphs = None if type(module) in types else _trace_part(module, below, types)
+    graphs = None if type(module) in types else _trace_part(module, below, types, arguments)
     unseen = [""] if graphs is None else _opaque_calls(module, graphs, set(types))
     if graphs is not None:
         parts.append(Part(path, graphs))

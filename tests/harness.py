@@ -67,6 +67,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> No
     """Hold the largest difference to ``tolerance`` of the largest value."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
+    found, expected = found.detach(), expected.detach()
     error = float((found - expected).abs().max() / expected.abs().max())
     assert error <= tolerance, f"relative error {error:.1e}"
 

@@ -43,8 +43,8 @@ def test_files_are_small_and_quiet(path: Path) -> None:
 
 LAYERS = (
     "errors",
-    "norms layers initialization",
-    "tracing roles",
+    "norms layers initialization roles",
+    "tracing",
     "graph",
     "activations sums",
     "tails sites",

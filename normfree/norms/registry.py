@@ -151,7 +151,7 @@ def looks_like_norm(module: nn.Module) -> Literal["subclass", "statistics"] | No
 
     Either it is an unknown subclass with a forward of its own, or it holds running statistics of its own.
     """
-    if is_norm(module):
+    if is_norm(module) or isinstance(module, torch.jit.ScriptModule):
         return None
     if isinstance(module, _BatchNorm):
         return "subclass"

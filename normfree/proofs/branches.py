@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,41 +50,46 @@ def branches_vanish(case: Case) -> Proof:
 def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int], list[str], set[str]]:
     """Return how many branches are zero at each sum, where a skip path was overwritten, and which sums ran."""
     sites = frozenset(name for edit in case.plan.norms for name in (edit.name, *edit.aliases))
-    traced = trace(model, sites)
     zero: dict[str, int] = {}
     written: list[str] = []
-    for prefix, mode, flow in flows(model, traced, sites):
-        model.train(mode == "train")
-        named = sum_names(flow)
-        watched = {
-            s.node: (s.skip, s.base, s.branches)
-            for s in find_sums(flow)
-            if prefix + named[s.node] in names and s.skip is not None and s.base is not None
-        }
-        module = model.get_submodule(prefix.rstrip("."))
-        arguments = _part_arguments(case, model, module) if watched else None
+    for part in trace(model, sites).parts:
+        module = model.get_submodule(part.path)
+        arguments = _part_arguments(case, model, module)
         if arguments is None:
-            continue
-        recorder = Recorder(module, flow.graph.nodes, watched)
-        with Still():
-            recorder.run(*arguments)
-        for node, count in recorder.zero_branches.items():
-            name = prefix + named[node]
-            zero[name] = min(count, zero.get(name, count))
-            if not recorder.intact[node]:
-                written.append(name)
+            continue  # the model never calls it with these inputs
+        prefix = f"{part.path}." if part.path else ""
+        below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
+        # Again, with what this call really passes: flags and optional tensors decide which way the forward goes.
+        traced = trace(module, below, arguments)
+        whole = replace(traced, parts=tuple(p for p in traced.parts if not p.path))
+        for _, mode, flow in flows(module, whole, below):
+            module.train(mode == "train")
+            names_here = {node: prefix + name for node, name in sum_names(flow).items()}
+            watched = {
+                s.node: (s.skip, s.base, s.branches)
+                for s in find_sums(flow)
+                if names_here[s.node] in names and s.skip is not None and s.base is not None
+            }
+            recorder = Recorder(module, flow.graph.nodes, watched)
+            with Still():
+                recorder.run(*(_clone(value) for value in arguments.values()))
+            for node, count in recorder.zero_branches.items():
+                name = names_here[node]
+                zero[name] = min(count, zero.get(name, count))
+                if not recorder.intact[node]:
+                    written.append(name)
     return zero, list(dict.fromkeys(written)), set(zero)
 
 
-def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> list[Any] | None:
-    """Return what ``part`` is called with when the whole model runs, or ``None`` if it is not called."""
+def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> dict[str, Any] | None:
+    """Return what ``part`` is called with when the whole model runs, by name; ``None`` if it is not called."""
     args, kwargs = case.inputs()
-    if part is model and not kwargs:
-        return args
-    captured: list[list[Any]] = []
+    captured: list[dict[str, Any]] = []
 
     def keep(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
-        captured.append([*(_clone(x) for x in a), *(_clone(x) for x in k.values())])
+        bound = inspect.signature(part.forward).bind(*a, **k)
+        bound.apply_defaults()
+        captured.append({name: _clone(value) for name, value in bound.arguments.items()})
 
     handle = part.register_forward_pre_hook(keep, with_kwargs=True)
     try:

@@ -67,8 +67,12 @@ class Case:
         return frozenset(edit.name for edit in self.plan.norms if edit.action == "keep")
 
     def double(self, model: nn.Module, training: bool) -> nn.Module:
-        """Return a copy of ``model`` in float64."""
-        copied = copy.deepcopy(model).double()
+        """Return a copy of ``model`` in float64, without the user's hooks."""
+        return self.copy(model, training).double()
+
+    def copy(self, model: nn.Module, training: bool) -> nn.Module:
+        """Return a copy of ``model`` as it is, without the user's hooks."""
+        copied = copy.deepcopy(model)
         _strip_hooks(copied)
         return copied.train(training)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from normfree.observing import NormSpy, Still, module_stack, tensors
@@ -60,8 +58,7 @@ def same_function(case: Case) -> Proof:
     rewrite(again, case.plan)
     error = error_between(exact, case.run(again))
     dtype = next((p.dtype for p in case.model.parameters() if p.is_floating_point()), torch.float64)
-    before = copy.deepcopy(case.original).eval()
-    after = copy.deepcopy(case.model).eval()
+    before, after = case.copy(case.original, training=False), case.copy(case.model, training=False)
     rounding = error_between(exact, case.run(before, dtype=dtype))
     own = error_between(exact, case.run(after, dtype=dtype))
     # The same function in another order of operations rounds differently, not worse.

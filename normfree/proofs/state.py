@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from normfree.norms import is_norm, looks_like_norm
 from normfree.proofs.case import Case, Proof, some
 
 __all__ = ["clean_state"]
@@ -13,12 +14,11 @@ __all__ = ["clean_state"]
 def clean_state(case: Case) -> Proof:
     """6: no statistics are left, and keys outside the plan are the original's."""
     state = case.model.state_dict()
-    inside = tuple(f"{name}." for name in case.kept)
     statistics = [
-        key
-        for key in state
-        if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
-        and not key.startswith(inside)
+        f"{name}.{key}"
+        for name, module in case.model.named_modules()
+        if name not in case.kept and (is_norm(module) or looks_like_norm(module) is not None)
+        for key in dict(module.named_buffers(recurse=False))
     ]
     problems = [f"statistics left: {some(statistics)}"] if statistics else []
     if case.structure is not None:
