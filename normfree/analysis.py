@@ -90,6 +90,8 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
     found_sums: dict[str, Sum] = {}
     rescaled: dict[str, Activation | None] = {}
     functional: dict[str, None] = {}
+    consumers: dict[str, set[str | None]] = {}
+    owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
     for prefix, _, flow in flows(model, trace, first):
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
@@ -102,11 +104,52 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
                     why = "what calls it cannot be traced and may call its layers one by one"
                     site = replace(site, producer=None, why=why)
                 found_sites[site.name] = agree(found_sites.get(site.name), site)
+                owners.setdefault(site.name, prefix + flow.graph.owners[node])
+            elif flow.roles[node] is Role.CONV and node.op == "call_module":
+                consumers.setdefault(prefix + str(node.target), set()).add(_only_norm(flow, node, prefix, first))
         names = sum_names(flow)
         for found in find_sums(flow):
             total = _sum(flow, found, prefix, names[found.node], first)
             found_sums[total.name] = _agree_sum(found_sums.get(total.name), total)
+    found_sites = {
+        name: _without_doubtful_producer(site, consumers, owners, [n for n in norms if n not in found_sites], trace)
+        for name, site in found_sites.items()
+    }
     return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional))
+
+
+def _only_norm(flow: Flow, node: fx.Node, prefix: str, first: Mapping[str, str]) -> str | None:
+    """Return the norm that alone reads what ``node`` returns, or ``None`` if somebody else does."""
+    users = flow.users[node]
+    single = len(users) == 1 and flow.roles[users[0]] is Role.NORM
+    return first[prefix + str(users[0].target)] if single else None
+
+
+def _without_doubtful_producer(
+    site: Site, consumers: Mapping[str, set[str | None]], owners: Mapping[str, str], unseen: list[str], trace: Trace
+) -> Site:
+    """Take the producer back where another mode, or another argument, may use its output otherwise."""
+    if site.producer is None:
+        return site
+    if consumers[site.producer] != {site.name}:
+        return replace(site, producer=None, why=f"{site.producer} feeds something else in the other mode")
+    holder = owners[site.name]
+    inside = f"{holder}." if holder else ""
+    beside = [name for name in unseen if name.startswith(inside) and _is_held_by(name, holder, owners, trace)]
+    if beside:
+        why = f"{beside[0]}, which no trace calls, may take its place for other arguments"
+        return replace(site, producer=None, why=why)
+    return site
+
+
+def _is_held_by(name: str, holder: str, owners: Mapping[str, str], trace: Trace) -> bool:
+    """Whether ``holder`` itself, and no traced or untraceable module below it, would call the norm ``name``."""
+    path = name.rpartition(".")[0]
+    while path != holder and path:
+        if path in owners.values() or path in trace.opaque:
+            return False
+        path = path.rpartition(".")[0]
+    return path == holder
 
 
 def _may_be_called_apart(flow: Flow, node: fx.Node, prefix: str) -> bool:

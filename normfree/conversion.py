@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, TypeVar
 
 from torch import nn
 
+from normfree.copying import deep_copy
 from normfree.planning import plan
 from normfree.rewriting import rewrite
 from normfree.selecting import Patterns
@@ -74,6 +74,6 @@ def convert(
         tensor([0.], requires_grad=True)
     """
     made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
-    converted = copy.deepcopy(model)
+    converted = deep_copy(model)
     rewrite(converted, made)
     return converted

@@ -12,13 +12,14 @@ from torch import nn
 
 from normfree.activations import gain_of
 from normfree.analysis import Branch, Findings, Site, Sum, analyse
+from normfree.copying import meta_copy
 from normfree.errors import NoNormError, UnsupportedModelError
 from normfree.guards import check_arguments, check_model, is_lazy, module_problems
 from normfree.layers import Channels
 from normfree.norms import Norm, describe, find_norms, is_norm
 from normfree.plans import Action, Alpha, Init, NormEdit, Plan, SumEdit
 from normfree.selecting import Patterns, as_patterns, kept_norms, matches
-from normfree.tracing import Trace, meta_copy, trace
+from normfree.tracing import Trace, trace
 
 __all__ = ["plan"]
 
@@ -75,7 +76,7 @@ def plan(
         raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
     kept = kept_norms(described, findings, as_patterns(include), as_patterns(exclude), scope)
     edits = tuple(
-        _norm_edit(name, aliases, model.get_submodule(name), findings.sites.get(name), chosen, kept.get(name), traced)
+        _norm_edit(name, aliases, model, findings.sites.get(name), chosen, kept.get(name), traced)
         for name, aliases in norms.items()
     )
     sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), model)
@@ -114,26 +115,35 @@ def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
 def _norm_edit(
     name: str,
     aliases: tuple[str, ...],
-    module: nn.Module,
+    model: nn.Module,
     site: Site | None,
     init: Init,
     kept: str | None,
     traced: Trace,
 ) -> NormEdit:
+    module = model.get_submodule(name)
     edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
     if kept is not None:
         return edit
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(name, traced))
-    if site.producer is not None:
+    hook = _hook_between(model, edit.name, site.producer)
+    if site.producer is not None and hook is None:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
         return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
-    action = "affine" if init == "preserve" else "delete"
+    action = "affine" if init == "preserve" else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
     copy = site.input_written or (not site.fresh and site.unsafe_write and not has_act)
     copy = copy and action == "delete"
-    return replace(edit, action=action, reason=site.why, copy=copy)
+    return replace(edit, action=action, reason=hook or site.why, copy=copy)
+
+
+def _hook_between(model: nn.Module, norm: str, producer: str | None) -> str | None:
+    """Name the layer whose hook sees, and may change, what passes from producer to norm."""
+    if producer is not None and model.get_submodule(producer)._forward_hooks:
+        return f"a forward hook on {producer} sees its output"
+    return f"a forward pre-hook on {norm} sees its input" if model.get_submodule(norm)._forward_pre_hooks else None
 
 
 def _why_unseen(name: str, traced: Trace) -> str:
@@ -175,7 +185,8 @@ def _place(branch: Branch, norms: dict[str, NormEdit], model: nn.Module, taken: 
         vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
         if candidate.place == "norm" and norms[candidate.path].action == "keep":
             candidate = replace(candidate, place="output")
-        if vanish and candidate.path not in taken:
+        hooked = any(model.get_submodule(path)._forward_hooks for path in (candidate.path, *candidate.through))
+        if vanish and not hooked and candidate.path not in taken:
             options.append(candidate)
     if not options:
         return None

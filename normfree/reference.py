@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.copying import deep_copy
 from normfree.errors import CheckpointError
 from normfree.observing import tensors
 
@@ -43,8 +43,8 @@ class Reference:
     def of(cls, original: nn.Module, x: Tensor) -> Reference:
         """Record what ``original`` computes for an input of the shape and dtype of ``x``."""
         noise = _noise(tuple(x.shape), x.dtype)
-        exact = _sample(copy.deepcopy(original).double(), noise.double())
-        rounded = _sample(copy.deepcopy(original), noise)
+        exact = _sample(deep_copy(original).double(), noise.double())
+        rounded = _sample(deep_copy(original), noise)
         scale = float(exact.abs().max())
         return cls(
             shape=tuple(x.shape),
@@ -61,7 +61,7 @@ class Reference:
         noise = _noise(self.shape, getattr(torch, self.dtype))
         if tuple(noise.double().flatten()[:4].tolist()) != self.first:
             return None
-        found = _sample(copy.deepcopy(model), noise)
+        found = _sample(deep_copy(model), noise)
         if found.numel() != len(self.values):
             return float("inf")
         return float((found - torch.tensor(self.values, dtype=torch.float64)).abs().max()) / max(self.scale, 1e-300)

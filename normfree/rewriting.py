@@ -110,7 +110,11 @@ def _prepare(model: nn.Module, plan: Plan) -> _Writes:
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(_alpha_beside(plan, module, model), alpha.channels)
         elif alpha.place == "output":
-            writes.outputs[alpha.path] = _alpha_beside(plan, module, model)
+            scalar = _alpha_beside(plan, module, model)
+            if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
+                writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
+            else:
+                writes.outputs[alpha.path] = scalar
     for path, slot in writes.slots.items():
         _take_over(model.get_submodule(path), slot)
     return writes
@@ -226,3 +230,20 @@ def _replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if id(child) in slots:
                 parent._modules[name] = slots[id(child)]
+        for name, value in parent.__dict__.items():
+            if name not in ("_modules", "_parameters", "_buffers") and isinstance(value, (list, tuple, dict)):
+                parent.__dict__[name] = _replaced(value, slots)
+
+
+def _replaced(value: Any, slots: dict[int, nn.Module]) -> Any:
+    """Replace modules that are also kept in plain lists, tuples and dicts, which torch does not know."""
+    if isinstance(value, nn.Module):
+        return slots.get(id(value), value)
+    if isinstance(value, list):
+        value[:] = [_replaced(item, slots) for item in value]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _replaced(item, slots)
+    elif type(value) is tuple and any(isinstance(item, (nn.Module, list, dict, tuple)) for item in value):
+        return tuple(_replaced(item, slots) for item in value)
+    return value

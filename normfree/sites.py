@@ -28,6 +28,7 @@ class Site:
         producer: The conv or linear that feeds it and nothing else, if both are called once; else ``None``.
         why: Why there is no producer.
         feeds: Convolutions and linears that its output reaches through activations.
+        biasless: It is fed by a convolution or linear that has no bias and that we cannot give one.
         fresh: Its input is a new tensor that nobody else reads, so writing into it is harmless.
         input_written: Somebody else writes into its input in place, later.
         writers: Modules that write into its output in place, and so into its input once it is gone.
@@ -39,6 +40,7 @@ class Site:
     producer: str | None
     why: str
     feeds: tuple[str, ...]
+    biasless: bool
     fresh: bool
     input_written: bool
     writers: tuple[str, ...]
@@ -56,6 +58,7 @@ def find_site(flow: Flow, node: fx.Node, prefix: str) -> Site:
         producer=None if producer is None else prefix + producer,
         why=why,
         feeds=tuple(prefix + path for path in dict.fromkeys(_feeds(flow, node))),
+        biasless=_is_biasless(flow, source),
         fresh=_is_fresh(flow, source) and flow.users[source] == [node],
         input_written=_input_is_written_later(flow, node, source),
         writers=tuple(prefix + path for path in writers),
@@ -74,13 +77,13 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     """Return the conv or linear whose weight can take the norm's gain, or why there is none."""
     module = flow.module(source)
     if not flow.called_once(node):
-        return None, "the norm is called more than once"
+        return None, _called_often(flow, node, "the norm")
     if module is None or flow.roles[source] is not Role.CONV:
         return None, "not fed by a convolution or linear"
     if not is_carrier(module):
         return None, f"fed by {type(module).__name__}, whose forward or weight is not torch's own"
     if not flow.called_once(source):
-        return None, f"{source.target} is called more than once"
+        return None, _called_often(flow, source, str(source.target))
     others = [user.name for user in flow.users[source] if user is not node]
     if others:
         return None, f"{source.target} also feeds {', '.join(others)}"
@@ -89,6 +92,20 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     if isinstance(module, nn.Linear) and not _is_matrix(flow, source):
         return None, "fed by a linear whose output may have tokens in dimension 1"
     return str(source.target), ""
+
+
+def _is_biasless(flow: Flow, source: fx.Node) -> bool:
+    while flow.roles[source] is Role.RESHAPE:
+        source = flow.inputs[source][0]
+    module = flow.module(source)
+    if flow.roles[source] is not Role.CONV or (module is not None and is_carrier(module)):
+        return False
+    return getattr(module, "bias", None) is None
+
+
+def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
+    calls = flow.graph.calls[str(node.target)]
+    return f"{what} is called {calls} times" if calls > 1 else f"{what} is called by another part of the model too"
 
 
 def _features(module: nn.Module) -> int:
@@ -210,6 +227,7 @@ def agree(known: Site | None, site: Site) -> Site:
         producer=known.producer if same else None,
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
         feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
+        biasless=known.biasless or site.biasless,
         fresh=known.fresh and site.fresh,
         input_written=known.input_written or site.input_written,
         writers=tuple(dict.fromkeys(known.writers + site.writers)),

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from normfree.activations import as_activation
 from normfree.graph import Flow, Role
 from normfree.layers import Channels, is_carrier
 
@@ -80,7 +81,7 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
     elif role is Role.MUL and so_far.channels is None:
         above = (c for factor in reversed(flow.inputs[node]) for c in _walk(flow, factor, node, so_far))
     elif role is Role.SLICE and so_far.channels is None:
-        channels = _channel_slice(node)
+        channels = _channel_slice(flow, node)
         if channels is not None:
             above = _walk(flow, flow.inputs[node][0], node, replace(so_far, channels=channels))
     yield from above
@@ -99,24 +100,24 @@ def _exits(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Itera
 
 def _can_scale_output(module: nn.Module) -> bool:
     patched = isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__
-    return not patched and not hasattr(module, "alpha")
+    return not patched and (not hasattr(module, "alpha") or not module.state_dict())
 
 
 def _only_user(flow: Flow, node: fx.Node, user: fx.Node) -> bool:
     users = flow.users[node]
     if len(users) == 1:
         return True
-    mine = _channel_slice(user)
+    mine = _channel_slice(flow, user)
     if mine is None:
         return False
-    return all(other is user or _disjoint(mine, _channel_slice(other)) for other in users)
+    return all(other is user or _disjoint(mine, _channel_slice(flow, other)) for other in users)
 
 
 def _disjoint(mine: Channels, other: Channels) -> bool:
     return mine is not None and other is not None and (mine[1] <= other[0] or other[1] <= mine[0])
 
 
-def _channel_slice(node: fx.Node) -> Channels:
+def _channel_slice(flow: Flow, node: fx.Node) -> Channels:
     """Return ``(start, stop)`` of ``x[:, start:stop]``, with a huge stop where it is open; ``None`` for the rest."""
     if node.op != "call_function" or node.target is not operator.getitem:
         return None
@@ -127,10 +128,36 @@ def _channel_slice(node: fx.Node) -> Channels:
     picked = index[1]
     if not isinstance(picked, slice) or picked.step not in (None, 1):
         return None
-    start, stop = picked.start or 0, _OPEN if picked.stop is None else picked.stop
+    start = _number(flow, picked.start) if picked.start is not None else 0
+    stop = _number(flow, picked.stop) if picked.stop is not None else _OPEN
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
         return None
     return start, stop
 
 
 _OPEN = 1 << 62
+
+
+def _number(flow: Flow, value: object) -> object:
+    """Return an index as a number, also where it is written ``x.shape[1]`` and the graph knows the channels of x."""
+    if not isinstance(value, fx.Node) or not value.args or not isinstance(value.args[0], fx.Node):
+        return value
+    if value.op == "call_method" and value.target == "size" and value.args[1:] == (1,):
+        return _channels(flow, value.args[0])
+    shape = value.args[0]
+    indexed = value.target is operator.getitem and value.args[1] == 1 and shape.op in ("call_function", "call_method")
+    named = shape.target == "size" or (shape.target is getattr and shape.args[1] == "shape")
+    return _channels(flow, shape.args[0]) if indexed and named and isinstance(shape.args[0], fx.Node) else value
+
+
+def _channels(flow: Flow, node: fx.Node) -> int | None:
+    """Return how many channels ``node`` has, seen through what keeps their number."""
+    while node in flow.inputs:
+        module = flow.module(node)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return module.out_channels
+        keeps = flow.roles[node] in (Role.NORM, Role.PASS, Role.POOL, Role.UPSAMPLE, Role.ADD)
+        if not (keeps or as_activation(flow, node) is not None):
+            return None
+        node = flow.inputs[node][0]
+    return None

@@ -8,11 +8,9 @@ treated as opaque together with every other module of its type, and its children
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,7 @@ from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
 from normfree.roles import Role, elementwise, module_role
 
-__all__ = ["MODES", "Graph", "Part", "Trace", "calls_batch_norm", "meta_copy", "trace"]
+__all__ = ["MODES", "Graph", "Part", "Trace", "calls_batch_norm", "trace"]
 
 MODES = ("eval", "train")
 _CONV_OR_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
@@ -72,27 +70,6 @@ class Trace:
 
     parts: tuple[Part, ...]
     opaque: Mapping[str, str]
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy of ``model`` with every tensor replaced by one on the meta device."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _to_meta(value)
-            elif name.endswith("_hooks"):
-                # Hooks are the user's own code: they must not run on proxies, nor be copied with what they hold.
-                memo[id(value)] = OrderedDict()
-    return copy.deepcopy(model, memo)
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        empty = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
 
 
 class _Proxy(fx.Proxy):
@@ -168,8 +145,10 @@ def _is_worth_opening(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Sequential) or calls_batch_norm(module):
         return True
-    if type(module).__module__.startswith("torch.nn") or isinstance(module, _CONV_OR_LINEAR):
+    if type(module).__module__.startswith("torch.nn"):
         return False
+    if isinstance(module, _CONV_OR_LINEAR):
+        return any(is_norm(m) for m in module.children())
     if any(True for _ in module.children()):
         return True
     return module_role(module) is Role.OTHER and elementwise(module) is None
@@ -194,6 +173,9 @@ def _trace_part(
 
     ``opaque`` collects the types found to be untraceable, with the reason.
     """
+    if "forward" in model.__dict__:
+        opaque[type(model)] = "its forward is patched on the instance"  # torch.fx would trace the class's
+        return None
     layers: dict[Any, bool] = {}
     while True:
         graphs = {}
@@ -235,7 +217,7 @@ def trace(model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] 
     """Trace ``model`` in train and eval mode.
 
     Args:
-        model: A model on the meta device that nobody else uses: see :func:`meta_copy`.
+        model: A model on the meta device that nobody else uses: see :func:`normfree.copying.meta_copy`.
         sites: Qualified names that are leaves: the norms, or what has taken their place.
         arguments: Arguments of one call by name, to trace what that call does; by default optional arguments are left
             out.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.copying import deep_copy
 from normfree.errors import UsageError
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.plans import Plan
@@ -127,7 +127,7 @@ def example_input(model: nn.Module, batch: int = 2) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     like = next(model.parameters())
-    probe = copy.deepcopy(model)
+    probe = deep_copy(model)
     errors = []
     for shape in _shapes(model):
         x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)

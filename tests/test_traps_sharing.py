@@ -77,7 +77,7 @@ def test_norm_called_twice_is_not_folded(init: str) -> None:
     model = randomise(SharedNorm())
     converted = prove(model, noise(2, 3, 8, 8), init=init)
     assert actions(converted) == {"bn": "affine" if init == "preserve" else "delete"}
-    assert plan_of(converted).norms[0].reason == "the norm is called 2 times"
+    assert plan_of(converted).norms[0].reason.startswith("the norm is called")
     assert type(converted.one) is nn.Conv2d
     assert type(converted.two) is nn.Conv2d
     assert_preserved(model, noise(2, 3, 8, 8))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +25,35 @@ else:
 __all__ = ["ScaledOutput", "ScaledWeight", "is_carrier", "scaled_class"]
 
 
+@torch.fx.wrap
+def scaled_weight(
+    weight: Tensor, gain: Tensor | None, alpha: Tensor | None, channels: Channels, groups: int | None
+) -> Tensor:
+    """Return ``alpha * gain * weight``; ``groups`` is given for a transposed convolution."""
+    factor = gain
+    if alpha is not None:
+        features = weight.shape[0] if groups is None else weight.shape[1] * groups
+        factor = alpha_scale(alpha, channels, features)
+        factor = factor if gain is None else gain * factor
+    if factor is None:
+        return weight
+    if factor.dim() == 0:
+        return weight * factor
+    if groups is None:
+        return weight * factor.reshape(-1, *(1,) * (weight.dim() - 1))
+    # Transposed: weight is (C_in, C_out / groups, *), and output channel g * C_out / groups + j lives in group g.
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    return (grouped * factor.reshape(groups, 1, -1, *(1,) * (weight.dim() - 2))).reshape(weight.shape)
+
+
+@torch.fx.wrap
+def scaled_bias(bias: Tensor | None, alpha: Tensor | None, channels: Channels) -> Tensor | None:
+    """Return ``alpha * bias``."""
+    if bias is None or alpha is None:
+        return bias
+    return bias * alpha_scale(alpha, channels, bias.shape[0])
+
+
 class ScaledWeight(_Module):
     """Mixin for a layer whose weight is multiplied by gain and alpha on the fly.
 
@@ -32,24 +63,13 @@ class ScaledWeight(_Module):
     gain: nn.Parameter | None
     alpha: nn.Parameter | None
     alpha_channels: Channels
+    weight: Any
+    bias: Any
 
-    def combined(self) -> tuple[Tensor, Tensor | None]:
+    def combined(self, groups: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Return ``(alpha * gain * weight, alpha * bias)``, differentiably."""
-        weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
-        scale: Tensor | None = self.gain
-        alpha = None
-        if self.alpha is not None:
-            alpha = alpha_scale(self.alpha, self.alpha_channels, self._out_features())
-            scale = alpha if scale is None else scale * alpha
-        if bias is not None and alpha is not None:
-            return self._scale(weight, cast(Tensor, scale)), bias * alpha
-        return (weight if scale is None else self._scale(weight, scale)), bias
-
-    def _out_features(self) -> int:
-        return int(cast(Tensor, self.weight).shape[0])
-
-    def _scale(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return weight * (scale if scale.dim() == 0 else scale.reshape(-1, *(1,) * (weight.dim() - 1)))
+        weight = scaled_weight(self.weight, self.gain, self.alpha, self.alpha_channels, groups)
+        return weight, scaled_bias(self.bias, self.alpha, self.alpha_channels)
 
     def extra_repr(self) -> str:
         """Say what is carried."""
@@ -60,16 +80,16 @@ class ScaledWeight(_Module):
 class ScaledLinear(ScaledWeight, nn.Linear):
     """``nn.Linear`` that carries gain and alpha; ``(*, H_in)`` to ``(*, H_out)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return ``(*, H_out)`` for ``(*, H_in)``."""
-        return F.linear(x, *self.combined())
+        return F.linear(input, *self.combined())
 
 
 class _ScaledConv(ScaledWeight):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return ``(N, C_out, *)`` for ``(N, C_in, *)``."""
         # _conv_forward applies the padding mode as the parent class does.
-        return cast(Tensor, cast(Any, self)._conv_forward(x, *self.combined()))
+        return cast(Tensor, cast(Any, self)._conv_forward(input, *self.combined()))
 
 
 class ScaledConv1d(_ScaledConv, nn.Conv1d):
@@ -85,26 +105,16 @@ class ScaledConv3d(_ScaledConv, nn.Conv3d):
 
 
 class _ScaledConvTranspose(ScaledWeight):
-    def _out_features(self) -> int:
-        return int(self.out_channels)  # type: ignore[arg-type]  # an int on every transposed convolution
-
-    def _scale(self, weight: Tensor, scale: Tensor) -> Tensor:
-        # Weight is (C_in, C_out / groups, *): output channel g * C_out / groups + j lives in rows of group g.
-        if scale.dim() == 0:
-            return weight * scale
-        groups = cast(int, self.groups)
-        tail = (1,) * (weight.dim() - 2)
-        grouped = weight.reshape(groups, -1, *weight.shape[1:])
-        return (grouped * scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape)
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return ``(N, C_out, *)`` for ``(N, C_in, *)``, of ``output_size`` where it is given."""
-        weight, bias = self.combined()
         conv: Any = self
-        dims = weight.dim() - 2
-        padding = conv._output_padding(x, output_size, conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation)
+        weight, bias = self.combined(conv.groups)
+        dims = len(conv.kernel_size)
+        padding = conv._output_padding(
+            input, output_size, conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation
+        )
         function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
-        return function(x, weight, bias, conv.stride, conv.padding, padding, conv.groups, conv.dilation)
+        return function(input, weight, bias, conv.stride, conv.padding, padding, conv.groups, conv.dilation)
 
 
 class ScaledConvTranspose1d(_ScaledConvTranspose, nn.ConvTranspose1d):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-__all__ = ["ChannelAffine", "Channels", "Copy", "SkipInit", "alpha_scale"]
+__all__ = ["ChannelAffine", "Channels", "Copy", "SkipInit", "affine", "alpha_scale", "scale"]
 
 Channels = tuple[int, int] | None
 """Range ``[start, stop)`` of output channels that alpha scales; ``None`` scales all of them."""
@@ -17,16 +18,36 @@ def alpha_scale(alpha: Tensor, channels: Channels, features: int) -> Tensor:
     A 0-dim tensor does not take part in type promotion, a ``(1,)`` one does: fp32 alpha times a bf16 activation
     would come out in fp32.
     """
-    scalar = alpha.reshape(())
     if channels is None:
-        return scalar
+        return alpha.reshape(())
     start, stop = channels
     one = torch.ones_like(alpha)
     return torch.cat([one.expand(start), alpha.expand(stop - start), one.expand(features - stop)])
 
 
-def _per_channel(scale: Tensor, dims: int) -> Tensor:
-    return scale if scale.dim() == 0 else scale.reshape(-1, *(1,) * (dims - 2))
+@torch.fx.wrap
+def scale(x: Tensor, alpha: Tensor, channels: Channels) -> Tensor:
+    """Return ``alpha * x``, on a range of channels or on all; one operation to whoever traces with torch.fx."""
+    if channels is None:
+        return x * alpha.reshape(())
+    return x * _per_channel(alpha_scale(alpha, channels, x.shape[1]), x)
+
+
+@torch.fx.wrap
+def affine(x: Tensor, gain: Tensor | None, bias: Tensor | None, alpha: Tensor | None, channels: Channels) -> Tensor:
+    """Return ``alpha * (gain * x + bias)``, with alpha combined into the others before it meets the activation."""
+    if alpha is not None:
+        factor = alpha_scale(alpha, channels, x.shape[1])
+        gain = factor if gain is None else gain * factor
+        bias = None if bias is None else bias * factor
+    if gain is not None:
+        x = x * _per_channel(gain, x)
+    return x if bias is None else x + _per_channel(bias, x)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    shaped = values if values.dim() == 0 else values.reshape(-1, *(1,) * (x.dim() - 2))
+    return shaped.to(x.dtype)
 
 
 class SkipInit(nn.Module):
@@ -58,12 +79,9 @@ class SkipInit(nn.Module):
         # (1,) and not 0-dim: FSDP refuses 0-dim parameters.
         self.alpha = nn.Parameter(torch.full((1,), alpha, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``alpha * x``."""
-        if self.channels is None:
-            return x * self.alpha.reshape(())
-        scale = alpha_scale(self.alpha, self.channels, x.shape[1])
-        return x * _per_channel(scale, x.dim()).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``alpha * input``."""
+        return scale(input, self.alpha, self.channels)
 
     def extra_repr(self) -> str:
         """Say which channels are scaled."""
@@ -109,24 +127,15 @@ class ChannelAffine(nn.Module):
         self.drop = drop
         self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``alpha * act(drop(gain * x + bias))``."""
-        scale: Tensor | None = self.gain
-        shift: Tensor | None = self.bias
-        alpha = None if self.alpha is None else alpha_scale(self.alpha, self.channels, x.shape[1])
-        if alpha is not None and self.drop is None and self.act is None:
-            scale = alpha if scale is None else scale * alpha
-            shift = None if shift is None else shift * alpha
-            alpha = None
-        if scale is not None:
-            x = x * _per_channel(scale, x.dim()).to(x.dtype)
-        if shift is not None:
-            x = x + _per_channel(shift, x.dim()).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``alpha * act(drop(gain * input + bias))``."""
+        last = self.drop is None and self.act is None
+        x = affine(input, self.gain, self.bias, self.alpha if last else None, self.channels)
         if self.drop is not None:
             x = self.drop(x)
         if self.act is not None:
             x = self.act(x)
-        return x if alpha is None else x * _per_channel(alpha, x.dim()).to(x.dtype)
+        return x if last or self.alpha is None else scale(x, self.alpha, self.channels)
 
     def extra_repr(self) -> str:
         """Say which parts are there."""
@@ -137,6 +146,6 @@ class ChannelAffine(nn.Module):
 class Copy(nn.Module):
     """Return a copy: a deleted norm whose output is written to in place, where the input must survive."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a copy of ``x``."""
-        return x.clone()
+    def forward(self, input: Tensor) -> Tensor:
+        """Return a copy of ``input``."""
+        return input.clone()

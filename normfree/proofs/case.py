@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.copying import deep_copy
 from normfree.observing import Still, tensors
 from normfree.plans import Plan
 from normfree.reference import Reference
@@ -72,7 +72,7 @@ class Case:
 
     def copy(self, model: nn.Module, training: bool) -> nn.Module:
         """Return a copy of ``model`` as it is, without the user's hooks."""
-        copied = copy.deepcopy(model)
+        copied = deep_copy(model)
         _strip_hooks(copied)
         return copied.train(training)
 
