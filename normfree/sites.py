@@ -118,10 +118,10 @@ def _is_matrix(flow: Flow, node: fx.Node) -> bool:
         role, module = flow.roles[node], flow.module(node)
         if role is Role.RESHAPE:
             if isinstance(module, nn.Flatten):
-                return (module.start_dim, module.end_dim) == (1, -1)
+                return bool(module.start_dim == 1 and module.end_dim == -1)
             if node.target in (torch.flatten, "flatten"):
                 given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-                return given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1
+                return bool(given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1)
             return node.target in ("view", "reshape") and len(node.args) == 3
         keeps_rank = isinstance(module, (nn.Linear, nn.BatchNorm1d)) or role is Role.PASS
         if not (keeps_rank or as_activation(flow, node) is not None):

@@ -9,23 +9,18 @@ treated as opaque together with every other module of its type, and its children
 from __future__ import annotations
 
 import inspect
-import operator
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
-from normfree.norms import is_norm
-from normfree.roles import Role, elementwise, module_role
+from normfree.tracer import Tracer
 
-__all__ = ["MODES", "Graph", "Part", "Trace", "calls_batch_norm", "trace"]
+__all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
 
 MODES = ("eval", "train")
-_CONV_OR_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -72,100 +67,6 @@ class Trace:
     opaque: Mapping[str, str]
 
 
-class _Proxy(fx.Proxy):
-    """Also records what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Records, besides the graph, who owns each node, who returns it, and the module in which tracing failed."""
-
-    def __init__(self, sites: frozenset[str], opaque: set[type[nn.Module]], layers: dict[Any, bool]) -> None:
-        super().__init__(autowrap_functions=_untraceable_functions())
-        self.sites = sites
-        self.opaque = opaque
-        self.stack: list[str] = [""]
-        self.owners: dict[fx.Node, str] = {}
-        self.exits: dict[fx.Node, list[str]] = {}
-        self.calls: dict[str, int] = {}
-        self.failed: str | None = None
-        self.layers = layers
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.sites or type(m) in self.opaque or self.is_layer(m)
-
-    def is_layer(self, module: nn.Module) -> bool:
-        key = (type(module), repr(module))
-        if key not in self.layers:
-            self.layers[key] = not _is_worth_opening(module)
-        return self.layers[key]
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        self.owners[node] = self.stack[-1]
-        return node
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        path = self.path_of_module(m)
-        self.calls[path] = self.calls.get(path, 0) + 1
-        if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        self.stack.append(path)
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = path if self.failed is None else self.failed
-            raise
-        finally:
-            self.stack.pop()
-        if isinstance(result, fx.Proxy):
-            self.exits.setdefault(result.node, []).append(path)
-        return result
-
-
-def _is_worth_opening(module: nn.Module) -> bool:
-    """Whether anything the analysis asks about can lie inside: every composite, but no layer and no activation."""
-    if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, torch.jit.ScriptModule)):
-        return False
-    if isinstance(module, nn.Sequential) or calls_batch_norm(module):
-        return True
-    if type(module).__module__.startswith("torch.nn"):
-        return False
-    if isinstance(module, _CONV_OR_LINEAR):
-        return any(is_norm(m) for m in module.children())
-    if any(True for _ in module.children()):
-        return True
-    return module_role(module) is Role.OTHER and elementwise(module) is None
-
-
-def calls_batch_norm(module: nn.Module) -> bool:
-    """Whether the module's own forward names ``batch_norm``: then its graph shows what is normalised."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and any("batch_norm" in name for name in code.co_names)
-
-
-def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
-    """Timm marks the functions that branch on shapes; a model of timm's has imported timm already."""
-    marked = getattr(sys.modules.get("timm.layers"), "get_notrace_functions", None)
-    return tuple(marked()) if marked is not None else ()
-
-
 def _trace_part(
     model: nn.Module, sites: frozenset[str], opaque: dict[type[nn.Module], str], arguments: Mapping[str, Any] | None
 ) -> dict[str, Graph] | None:
@@ -176,12 +77,12 @@ def _trace_part(
     if "forward" in model.__dict__:
         opaque[type(model)] = "its forward is patched on the instance"  # torch.fx would trace the class's
         return None
-    layers: dict[Any, bool] = {}
+    layers: dict[int, bool] = {}
     while True:
         graphs = {}
         for mode in MODES:
             model.train(mode == "train")
-            tracer = _Tracer(sites, set(opaque), layers)
+            tracer = Tracer(sites, set(opaque), layers)
             try:
                 graph = tracer.trace(model, _constants(model, arguments))
             except Exception as error:  # whatever the user's forward raises when it meets a proxy

@@ -33,3 +33,11 @@ def test_every_example_is_tested() -> None:
     scripts = [path.name for path in EXAMPLES.glob("*.py")]
     assert scripts
     assert [name for name in scripts if f'"{name}"' not in text] == []
+
+
+def test_convert_time_writes_its_table(tmp_path: Path) -> None:
+    out = _run("convert_time.py", "torchvision:resnet18", "--runs", 1, "--csv", tmp_path / "times.csv")
+    assert "torchvision:resnet18" in out
+    header, row = (tmp_path / "times.csv").read_text().splitlines()
+    assert header.startswith("model,runs,preserve_ms")
+    assert all(float(cell) > 0 for cell in row.split(",")[1:])

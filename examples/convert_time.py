@@ -1,0 +1,90 @@
+"""How long `normfree.convert` takes, its copy included, beside `torch.fx.experimental.optimization.fuse`.
+
+Both run in turn on the same model; the table shows medians and the median of the ratios.
+
+Run: python examples/convert_time.py [--runs N] [--csv FILE] [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+import normfree
+from normfree import zoo
+
+NAMES = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:efficientnet_v2_s", "torchvision:densenet121")
+NAMES += ("timm:resnetv2_50", "timm:tf_efficientnet_lite0", "timm:hrnet_w18_small", "timm:levit_128s")
+
+
+def seconds(work: Callable[[nn.Module], object], model: nn.Module) -> float:
+    """Time one call."""
+    start = time.perf_counter()
+    work(model)
+    return time.perf_counter() - start
+
+
+def fuses(model: nn.Module) -> bool:
+    """Whether torch can trace and fuse the model at all."""
+    try:
+        fuse(model)
+    except Exception:  # whatever the model's forward raises when it is traced
+        return False
+    return True
+
+
+def measure(name: str, runs: int) -> dict[str, object]:
+    """Return the medians of one model in milliseconds, and of the ratios to `fuse`."""
+    model = zoo.build(zoo.find(name)).eval()
+    arms: dict[str, Callable[[nn.Module], object]] = {
+        "preserve": lambda m: normfree.convert(m, init="preserve"),
+        "skipinit": lambda m: normfree.convert(m, init="skipinit"),
+    }
+    if fuses(model):
+        arms["fuse"] = fuse
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(runs + 1):
+        for arm, work in arms.items():
+            times[arm].append(seconds(work, model))
+    row: dict[str, object] = {"model": name, "runs": runs}
+    for arm in ("preserve", "skipinit", "fuse"):
+        counted = times.get(arm, [])[1:]  # the first is a warm-up
+        row[f"{arm}_ms"] = round(statistics.median(counted) * 1e3, 1) if counted else "fails"
+        if counted and arm != "fuse" and "fuse" in times:
+            ratios = [a / b for a, b in zip(counted, times["fuse"][1:], strict=True)]
+            row[f"{arm}_to_fuse"] = round(statistics.median(ratios), 3)
+    return row
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--csv")
+    options = parser.parse_args()
+    rows = [measure(name, options.runs) for name in track(options.names, console=Console(stderr=True))]
+    columns = ["model", "runs", "preserve_ms", "skipinit_ms", "fuse_ms", "preserve_to_fuse", "skipinit_to_fuse"]
+    table = Table(*columns, title=f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console().print(table)
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Every new tensor and module of a conversion, complete before the first write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.errors import InternalError
+from normfree.layers import ChannelAffine, Channels, Copy, SkipInit
+from normfree.norms import describe
+from normfree.plans import Alpha, NormEdit, Plan
+
+__all__ = ["Carrier", "Writes", "prepare"]
+
+
+@dataclass
+class Carrier:
+    """New parameters of one layer that stays where it is."""
+
+    gain: nn.Parameter | None = None
+    bias: nn.Parameter | None = None
+    alpha: nn.Parameter | None = None
+    channels: Channels = None
+
+
+@dataclass
+class Writes:
+    """Everything to be written, complete before the first write."""
+
+    slots: dict[str, nn.Module] = field(default_factory=dict)
+    carriers: dict[str, Carrier] = field(default_factory=dict)
+    outputs: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+def prepare(model: nn.Module, plan: Plan) -> Writes:
+    """Compute what ``plan`` writes into ``model``, without touching it."""
+    writes = Writes()
+    preserve = plan.init == "preserve"
+    in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
+    for edit in plan.removed:
+        writes.slots[edit.name] = _slot(model, edit, plan, in_slot.get(edit.name))
+        if edit.producer is not None and preserve:
+            writes.carriers[edit.producer] = _fold(model, edit)
+    for path in plan.biases:
+        layer = model.get_submodule(path)
+        bias = torch.zeros(_features(layer), dtype=_weight(layer).dtype, device=_weight(layer).device)
+        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, _weight(layer).requires_grad))
+    for alpha in plan.alphas:
+        module = model.get_submodule(alpha.path)
+        if alpha.place == "weight":
+            carrier = writes.carriers.setdefault(alpha.path, Carrier())
+            carrier.alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
+            carrier.channels = alpha.channels
+        elif alpha.place == "slot":
+            writes.slots[alpha.path] = _skipinit(_alpha_beside(plan, module, model), alpha.channels)
+        elif alpha.place == "output":
+            scalar = _alpha_beside(plan, module, model)
+            if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
+                writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
+            else:
+                writes.outputs[alpha.path] = scalar
+    for path, slot in writes.slots.items():
+        slot.training = model.get_submodule(path).training
+    return writes
+
+
+def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
+    """Build what takes the norm's place."""
+    module = model.get_submodule(edit.name)
+    norm = describe(module)
+    gain = bias = scalar = None
+    if edit.action in ("affine", "bias"):
+        like = next(_floats(module), _like(model))
+        affine = norm.affine() if edit.action == "affine" else (None, torch.zeros(norm.features, device=like.device))
+        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else _trains(model)
+        shift = norm.bias.requires_grad if isinstance(norm.bias, nn.Parameter) else train
+        gain = None if affine[0] is None else nn.Parameter(affine[0].to(like.dtype), train)
+        bias = nn.Parameter(affine[1].to(like.dtype), shift)
+    if alpha is not None:
+        scalar = _alpha_beside(plan, module, model)
+    if edit.copy and norm.drop is not None and norm.act is None and scalar is None:
+        return nn.Sequential(Copy(), norm.drop)  # a dropout that is off returns its input itself
+    rest = norm.drop is not None or norm.act is not None
+    if not rest and gain is None and bias is None:
+        if alpha is not None and scalar is not None:
+            return _skipinit(scalar, alpha.channels)
+        return Copy() if edit.copy else nn.Identity()
+    return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act)
+
+
+def _trains(model: nn.Module) -> bool:
+    return any(p.requires_grad for p in model.parameters()) or not any(True for _ in model.parameters())
+
+
+def _skipinit(alpha: nn.Parameter, channels: Channels) -> SkipInit:
+    slot = SkipInit(channels=channels)
+    slot.alpha = alpha
+    return slot
+
+
+def _fold(model: nn.Module, edit: NormEdit) -> Carrier:
+    """``gain = weight / sqrt(var + eps)`` and ``bias = beta + gain * (b - mean)`` (design of arXiv 2305.11624)."""
+    layer = model.get_submodule(str(edit.producer))
+    norm = describe(model.get_submodule(edit.name))
+    weight, old = _weight(layer), layer.bias
+    gain, bias = norm.affine()
+    trained = [weight.requires_grad if not isinstance(p, nn.Parameter) else p.requires_grad for p in (norm.weight,)]
+    if isinstance(old, Tensor):
+        bias = bias + gain * old.detach().double()
+    learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or trained
+    return Carrier(
+        gain=nn.Parameter(gain.to(weight.dtype), trained[0]),
+        bias=nn.Parameter(bias.to(weight.dtype), any(learns)),
+    )
+
+
+def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.full((1,), plan.alpha, device=like.device, dtype=like.dtype), requires_grad)
+
+
+def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Parameter:
+    """Build an alpha that is like the module's own parameters: a frozen part of a model stays frozen."""
+    parameters = list(module.parameters()) or list(model.parameters())
+    like = next(_floats(module), _like(model))
+    return _alpha(plan, like, any(p.requires_grad for p in parameters) or not parameters)
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    if not isinstance(weight, nn.Parameter):
+        raise InternalError(f"{type(layer).__qualname__} has no weight of its own")
+    return weight
+
+
+def _features(layer: Any) -> int:
+    return int(layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
+
+
+def _floats(module: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            yield tensor
+
+
+def _like(model: nn.Module) -> Tensor:
+    return next(_floats(model), torch.empty(0))

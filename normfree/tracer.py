@@ -1,0 +1,116 @@
+"""A torch.fx tracer that also records who owns a node, who returns it, and where tracing failed."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
+from normfree.norms import is_norm
+from normfree.roles import Role, elementwise, module_role
+
+__all__ = ["Tracer"]
+
+
+class _Proxy(fx.Proxy):
+    """Also records what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class Tracer(fx.Tracer):
+    """Records, besides the graph, who owns each node, who returns it, and the module in which tracing failed."""
+
+    def __init__(self, sites: frozenset[str], opaque: set[type[nn.Module]], layers: dict[int, bool]) -> None:
+        super().__init__(autowrap_functions=_untraceable_functions())
+        self.sites = sites
+        self.opaque = opaque
+        self.stack: list[str] = [""]
+        self.owners: dict[fx.Node, str] = {}
+        self.exits: dict[fx.Node, list[str]] = {}
+        self.calls: dict[str, int] = {}
+        self.failed: str | None = None
+        self.layers = layers
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Stop at norms, at layers, and at what was found untraceable."""
+        return module_qualified_name in self.sites or type(m) in self.opaque or self.is_layer(m)
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether there is nothing to see inside; remembered, since both modes ask."""
+        if id(module) not in self.layers:
+            self.layers[id(module)] = not _is_worth_opening(module)
+        return self.layers[id(module)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a proxy that knows in-place arithmetic."""
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Remember whose forward creates the node."""
+        node = super().create_node(*args, **kwargs)
+        self.owners[node] = self.stack[-1]
+        return node
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Count the call, and remember what the module returns or that it failed."""
+        path = self.path_of_module(m)
+        self.calls[path] = self.calls.get(path, 0) + 1
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.stack.append(path)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = path if self.failed is None else self.failed
+            raise
+        finally:
+            self.stack.pop()
+        if isinstance(result, fx.Proxy):
+            self.exits.setdefault(result.node, []).append(path)
+        return result
+
+
+def _is_worth_opening(module: nn.Module) -> bool:
+    """Whether anything the analysis asks about can lie inside: every composite, but no layer and no activation."""
+    if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, torch.jit.ScriptModule)):
+        return False
+    if isinstance(module, nn.Sequential) or calls_batch_norm(module):
+        return True
+    if type(module).__module__.startswith("torch.nn"):
+        return False
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return any(is_norm(m) for m in module.children())
+    if any(True for _ in module.children()):
+        return True
+    return module_role(module) is Role.OTHER and elementwise(module) is None
+
+
+def calls_batch_norm(module: nn.Module) -> bool:
+    """Whether the module's own forward names ``batch_norm``: then its graph shows what is normalised."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any("batch_norm" in name for name in code.co_names)
+
+
+def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
+    """Timm marks the functions that branch on shapes; a model of timm's has imported timm already."""
+    marked = getattr(sys.modules.get("timm.layers"), "get_notrace_functions", None)
+    return tuple(marked()) if marked is not None else ()
