@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -78,9 +80,9 @@ def main() -> None:
     table = Table(*columns, title=f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     if options.csv:
-        with open(options.csv, "w", newline="") as file:
+        with Path(options.csv).open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

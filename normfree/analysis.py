@@ -57,15 +57,17 @@ class Findings:
     functional: tuple[str, ...]
 
 
-def flows(model: nn.Module, trace: Trace, sites: Iterable[str]) -> Iterator[tuple[str, str, Flow]]:
-    """Yield ``(part, mode, flow)`` for every graph of a trace."""
+def flows(
+    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False
+) -> Iterator[tuple[str, str, Flow]]:
+    """Yield ``(part, mode, flow)`` for every graph of a trace, or only for those that differ."""
     sites = tuple(sites)
     shared = _shared_between_parts(model, trace)
     for part in trace.parts:
         prefix = f"{part.path}." if part.path else ""
         below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
         modules = dict(model.get_submodule(part.path).named_modules(remove_duplicate=False))
-        for mode in MODES:
+        for mode in part.distinct if distinct else MODES:
             yield prefix, mode, Flow(part.graphs[mode], modules, below, shared)
 
 
@@ -93,7 +95,7 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
-    for prefix, _, flow in flows(model, trace, first):
+    for prefix, _, flow in flows(model, trace, first, distinct=True):
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
         rescaled.update({prefix + path: activation for path, activation in rescaled_layers(flow)})
         for node in flow.nodes:

@@ -74,6 +74,6 @@ def convert(
         tensor([0.], requires_grad=True)
     """
     made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
-    converted = deep_copy(model)
+    converted = deep_copy(model, drawn=[path for path, _ in made.weights])
     rewrite(converted, made)
     return converted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +15,23 @@ __all__ = ["deep_copy", "meta_copy"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def deep_copy(model: M) -> M:
-    """Return a deep copy; an activation that the model kept from its last forward pass comes without its history."""
+def deep_copy(model: M, drawn: Iterable[str] = ()) -> M:
+    """Return a deep copy; an activation that the model kept from its last forward pass comes without its history.
+
+    Args:
+        model: The model.
+        drawn: Layers whose weight is about to be drawn anew: its values are not copied.
+    """
     memo: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in module.__dict__.values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    for path in drawn:
+        weight = model.get_submodule(path)._parameters["weight"]
+        if weight is not None and type(weight) is nn.Parameter:
+            memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     return copy.deepcopy(model, memo)
 
 

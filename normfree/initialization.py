@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import torch
 from torch import nn
 
-__all__ = ["fan_in", "he_normal_"]
+__all__ = ["draw_", "fan_in", "he_normal_"]
 
 
 def fan_in(module: nn.Module) -> float:
@@ -26,13 +28,28 @@ def fan_in(module: nn.Module) -> float:
     return float(weight.shape[1] * kernel)
 
 
-def he_normal_(module: nn.Module, gain: float) -> None:
+def draw_(layers: Sequence[tuple[nn.Module, float]]) -> None:
+    """Draw many layers anew, each with its gain; see :func:`he_normal_`.
+
+    Every layer has a generator of its own, seeded from torch's global one: so the result depends on
+    ``torch.manual_seed`` alone, while the layers are drawn in parallel (torch draws with one thread, without the GIL).
+    """
+    seeds = torch.randint(2**63 - 1, (len(layers),)).tolist()
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        list(pool.map(lambda layer, seed: he_normal_(*layer, seed), layers, seeds))
+
+
+def he_normal_(module: nn.Module, gain: float, seed: int) -> None:
     """Fill the weight from ``N(0, gain^2 / fan_in)`` and zero the bias (He et al. 2015, equation 10).
 
     torchvision's own fan-out initialisation keeps the scale of gradients and relies on the norm behind it for the
     scale of activations: without that norm resnet50's signal would end hundreds of times larger than it starts.
     """
     with torch.no_grad():
-        nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in(module)))  # type: ignore[arg-type]  # a tensor
-        if isinstance(module.bias, torch.Tensor):
-            module.bias.zero_()
+        weight = cast(torch.Tensor, module.weight)
+        if not weight.is_meta:
+            generator = torch.Generator(weight.device).manual_seed(seed)
+            weight.normal_(0, gain / math.sqrt(fan_in(module)), generator=generator)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            bias.zero_()

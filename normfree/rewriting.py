@@ -14,7 +14,7 @@ from torch import nn
 
 from normfree.errors import InternalError
 from normfree.guards import PLAN_ATTRIBUTE
-from normfree.initialization import he_normal_
+from normfree.initialization import draw_
 from normfree.layers import is_carrier, scaled_class
 from normfree.norms import is_norm
 from normfree.plans import Plan
@@ -45,8 +45,7 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     for path, slot in writes.slots.items():
         _take_hooks(model.get_submodule(path), slot)
     _replace_everywhere(model, {id(model.get_submodule(path)): slot for path, slot in writes.slots.items()})
-    for layer, gain in drawn:
-        he_normal_(layer, gain)
+    draw_(drawn)
     model.__dict__[PLAN_ATTRIBUTE] = plan
 
 

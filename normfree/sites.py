@@ -145,8 +145,11 @@ def rescaled_layers(flow: Flow) -> Iterator[tuple[str, Activation | None]]:
     norms = sum(flow.bit(node) for node in flow.nodes if flow.roles[node] is Role.NORM)
     fed = {path for node in flow.nodes if flow.roles[node] is Role.NORM for path in _feeds(flow, node)}
     for node in flow.nodes:
-        if flow.roles[node] is not Role.CONV or node.op != "call_module" or not flow.descendants[node] & norms:
+        module = flow.module(node)
+        if flow.roles[node] is not Role.CONV or module is None or not flow.descendants[node] & norms:
             continue
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            continue  # weight normalisation and parametrisations compute it from something else
         if str(node.target) in fed or any(flow.roles[user] is Role.NORM for user in flow.users[node]):
             yield str(node.target), _activation(flow, node)
 

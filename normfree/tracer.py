@@ -101,7 +101,8 @@ def _is_worth_opening(module: nn.Module) -> bool:
         return any(is_norm(m) for m in module.children())
     if any(True for _ in module.children()):
         return True
-    return module_role(module) is Role.OTHER and elementwise(module) is None
+    # forward, and not the module: while a trace runs, calling a module would be recorded.
+    return module_role(module) is Role.OTHER and elementwise(module.forward) is None
 
 
 def calls_batch_norm(module: nn.Module) -> bool:

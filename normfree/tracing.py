@@ -8,6 +8,7 @@ treated as opaque together with every other module of its type, and its children
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class Graph:
     exits: Mapping[fx.Node, tuple[str, ...]]
     calls: Mapping[str, int]
 
+    def spelled(self) -> list[tuple[object, ...]]:
+        """Return the graph in a form that can be compared."""
+        return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in self.nodes.nodes]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -52,6 +57,12 @@ class Part:
 
     path: str
     graphs: Mapping[str, Graph]
+
+    @functools.cached_property
+    def distinct(self) -> tuple[str, ...]:
+        """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
+        first, second = (self.graphs[mode].spelled() for mode in MODES)
+        return MODES[:1] if first == second else MODES
 
 
 @dataclass(frozen=True)

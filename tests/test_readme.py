@@ -64,7 +64,7 @@ def test_shell_blocks_run(number: int, fresh: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     environment = {
         **os.environ,
-        "PATH": f"{fresh / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(fresh / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         # The test command would run this test again, and so for ever: here it installs and collects. CI runs it whole.
         "PYTEST_ADDOPTS": "--collect-only -q -n 0",
         "PYTHONPATH": "",
