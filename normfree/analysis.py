@@ -14,7 +14,7 @@ from torch import fx, nn
 from normfree.activations import Activation
 from normfree.graph import Flow, Role
 from normfree.sites import Site, agree, find_site, rescaled_layers
-from normfree.sums import Kind, SumNode, find_sums, sum_names
+from normfree.sums import Kind, SumNode, additions_of, find_sums, sum_names
 from normfree.tails import Candidate, find_candidates
 from normfree.tracing import MODES, Trace
 
@@ -168,9 +168,11 @@ def _may_be_called_apart(flow: Flow, node: fx.Node, prefix: str) -> bool:
 
 def _sum(flow: Flow, found: SumNode, prefix: str, name: str, first: Mapping[str, str]) -> Sum:
     branches = []
+    added = set(additions_of(flow, found.node))
     for operand in found.branches:
         norms = tuple(first[norm] for norm in _norms_between(flow, found.base, operand, prefix))
-        candidates, why = find_candidates(flow, operand, found.node)
+        direct = next(user for user in flow.users[operand] if user in added)
+        candidates, why = find_candidates(flow, operand, direct)
         branches.append(Branch(norms, tuple(_prefixed(c, prefix, first) for c in candidates), why))
     return Sum(prefix + name, found.kind, found.reason, tuple(branches))
 

@@ -36,7 +36,7 @@ def draw_(layers: Sequence[tuple[nn.Module, float]]) -> None:
     """
     seeds = torch.randint(2**63 - 1, (len(layers),)).tolist()
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        list(pool.map(lambda layer, seed: he_normal_(*layer, seed), layers, seeds))
+        list(pool.map(lambda drawn, seed: he_normal_(drawn[0], drawn[1], seed), layers, seeds))
 
 
 def he_normal_(module: nn.Module, gain: float, seed: int) -> None:

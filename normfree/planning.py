@@ -190,8 +190,9 @@ def _place(branch: Branch, norms: dict[str, NormEdit], model: nn.Module, taken: 
             options.append(candidate)
     if not options:
         return None
-    best = min(options, key=lambda c: ("weight", "norm", "slot", "output").index(c.place))
-    return Alpha(best.path, best.place, _clamp(best.channels, model.get_submodule(best.path)))
+    best = min(options, key=lambda c: ("weight", "norm", "slot", "output", "sum").index(c.place))
+    channels = _clamp(best.channels, model.get_submodule(best.path))
+    return Alpha(best.path, best.place, channels, best.addition, best.operand)
 
 
 def _clamp(channels: Channels, module: nn.Module) -> Channels:

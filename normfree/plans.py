@@ -48,11 +48,21 @@ class NormEdit:
 
 @dataclass(frozen=True)
 class Alpha:
-    """One SkipInit scalar: on a ``weight``, in the slot of a ``norm`` or an identity ``slot``, or on an ``output``."""
+    """One SkipInit scalar: on a weight, in the slot of a norm or an identity, on an output, or on an operand of a sum.
+
+    Attributes:
+        path: The module that carries it.
+        place: Where in it; see :class:`normfree.tails.Candidate`.
+        channels: The range of channels it scales, or all of them.
+        addition: For ``sum``: which addition of the module's own forward.
+        operand: For ``sum``: which operand of it.
+    """
 
     path: str
     place: Place
     channels: Channels = None
+    addition: int = 0
+    operand: int = 0
 
 
 @dataclass(frozen=True)

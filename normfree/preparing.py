@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.blocks import scaled_block_class
 from normfree.errors import InternalError
-from normfree.layers import ChannelAffine, Channels, Copy, SkipInit
+from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_class
 from normfree.norms import describe
 from normfree.plans import Alpha, NormEdit, Plan
 
@@ -33,7 +34,8 @@ class Writes:
 
     slots: dict[str, nn.Module] = field(default_factory=dict)
     carriers: dict[str, Carrier] = field(default_factory=dict)
-    outputs: dict[str, nn.Parameter] = field(default_factory=dict)
+    outputs: dict[str, tuple[nn.Parameter, type[nn.Module]]] = field(default_factory=dict)
+    blocks: dict[str, tuple[nn.Parameter, type[nn.Module]]] = field(default_factory=dict)
 
 
 def prepare(model: nn.Module, plan: Plan) -> Writes:
@@ -57,12 +59,15 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
             carrier.channels = alpha.channels
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(_alpha_beside(plan, module, model), alpha.channels)
+        elif alpha.place == "sum":
+            cls = scaled_block_class(module, alpha.addition, alpha.operand)
+            writes.blocks[alpha.path] = _alpha_beside(plan, module, model), cls
         elif alpha.place == "output":
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
             else:
-                writes.outputs[alpha.path] = scalar
+                writes.outputs[alpha.path] = scalar, scaled_class(type(module))
     for path, slot in writes.slots.items():
         slot.training = model.get_submodule(path).training
     return writes

@@ -36,9 +36,9 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     drawn = [(_submodule(model, path), gain) for path, gain in plan.weights]
     for path, carrier in writes.carriers.items():
         _write_carrier(model.get_submodule(path), carrier)
-    for path, alpha in writes.outputs.items():
+    for path, (alpha, cls) in (*writes.outputs.items(), *writes.blocks.items()):
         module = model.get_submodule(path)
-        module.__class__ = scaled_class(type(module))
+        module.__class__ = cls
         module.register_parameter("alpha", alpha)
     for activation in out_of_place:
         activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
@@ -60,6 +60,7 @@ _FITS: dict[Place, Callable[[nn.Module], bool]] = {
     "weight": is_carrier,
     "norm": is_norm,
     "slot": lambda module: type(module) is nn.Identity,
+    "sum": lambda module: any(True for _ in module.children()),
     "output": lambda module: not isinstance(module, torch.jit.ScriptModule),
 }
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from normfree.graph import Flow, Role
 
-__all__ = ["Kind", "SumNode", "find_sums", "sum_names"]
+__all__ = ["Kind", "SumNode", "additions_of", "find_sums", "sum_names"]
 
 Kind = Literal["residual", "parallel", "merge"]
 
@@ -76,6 +76,15 @@ def find_sums(flow: Flow) -> tuple[SumNode, ...]:
         if flow.roles[node] is Role.ADD and not _is_inner(flow, node):
             _classify_group(flow, node, found)
     return tuple(found.values())
+
+
+def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the additions that make up ``a + b + c``, the outermost first."""
+    yield node
+    for operand in node.args[:2]:
+        inner = _inner(flow, operand) if isinstance(operand, fx.Node) else None
+        if inner is not None:
+            yield from additions_of(flow, inner)
 
 
 def _is_inner(flow: Flow, node: fx.Node) -> bool:

@@ -15,12 +15,13 @@ import torch
 from torch import fx, nn
 
 from normfree.activations import as_activation
+from normfree.blocks import why_not_scalable
 from normfree.graph import Flow, Role
-from normfree.layers import Channels, is_carrier
+from normfree.layers import Channels, is_carrier, scaled_class
 
 __all__ = ["Candidate", "Place", "find_candidates"]
 
-Place = Literal["weight", "norm", "slot", "output"]
+Place = Literal["weight", "norm", "slot", "output", "sum"]
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,54 @@ class Candidate:
     Attributes:
         path: The module.
         place: ``weight`` of a conv or linear, slot of a ``norm``, ``slot`` of an ``nn.Identity``, or ``output`` of any
-            other module.
+            other module; ``sum``: the operand of an addition in the module's own forward, which is rewritten.
         through: Norms between the module and the sum; all of them must turn into nothing for alpha to commute.
         channels: The range of the module's channels that goes into the sum, or all of them.
+        addition: Which of the additions in the module's own forward, for ``sum``.
+        operand: Which operand of it, for ``sum``.
     """
 
     path: str
     place: Place
     through: tuple[str, ...] = ()
     channels: Channels = None
+    addition: int = 0
+    operand: int = 0
 
 
 def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tuple[Candidate, ...], str]:
-    """Return the candidates for one branch, outermost first, and the reason if there is none."""
-    found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
+    """Return the candidates for one branch, outermost first, and the reason if there is none.
+
+    Args:
+        flow: The graph.
+        branch: The operand that is the branch.
+        addition: The addition that it is an operand of.
+    """
+    found = dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot")))
+    own, why = _own_forward(flow, branch, addition)
+    if own is not None:
+        found[own] = None
     if found:
-        return found, ""
+        return tuple(found), ""
     others = [u.name for u in flow.users[branch] if u is not addition]
     if others:
-        return found, f"the branch's output is also used by {', '.join(others)}"
-    module = flow.module(branch)
-    if module is not None and not flow.called_once(branch):
-        return found, f"{branch.target} is called more than once"
-    return found, f"the branch ends in {branch.name}, which no module of its own returns"
+        return (), f"the branch's output is also used by {', '.join(others)}"
+    return (), f"the branch ends in {branch.name}, which no module of its own returns; {why}"
+
+
+def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candidate | None, str]:
+    """The module whose own forward adds: its forward can be rewritten, if it is not the root and called once."""
+    owner = flow.graph.owners[addition]
+    if not owner:
+        return None, "the addition stands in the root's own forward, and the root keeps its class"
+    if flow.graph.calls[owner] != 1 or id(flow.modules[owner]) in flow.shared:
+        return None, f"{owner} is called more than once"
+    own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
+    number, operand = own.index(addition), addition.args.index(branch)
+    problem = why_not_scalable(flow.modules[owner], number, operand)
+    if problem is not None:
+        return None, f"the forward of {owner} cannot be rewritten: {problem}"
+    return Candidate(owner, "sum", addition=number, operand=operand), ""
 
 
 def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:
@@ -99,8 +125,13 @@ def _exits(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Itera
 
 
 def _can_scale_output(module: nn.Module) -> bool:
-    patched = isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__
-    return not patched and (not hasattr(module, "alpha") or not module.state_dict())
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    try:
+        scaled_class(type(module))
+    except TypeError:  # a class that may not be derived
+        return False
+    return not hasattr(module, "alpha") or not module.state_dict()
 
 
 def _only_user(flow: Flow, node: fx.Node, user: fx.Node) -> bool:

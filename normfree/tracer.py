@@ -15,7 +15,7 @@ from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
 from normfree.roles import Role, elementwise, module_role
 
-__all__ = ["Tracer"]
+__all__ = ["Tracer", "is_layer"]
 
 
 class _Proxy(fx.Proxy):
@@ -50,13 +50,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Stop at norms, at layers, and at what was found untraceable."""
-        return module_qualified_name in self.sites or type(m) in self.opaque or self.is_layer(m)
-
-    def is_layer(self, module: nn.Module) -> bool:
-        """Whether there is nothing to see inside; remembered, since both modes ask."""
-        if id(module) not in self.layers:
-            self.layers[id(module)] = not _is_worth_opening(module)
-        return self.layers[id(module)]
+        return module_qualified_name in self.sites or type(m) in self.opaque or self.layers[id(m)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that knows in-place arithmetic."""
@@ -89,20 +83,22 @@ class Tracer(fx.Tracer):
         return result
 
 
-def _is_worth_opening(module: nn.Module) -> bool:
-    """Whether anything the analysis asks about can lie inside: every composite, but no layer and no activation."""
+def is_layer(module: nn.Module) -> bool:
+    """Whether nothing that the analysis asks about lies inside: a layer or an activation, but no composite.
+
+    To be asked before a trace and not during one, when calling anything would be recorded.
+    """
     if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, torch.jit.ScriptModule)):
-        return False
+        return True
     if isinstance(module, nn.Sequential) or calls_batch_norm(module):
-        return True
-    if type(module).__module__.startswith("torch.nn"):
         return False
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-        return any(is_norm(m) for m in module.children())
-    if any(True for _ in module.children()):
+    if type(module).__module__.startswith("torch.nn"):
         return True
-    # forward, and not the module: while a trace runs, calling a module would be recorded.
-    return module_role(module) is Role.OTHER and elementwise(module.forward) is None
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return not any(is_norm(m) for m in module.children())
+    if any(True for _ in module.children()):
+        return False
+    return module_role(module) is not Role.OTHER or elementwise(module) is not None
 
 
 def calls_batch_norm(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.tracer import Tracer
+from normfree.tracer import Tracer, is_layer
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
 
@@ -88,7 +88,7 @@ def _trace_part(
     if "forward" in model.__dict__:
         opaque[type(model)] = "its forward is patched on the instance"  # torch.fx would trace the class's
         return None
-    layers: dict[int, bool] = {}
+    layers = {id(module): is_layer(module) for module in model.modules()}
     while True:
         graphs = {}
         for mode in MODES:

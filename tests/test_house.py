@@ -47,7 +47,7 @@ LAYERS = (
     "tracer",
     "tracing",
     "graph",
-    "activations sums",
+    "activations sums blocks",
     "tails sites",
     "analysis plans",
     "guards selecting observing preparing",

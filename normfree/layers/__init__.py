@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from normfree.layers.carriers import ScaledOutput, ScaledWeight, is_carrier, scaled_class
+from normfree.layers.carriers import ScaledOutput, ScaledSum, ScaledWeight, is_carrier, scaled_class
 from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit
 
-__all__ = ["ChannelAffine", "Channels", "Copy", "ScaledWeight", "SkipInit", "is_carrier", "is_normfree", "scaled_class"]
+__all__ = [
+    "ChannelAffine",
+    "Channels",
+    "Copy",
+    "ScaledSum",
+    "ScaledWeight",
+    "SkipInit",
+    "is_carrier",
+    "is_normfree",
+    "scaled_class",
+]
 
 
 def is_normfree(module: nn.Module) -> bool:
     """Whether ``module`` is one of this package's own layers: how a second conversion is recognised."""
-    return isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, ScaledOutput))
+    return isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, ScaledOutput, ScaledSum))

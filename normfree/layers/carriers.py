@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
-__all__ = ["ScaledOutput", "ScaledWeight", "is_carrier", "scaled_class"]
+__all__ = ["ScaledOutput", "ScaledSum", "ScaledWeight", "is_carrier", "scaled_class"]
 
 
 @torch.fx.wrap
@@ -157,6 +157,12 @@ class ScaledOutput(_Module):
 def _new_scaled(original: type[nn.Module]) -> nn.Module:
     cls = scaled_class(original)
     return cls.__new__(cls)
+
+
+class ScaledSum(_Module):
+    """Mixin for a block that multiplies the branch by alpha in its own forward, before it adds."""
+
+    alpha: nn.Parameter
 
 
 def scaled_class(original: type[nn.Module]) -> type[nn.Module]:
