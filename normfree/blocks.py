@@ -26,9 +26,6 @@ __all__ = ["scaled_block_class", "why_not_scalable"]
 class _OwnForward(Tracer):
     """Sees what a block's own forward does; its children are leaves."""
 
-    def __init__(self) -> None:
-        super().__init__(frozenset(), set(), {})
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # its signature is fx's
         """Stop at every child."""
         return True

@@ -22,12 +22,11 @@ def deep_copy(model: M, drawn: Iterable[str] = ()) -> M:
         model: The model.
         drawn: Layers whose weight is about to be drawn anew: its values are not copied.
     """
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in module.__dict__.values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+    memo = _empty_containers(model)
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     for path in drawn:
         weight = model.get_submodule(path)._parameters["weight"]
         if weight is not None and type(weight) is nn.Parameter:
@@ -40,7 +39,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
     Hooks are the user's own code: they must not run on proxies, nor be copied with what they hold.
     """
-    memo: dict[int, Any] = {}
+    memo = _empty_containers(model)
     for module in model.modules():
         for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
             if isinstance(value, Tensor) and id(value) not in memo:
@@ -48,6 +47,16 @@ def meta_copy(model: nn.Module) -> nn.Module:
             elif name.endswith("_hooks"):
                 memo[id(value)] = OrderedDict()
     return copy.deepcopy(model, memo)
+
+
+def _empty_containers(model: nn.Module) -> dict[int, Any]:
+    """Return the copies of all empty containers: every module holds a dozen, and deepcopy takes its time over each."""
+    return {
+        id(value): type(value)()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if not isinstance(value, Tensor) and type(value) in (OrderedDict, set) and not value
+    }
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,7 @@ def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> 
     norm = describe(module)
     gain = bias = scalar = None
     if edit.action in ("affine", "bias"):
-        like = next(_floats(module), _like(model))
+        like = _like(module, model)
         affine = norm.affine() if edit.action == "affine" else (None, torch.zeros(norm.features, device=like.device))
         train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else _trains(model)
         shift = norm.bias.requires_grad if isinstance(norm.bias, nn.Parameter) else train
@@ -98,6 +98,7 @@ def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> 
 
 
 def _trains(model: nn.Module) -> bool:
+    """Whether anything in the model learns; one without parameters has nothing that says otherwise."""
     return any(p.requires_grad for p in model.parameters()) or not any(True for _ in model.parameters())
 
 
@@ -129,9 +130,7 @@ def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:
 
 def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Parameter:
     """Build an alpha that is like the module's own parameters: a frozen part of a model stays frozen."""
-    parameters = list(module.parameters()) or list(model.parameters())
-    like = next(_floats(module), _like(model))
-    return _alpha(plan, like, any(p.requires_grad for p in parameters) or not parameters)
+    return _alpha(plan, _like(module, model), _trains(module if any(True for _ in module.parameters()) else model))
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
@@ -145,11 +144,10 @@ def _features(layer: Any) -> int:
     return int(layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
 
 
-def _floats(module: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            yield tensor
-
-
-def _like(model: nn.Module) -> Tensor:
-    return next(_floats(model), torch.empty(0))
+def _like(*modules: nn.Module) -> Tensor:
+    """Return a floating tensor of the first of these modules that holds one, for its device and dtype."""
+    for module in modules:
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+    return torch.empty(0)

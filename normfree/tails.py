@@ -54,12 +54,12 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
         branch: The operand that is the branch.
         addition: The addition that it is an operand of.
     """
-    found = dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot")))
+    found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
+    if found:
+        return found, ""
     own, why = _own_forward(flow, branch, addition)
     if own is not None:
-        found[own] = None
-    if found:
-        return tuple(found), ""
+        return (own,), ""
     others = [u.name for u in flow.users[branch] if u is not addition]
     if others:
         return (), f"the branch's output is also used by {', '.join(others)}"

@@ -15,7 +15,7 @@ from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
 from normfree.roles import Role, elementwise, module_role
 
-__all__ = ["Tracer", "is_layer"]
+__all__ = ["Tracer", "is_layer", "untraceable_functions"]
 
 
 class _Proxy(fx.Proxy):
@@ -37,16 +37,22 @@ class _Proxy(fx.Proxy):
 class Tracer(fx.Tracer):
     """Records, besides the graph, who owns each node, who returns it, and the module in which tracing failed."""
 
-    def __init__(self, sites: frozenset[str], opaque: set[type[nn.Module]], layers: dict[int, bool]) -> None:
-        super().__init__(autowrap_functions=_untraceable_functions())
+    def __init__(
+        self,
+        sites: frozenset[str] = frozenset(),
+        opaque: set[type[nn.Module]] | None = None,
+        layers: dict[int, bool] | None = None,
+        functions: tuple[Callable[..., Any], ...] = (),
+    ) -> None:
+        super().__init__(autowrap_functions=functions)
         self.sites = sites
-        self.opaque = opaque
+        self.opaque = opaque or set()
         self.stack: list[str] = [""]
         self.owners: dict[fx.Node, str] = {}
         self.exits: dict[fx.Node, list[str]] = {}
         self.calls: dict[str, int] = {}
         self.failed: str | None = None
-        self.layers = layers
+        self.layers = layers or {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Stop at norms, at layers, and at what was found untraceable."""
@@ -97,8 +103,14 @@ def is_layer(module: nn.Module) -> bool:
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         return not any(is_norm(m) for m in module.children())
     if any(True for _ in module.children()):
-        return False
+        # Without a norm only what may be a projection, a gate or a tail is worth a look: attention is not.
+        return not any(is_norm(m) or isinstance(m, nn.modules.conv._ConvNd) or _is_plain(m) for m in module.modules())
     return module_role(module) is not Role.OTHER or elementwise(module) is not None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a composite could be a skip path without a convolution: pooling, padding and the like."""
+    return module_role(module) in (Role.POOL, Role.PAD, Role.UPSAMPLE)
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
@@ -107,7 +119,9 @@ def calls_batch_norm(module: nn.Module) -> bool:
     return code is not None and any("batch_norm" in name for name in code.co_names)
 
 
-def _untraceable_functions() -> tuple[Callable[..., Any], ...]:
-    """Timm marks the functions that branch on shapes; a model of timm's has imported timm already."""
+def untraceable_functions(model: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """Return the functions that branch on shapes, which timm marks, if there is anything of timm's in the model."""
+    if not any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        return ()
     marked = getattr(sys.modules.get("timm.layers"), "get_notrace_functions", None)
     return tuple(marked()) if marked is not None else ()

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.tracer import Tracer, is_layer
+from normfree.modes import mode_dependent
+from normfree.tracer import Tracer, is_layer, untraceable_functions
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
 
@@ -61,8 +62,8 @@ class Part:
     @functools.cached_property
     def distinct(self) -> tuple[str, ...]:
         """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
-        first, second = (self.graphs[mode].spelled() for mode in MODES)
-        return MODES[:1] if first == second else MODES
+        first, second = (self.graphs[mode] for mode in MODES)
+        return MODES[:1] if first is second or first.spelled() == second.spelled() else MODES
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,46 @@ def _trace_part(
         opaque[type(model)] = "its forward is patched on the instance"  # torch.fx would trace the class's
         return None
     layers = {id(module): is_layer(module) for module in model.modules()}
+    constants = _constants(model, arguments)
+    make = functools.partial(Tracer, sites, functions=untraceable_functions(model))
     while True:
-        graphs = {}
-        for mode in MODES:
-            model.train(mode == "train")
-            tracer = Tracer(sites, set(opaque), layers)
-            try:
-                graph = tracer.trace(model, _constants(model, arguments))
-            except Exception as error:  # whatever the user's forward raises when it meets a proxy
-                if tracer.failed is None:
-                    opaque[type(model)] = _one_line(error)
-                    return None
-                opaque[type(model.get_submodule(tracer.failed))] = _one_line(error)
-                break
-            exits = {node: tuple(paths) for node, paths in tracer.exits.items()}
-            graphs[mode] = Graph(graph, tracer.owners, exits, tracer.calls)
+        tracer = make(set(opaque), layers)
+        try:
+            graphs = {MODES[0]: _one_graph(model, MODES[0], tracer, constants)}
+            if _same_in_both_modes(model, functools.partial(make, set(opaque)), layers, constants):
+                return dict.fromkeys(MODES, graphs[MODES[0]])
+            tracer = make(set(opaque), layers)
+            graphs[MODES[1]] = _one_graph(model, MODES[1], tracer, constants)
+        except Exception as error:  # whatever the user's forward raises when it meets a proxy
+            if tracer.failed is None:
+                opaque[type(model)] = _one_line(error)
+                return None
+            opaque[type(model.get_submodule(tracer.failed))] = _one_line(error)
         else:
             return graphs
+
+
+def _one_graph(model: nn.Module, mode: str, tracer: Tracer, constants: dict[str, Any]) -> Graph:
+    graph = tracer.trace(model.train(mode == "train"), constants)
+    exits = {node: tuple(paths) for node, paths in tracer.exits.items()}
+    return Graph(graph, tracer.owners, exits, tracer.calls)
+
+
+def _same_in_both_modes(
+    model: nn.Module, make: Callable[[dict[int, bool]], Tracer], layers: dict[int, bool], constants: dict[str, Any]
+) -> bool:
+    """Whether nothing that is looked into acts on the mode: told from a trace that stops where nobody asks for it."""
+    asking = mode_dependent(model, layers)
+    if not asking:
+        return True
+    if 2 * len(asking) > sum(not layer for layer in layers.values()):
+        return False  # so much of it asks that stopping there saves nothing
+    coarse = {key: layer or key not in asking for key, layer in layers.items()}
+    try:
+        first, second = (_one_graph(model, mode, make(coarse), constants).spelled() for mode in MODES)
+    except Exception:  # what the train mode raises is seen when it is traced in full
+        return False
+    return first == second
 
 
 def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_files_are_small_and_quiet(path: Path) -> None:
 
 LAYERS = (
     "errors",
-    "norms layers initialization roles copying",
+    "norms layers initialization roles copying modes",
     "tracer",
     "tracing",
     "graph",

@@ -239,3 +239,16 @@ def test_tail_that_cannot_be_changed_is_all_or_nothing(init: str) -> None:
     with contextlib.suppress(NormfreeError, TypeError):
         normfree.convert_(model, init=init)
     assert snapshot(model)["modules"] == before or norms(model) == []
+
+
+def test_sharded_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        with pytest.raises(WrappedModelError, match="sharded by fully_shard: convert the model before sharding"):
+            normfree.convert(fully_shard(net(), mesh=mesh))
+    finally:
+        torch.distributed.destroy_process_group()
