@@ -74,7 +74,7 @@ def flows(
 def _shared_between_parts(model: nn.Module, trace: Trace) -> frozenset[int]:
     """Return the identities of modules that more than one part calls."""
     counts: Counter[int] = Counter()
-    for part in trace.parts:
+    for part in trace.parts if len(trace.parts) > 1 else ():
         root = model.get_submodule(part.path)
         counts.update({id(root.get_submodule(path)) for graph in part.graphs.values() for path in graph.calls})
     return frozenset(module for module, count in counts.items() if count > 1)

@@ -113,6 +113,8 @@ def _replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if id(child) in slots:
                 parent._modules[name] = slots[id(child)]
+        if type(parent).__module__.startswith("torch.nn"):
+            continue  # torch's own layers keep no modules elsewhere
         for name, value in parent.__dict__.items():
             if name not in ("_modules", "_parameters", "_buffers") and isinstance(value, (list, tuple, dict)):
                 parent.__dict__[name] = _replaced(value, slots)
