@@ -90,6 +90,8 @@ def _trace_part(
         opaque[type(model)] = "its forward is patched on the instance"  # torch.fx would trace the class's
         return None
     layers = {id(module): is_layer(module) for module in model.modules()}
+    # In a converted model the norms are gone, but what held them is looked into as before.
+    layers.update((id(m), False) for m in _holders(model, sites) if not type(m).__module__.startswith("torch.nn"))
     constants = _constants(model, arguments)
     make = functools.partial(Tracer, sites, functions=untraceable_functions(model))
     while True:
@@ -107,6 +109,12 @@ def _trace_part(
             opaque[type(model.get_submodule(tracer.failed))] = _one_line(error)
         else:
             return graphs
+
+
+def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
+    """Yield the modules that hold a site, at any depth."""
+    for path in {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}:
+        yield model.get_submodule(path)
 
 
 def _one_graph(model: nn.Module, mode: str, tracer: Tracer, constants: dict[str, Any]) -> Graph:
