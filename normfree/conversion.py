@@ -74,6 +74,7 @@ def convert(
         tensor([0.], requires_grad=True)
     """
     made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
-    converted = deep_copy(model, drawn=[path for path, _ in made.weights])
+    drawn, removed = [path for path, _ in made.weights], [edit.name for edit in made.removed]
+    converted = deep_copy(model, drawn, removed)
     rewrite(converted, made)
     return converted

@@ -15,14 +15,15 @@ __all__ = ["deep_copy", "meta_copy"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def deep_copy(model: M, drawn: Iterable[str] = ()) -> M:
+def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) -> M:
     """Return a deep copy; an activation that the model kept from its last forward pass comes without its history.
 
     Args:
         model: The model.
         drawn: Layers whose weight is about to be drawn anew: its values are not copied.
+        removed: Modules that are about to be replaced: the copy shares their tensors with the model.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = _own_tensors(model, removed)
     for path in drawn:
         weight = model.get_submodule(path)._parameters["weight"]
         if weight is not None and type(weight) is nn.Parameter:
@@ -35,6 +36,7 @@ def deep_copy(model: M, drawn: Iterable[str] = ()) -> M:
     return copy.deepcopy(model, memo)
 
 
+@torch.no_grad()
 def meta_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy with every tensor replaced by one on the meta device, and without hooks.
 
@@ -53,6 +55,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[int, Any]:
+    """Return the tensors that some modules hold and no other module does, each as its own copy."""
+    modules = {id(module): module for module in map(model.get_submodule, paths)}
+    own = {id(t): t for m in modules.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    for module in model.modules() if own else ():
+        if id(module) not in modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                own.pop(id(tensor), None)
+    return own
+
+
 def _copy_layers(model: nn.Module, memo: dict[int, Any], copied: Callable[[Tensor], Tensor]) -> None:
     """Put copies of torch's own layers and of empty containers into ``memo``.
 
@@ -65,8 +78,10 @@ def _copy_layers(model: nn.Module, memo: dict[int, Any], copied: Callable[[Tenso
         result: Tensor = memo[id(tensor)]
         return result
 
-    for module in model.modules():
-        layer = _copy_layer(module, copy_tensor)
+    for module in reversed(list(model.modules())):  # what a container holds comes before the container
+        layer = _copy_layer(module, copy_tensor, memo)
+        if id(module) in memo:
+            continue  # something inside refers back to it
         if layer is not None:
             memo[id(module)] = layer
             continue
@@ -75,10 +90,10 @@ def _copy_layers(model: nn.Module, memo: dict[int, Any], copied: Callable[[Tenso
                 memo[id(value)] = type(value)()
 
 
-def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> nn.Module | None:
+def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> nn.Module | None:
     """Copy one of torch's own layers, or return ``None`` for anything that holds more than tensors and numbers."""
     cls = type(module)
-    if not cls.__module__.startswith("torch.nn.modules") or hasattr(cls, "__deepcopy__") or module._modules:
+    if not cls.__module__.startswith("torch.nn.modules") or hasattr(cls, "__deepcopy__"):
         return None
     state: dict[str, Any] = {}
     for name, value in module.__dict__.items():
@@ -89,6 +104,8 @@ def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor]) -> n
             state[name] = kind((key, None if tensor is None else copy_tensor(tensor)) for key, tensor in value.items())
         elif kind in (OrderedDict, dict, set) and not value:
             state[name] = kind()
+        elif name == "_modules":
+            state[name] = kind((key, copy.deepcopy(child, memo)) for key, child in value.items())
         elif kind in (list, tuple) and all(type(item) in _ATOMS for item in value):
             state[name] = kind(value)
         else:
@@ -102,8 +119,7 @@ _ATOMS = {int, float, bool, str, type(None)}
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        empty = torch.empty_like(tensor, device="meta")
+    empty = torch.empty_like(tensor, device="meta")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, tensor.requires_grad)
     return empty

@@ -15,15 +15,12 @@ from torch import fx, nn
 
 from normfree.layers import ChannelAffine
 from normfree.norms import describe, is_norm
-from normfree.roles import Role, elementwise, function_role, method_role, module_role
+from normfree.roles import Role, elementwise, function_role, is_shape, method_role, module_role
 from normfree.tracing import Graph
 
 __all__ = ["Flow", "Role", "is_inplace", "writes_unannounced"]
 
 
-_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point", "get_device"}
-_NEW = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
-_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 _SHAPE_FROM_SECOND = {"reshape_as", "view_as", "expand_as", "type_as"}
 
 
@@ -55,7 +52,7 @@ class Flow:
         self.memo: dict[Any, bool] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes.nodes:
-            found = () if _is_shape(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
+            found = () if is_shape(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
             if found or node.op == "placeholder":
                 self.inputs[node] = found
         self.nodes = tuple(self.inputs)
@@ -137,14 +134,6 @@ def _getitem_role(node: fx.Node, source: Role | None) -> Role:
     index = node.args[1]
     tensor = index is None or isinstance(index, (tuple, slice, EllipsisType))
     return Role.SLICE if tensor or source is Role.SPLIT else Role.OTHER
-
-
-def _is_shape(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _SHAPE_METHODS or node.target in _NEW
-    if getattr(node.target, "__name__", "") in _LIKE:
-        return True
-    return node.op == "call_function" and node.target is getattr and node.args[1] not in ("T", "mT", "real", "data")
 
 
 def _data_arguments(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -62,11 +62,15 @@ def check_wrapping(model: nn.Module) -> None:
             )
     if model._compiled_call_impl is not None:
         raise WrappedModelError("the model is compiled in place (model.compile()): convert it before compiling")
-    for name, module in model.named_modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+    first = {type(module): name for name, module in reversed(list(model.named_modules()))}
+    for kind, name in first.items():
+        names = {cls.__name__ for cls in kind.__mro__}
+        if "FSDPModule" in names:
             raise WrappedModelError(
                 f"{name or 'the model'} is sharded by fully_shard: convert the model before sharding it"
             )
+        if "FullyShardedDataParallel" in names:
+            raise WrappedModelError(f"{name} is wrapped in {kind.__name__}: convert the model before sharding it")
 
 
 _WRAPPERS = {

@@ -23,6 +23,8 @@ from normfree.tracing import Trace, trace
 
 __all__ = ["plan"]
 
+Modules = Mapping[str, nn.Module]
+
 
 def plan(
     model: nn.Module,
@@ -62,7 +64,8 @@ def plan(
     check_arguments(init, alpha, scope)
     check_model(model)
     norms = find_norms(model)
-    described = {name: describe(model.get_submodule(name)) for name in norms}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    described = {name: describe(modules[name]) for name in norms}
     chosen, why = _choose_init(init, described.values())
     problems = module_problems(model, described, chosen, as_patterns(exclude))
     if is_lazy(model):
@@ -76,10 +79,10 @@ def plan(
         raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
     kept = kept_norms(described, findings, as_patterns(include), as_patterns(exclude), scope)
     edits = tuple(
-        _norm_edit(name, aliases, model, findings.sites.get(name), chosen, kept.get(name), traced)
+        _norm_edit(name, aliases, modules, findings.sites.get(name), chosen, kept.get(name), traced)
         for name, aliases in norms.items()
     )
-    sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), model)
+    sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), modules)
     count = sum(len(total.alphas) for total in sums)
     skipinit = chosen == "skipinit"
     start = alpha if alpha is not None else (0.0 if skipinit else 1.0)
@@ -89,7 +92,7 @@ def plan(
         alpha=1 / math.sqrt(max(count, 1)) if start == "rsqrt_depth" else float(start),
         norms=edits,
         sums=sums,
-        biases=tuple(_biases(edits, findings, model)) if skipinit else (),
+        biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
         weights=tuple(_weights(edits, findings)) if skipinit else (),
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, described))),
         opaque=tuple(traced.opaque.items()),
@@ -115,20 +118,20 @@ def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
 def _norm_edit(
     name: str,
     aliases: tuple[str, ...],
-    model: nn.Module,
+    modules: Modules,
     site: Site | None,
     init: Init,
     kept: str | None,
     traced: Trace,
 ) -> NormEdit:
-    module = model.get_submodule(name)
+    module = modules[name]
     edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
     if kept is not None:
         return edit
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(name, traced))
-    hook = _hook_between(model, edit.name, site.producer)
+    hook = _hook_between(modules, edit.name, site.producer)
     if site.producer is not None and hook is None:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
         return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
@@ -139,11 +142,11 @@ def _norm_edit(
     return replace(edit, action=action, reason=hook or site.why, copy=copy)
 
 
-def _hook_between(model: nn.Module, norm: str, producer: str | None) -> str | None:
+def _hook_between(modules: Modules, norm: str, producer: str | None) -> str | None:
     """Name the layer whose hook sees, and may change, what passes from producer to norm."""
-    if producer is not None and model.get_submodule(producer)._forward_hooks:
+    if producer is not None and modules[producer]._forward_hooks:
         return f"a forward hook on {producer} sees its output"
-    return f"a forward pre-hook on {norm} sees its input" if model.get_submodule(norm)._forward_pre_hooks else None
+    return f"a forward pre-hook on {norm} sees its input" if modules[norm]._forward_pre_hooks else None
 
 
 def _why_unseen(name: str, traced: Trace) -> str:
@@ -155,7 +158,7 @@ def _why_unseen(name: str, traced: Trace) -> str:
 
 
 def _sum_edits(
-    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], model: nn.Module
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules
 ) -> tuple[SumEdit, ...]:
     taken: set[str] = set()
     edits = []
@@ -168,7 +171,7 @@ def _sum_edits(
             if matches(total.name, exclude):
                 reason = f"{total.reason}; its scalar is excluded by name"
                 continue
-            alpha = _place(branch, norms, model, taken)
+            alpha = _place(branch, norms, modules, taken)
             if alpha is None:
                 declined.append(branch.why or "no place takes the scalar: what ends the branch serves another sum too")
             else:
@@ -178,20 +181,20 @@ def _sum_edits(
     return tuple(edits)
 
 
-def _place(branch: Branch, norms: dict[str, NormEdit], model: nn.Module, taken: set[str]) -> Alpha | None:
+def _place(branch: Branch, norms: dict[str, NormEdit], modules: Modules, taken: set[str]) -> Alpha | None:
     """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last."""
     options = []
     for candidate in branch.candidates:
         vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
         if candidate.place == "norm" and norms[candidate.path].action == "keep":
             candidate = replace(candidate, place="output")
-        hooked = any(model.get_submodule(path)._forward_hooks for path in (candidate.path, *candidate.through))
+        hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))
         if vanish and not hooked and candidate.path not in taken:
             options.append(candidate)
     if not options:
         return None
     best = min(options, key=lambda c: ("weight", "norm", "slot", "output", "sum").index(c.place))
-    channels = _clamp(best.channels, model.get_submodule(best.path))
+    channels = _clamp(best.channels, modules[best.path])
     return Alpha(best.path, best.place, channels, best.addition, best.operand)
 
 
@@ -205,14 +208,14 @@ def _clamp(channels: Channels, module: nn.Module) -> Channels:
     return None if (start, stop) == (0, features) else (start, stop)
 
 
-def _biases(edits: tuple[NormEdit, ...], findings: Findings, model: nn.Module) -> Iterable[str]:
+def _biases(edits: tuple[NormEdit, ...], findings: Findings, modules: Modules) -> Iterable[str]:
     wanted: dict[str, None] = {}
     for edit in edits:
         if edit.producer is not None:
             wanted[edit.producer] = None
         elif edit.action == "delete":
             wanted.update(dict.fromkeys(findings.sites[edit.name].feeds))
-    return [path for path in wanted if getattr(model.get_submodule(path), "bias", None) is None]
+    return [path for path in wanted if getattr(modules[path], "bias", None) is None]
 
 
 def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[str, float]]:

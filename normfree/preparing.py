@@ -41,18 +41,19 @@ class Writes:
 def prepare(model: nn.Module, plan: Plan) -> Writes:
     """Compute what ``plan`` writes into ``model``, without touching it."""
     writes = Writes()
+    modules = dict(model.named_modules(remove_duplicate=False))
     preserve = plan.init == "preserve"
     in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
     for edit in plan.removed:
-        writes.slots[edit.name] = _slot(model, edit, plan, in_slot.get(edit.name))
+        writes.slots[edit.name] = _slot(modules[edit.name], edit, plan, in_slot.get(edit.name), model)
         if edit.producer is not None and preserve:
-            writes.carriers[edit.producer] = _fold(model, edit)
+            writes.carriers[edit.producer] = _fold(modules[edit.producer], modules[edit.name])
     for path in plan.biases:
-        layer = model.get_submodule(path)
+        layer = modules[path]
         bias = torch.zeros(_features(layer), dtype=_weight(layer).dtype, device=_weight(layer).device)
         writes.carriers[path] = Carrier(bias=nn.Parameter(bias, _weight(layer).requires_grad))
     for alpha in plan.alphas:
-        module = model.get_submodule(alpha.path)
+        module = modules[alpha.path]
         if alpha.place == "weight":
             carrier = writes.carriers.setdefault(alpha.path, Carrier())
             carrier.alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
@@ -69,13 +70,12 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
             else:
                 writes.outputs[alpha.path] = scalar, scaled_class(type(module))
     for path, slot in writes.slots.items():
-        slot.training = model.get_submodule(path).training
+        slot.training = modules[path].training
     return writes
 
 
-def _slot(model: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
+def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, model: nn.Module) -> nn.Module:
     """Build what takes the norm's place."""
-    module = model.get_submodule(edit.name)
     norm = describe(module)
     gain = bias = scalar = None
     if edit.action in ("affine", "bias"):
@@ -108,19 +108,17 @@ def _skipinit(alpha: nn.Parameter, channels: Channels) -> SkipInit:
     return slot
 
 
-def _fold(model: nn.Module, edit: NormEdit) -> Carrier:
+def _fold(layer: nn.Module, module: nn.Module) -> Carrier:
     """``gain = weight / sqrt(var + eps)`` and ``bias = beta + gain * (b - mean)`` (design of arXiv 2305.11624)."""
-    layer = model.get_submodule(str(edit.producer))
-    norm = describe(model.get_submodule(edit.name))
+    norm = describe(module)
     weight, old = _weight(layer), layer.bias
     gain, bias = norm.affine()
-    trained = [weight.requires_grad if not isinstance(p, nn.Parameter) else p.requires_grad for p in (norm.weight,)]
+    trained = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else weight.requires_grad
     if isinstance(old, Tensor):
         bias = bias + gain * old.detach().double()
-    learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or trained
+    learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or [trained]
     return Carrier(
-        gain=nn.Parameter(gain.to(weight.dtype), trained[0]),
-        bias=nn.Parameter(bias.to(weight.dtype), any(learns)),
+        gain=nn.Parameter(gain.to(weight.dtype), trained), bias=nn.Parameter(bias.to(weight.dtype), any(learns))
     )
 
 

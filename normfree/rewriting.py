@@ -6,7 +6,8 @@ conversion leaves the model bit for bit as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,30 +31,31 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     Raises:
         InternalError: The plan does not fit the model. The model is unchanged.
     """
-    _check(model, plan)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    find = functools.partial(_find, modules, type(model).__name__)
+    _check(plan, find)
     writes = prepare(model, plan)
-    out_of_place = [_submodule(model, path) for path in plan.out_of_place]
-    drawn = [(_submodule(model, path), gain) for path, gain in plan.weights]
+    out_of_place = [find(path) for path in plan.out_of_place]
+    drawn = [(find(path), gain) for path, gain in plan.weights]
     for path, carrier in writes.carriers.items():
-        _write_carrier(model.get_submodule(path), carrier)
+        _write_carrier(modules[path], carrier)
     for path, (alpha, cls) in (*writes.outputs.items(), *writes.blocks.items()):
-        module = model.get_submodule(path)
+        module = modules[path]
         module.__class__ = cls
         module.register_parameter("alpha", alpha)
     for activation in out_of_place:
         activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
     for path, slot in writes.slots.items():
-        _take_hooks(model.get_submodule(path), slot)
-    _replace_everywhere(model, {id(model.get_submodule(path)): slot for path, slot in writes.slots.items()})
+        _take_hooks(modules[path], slot)
+    _replace_everywhere(model, {id(modules[path]): slot for path, slot in writes.slots.items()})
     draw_(drawn)
     model.__dict__[PLAN_ATTRIBUTE] = plan
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise InternalError(f"the plan names {path!r}, which this {type(model).__name__} does not have") from error
+def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:
+    if path not in modules:
+        raise InternalError(f"the plan names {path!r}, which this {model} does not have")
+    return modules[path]
 
 
 _FITS: dict[Place, Callable[[nn.Module], bool]] = {
@@ -65,17 +67,17 @@ _FITS: dict[Place, Callable[[nn.Module], bool]] = {
 }
 
 
-def _check(model: nn.Module, plan: Plan) -> None:
+def _check(plan: Plan, find: Callable[[str], nn.Module]) -> None:
     for edit in plan.removed:
-        if not is_norm(_submodule(model, edit.name)):
+        if not is_norm(find(edit.name)):
             raise InternalError(f"the plan removes a norm at {edit.name!r}, where the model has none")
-        if edit.producer is not None and not is_carrier(_submodule(model, edit.producer)):
+        if edit.producer is not None and not is_carrier(find(edit.producer)):
             raise InternalError(f"{edit.producer!r} cannot take a gain and a bias")
     for path in plan.biases:
-        if not is_carrier(_submodule(model, path)):
+        if not is_carrier(find(path)):
             raise InternalError(f"{path!r} cannot take a bias")
     for alpha in plan.alphas:
-        module = _submodule(model, alpha.path)
+        module = find(alpha.path)
         if not _FITS[alpha.place](module):
             raise InternalError(f"alpha cannot live in the {alpha.place} of {alpha.path!r}")
 

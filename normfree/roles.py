@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-__all__ = ["VIEWS", "Role", "elementwise", "function_role", "method_role", "module_role"]
+__all__ = ["VIEWS", "Role", "elementwise", "function_role", "is_shape", "method_role", "module_role"]
 
 
 class Role(Enum):
@@ -129,6 +129,15 @@ def method_role(node: fx.Node) -> Role:
     return _METHODS.get(str(node.target), Role.OTHER)
 
 
+def is_shape(node: fx.Node) -> bool:
+    """Whether a node tells the shape, the type or the place of its input, or uses nothing else of it."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS or node.target in _NEW
+    if getattr(node.target, "__name__", "") in _LIKE:
+        return True
+    return node.op == "call_function" and node.target is getattr and node.args[1] not in ("T", "mT", "real", "data")
+
+
 def module_role(module: nn.Module) -> Role:
     """Return what a layer does."""
     if isinstance(module, nn.Sequential) and len(module) == 0:
@@ -140,6 +149,9 @@ def module_role(module: nn.Module) -> Role:
     return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)
 
 
+_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point", "get_device"}
+_NEW = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
+_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 # Further methods whose result may share memory with the tensor they are called on.
 VIEWS = {
     "narrow",

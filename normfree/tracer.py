@@ -19,11 +19,10 @@ from normfree.roles import Role, elementwise, module_role
 __all__ = ["Tracer", "is_layer", "untraceable_functions"]
 
 
-class _Proxy(fx.Proxy):
-    """Also records what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``.
+class _Unpacked(fx.Proxy):
+    """``a, b = proxy`` asks the one instruction that unpacks for its count.
 
-    ``a, b = proxy`` asks the one instruction that unpacks for its count; torch.fx disassembles the whole function,
-    which is half of the time that tracing an attention layer takes.
+    torch.fx disassembles the whole function for it, which is half of the time that tracing an attention layer takes.
     """
 
     def __iter__(self) -> Iterator[fx.Proxy]:
@@ -34,6 +33,17 @@ class _Proxy(fx.Proxy):
             if code[at] == dis.opmap["UNPACK_SEQUENCE"]:
                 return (operator.getitem(cast(Any, self), i) for i in range(code[at + 1]))
         return iter(self.tracer.iter(self))
+
+
+class _Attribute(_Unpacked, fx.proxy.Attribute):
+    """``x.shape``, which may be unpacked too."""
+
+
+class _Proxy(_Unpacked):
+    """Also records what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -67,6 +77,47 @@ class Tracer(fx.Tracer):
         self.calls: dict[str, int] = {}
         self.failed: str | None = None
         self.layers = layers or {}
+        self.asked: set[str] = set()
+        self._names: dict[int, str] | None = None
+
+    def look(self, root: nn.Module, mode: str, constants: dict[str, Any]) -> fx.Graph:
+        """Trace ``root`` in a mode; its own ``training`` flags are out of the way, so that reading one is seen."""
+        opened = [m for m in root.modules() if not self.layers[id(m)]]
+        flags = [m.__dict__.pop("training") for m in opened]
+        for module in opened:
+            module._buffers["training"] = mode == "train"  # type: ignore[assignment]  # where __getattr__ looks
+        try:
+            return self.trace(root, constants)
+        finally:
+            for module, flag in zip(opened, flags, strict=True):
+                del module._buffers["training"]
+                module.__dict__["training"] = flag
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return a proxy for a parameter, looked up by identity, and note who asks for the mode."""
+        if attr == "training":
+            self.asked.add(self.stack[-1])
+        if not isinstance(attr_val, nn.Parameter):
+            return attr_val
+        if self._names is None:
+            self._names = {id(p): name for name, p in reversed(list(self.root.named_parameters()))}
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what a node stores for an argument; the commonest kinds need none of torch.fx's searches."""
+        kind = type(a)
+        if kind is _Proxy:
+            return a.node
+        if kind in _CONSTANTS:
+            return a
+        if kind is tuple:
+            return tuple(self.create_arg(item) for item in a)
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Stop at norms, at layers, and at what was found untraceable."""
@@ -76,9 +127,17 @@ class Tracer(fx.Tracer):
         """Return a proxy that knows in-place arithmetic."""
         return _Proxy(node, self)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Remember whose forward creates the node."""
-        node = super().create_node(*args, **kwargs)
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        """Remember whose forward creates the node, instead of torch.fx's own records, which cost more than the node."""
+        node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
         self.owners[node] = self.stack[-1]
         return node
 
@@ -89,10 +148,10 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         self.calls[path] = self.calls.get(path, 0) + 1
         if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
+            return self.create_proxy("call_module", path, args, kwargs)
         self.stack.append(path)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            result = forward(*args, **kwargs)
         except Exception:
             self.failed = path if self.failed is None else self.failed
             raise
@@ -101,6 +160,9 @@ class Tracer(fx.Tracer):
         if isinstance(result, fx.Proxy):
             self.exits.setdefault(result.node, []).append(path)
         return result
+
+
+_CONSTANTS = {int, float, bool, str, type(None)}
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.modes import mode_dependent
+from normfree.roles import Role, function_role, is_shape
 from normfree.tracer import Tracer, is_layer, untraceable_functions
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
@@ -43,8 +43,25 @@ class Graph:
     calls: Mapping[str, int]
 
     def spelled(self) -> list[tuple[object, ...]]:
-        """Return the graph in a form that can be compared."""
-        return [(n.name, n.op, n.target, str(n.args), str(n.kwargs)) for n in self.nodes.nodes]
+        """Return what the graph does to its inputs, in a form that can be compared.
+
+        Left out is what makes no difference to an analysis: whether a dropout is on, and how a value is made that
+        depends on no input, such as a table of biases that is cached in eval mode.
+        """
+        names: dict[fx.Node, str] = {}
+        told: list[tuple[object, ...]] = []
+        for node in self.nodes.nodes:
+            fed = any(source in names for source in node.all_input_nodes) and not is_shape(node)
+            if fed or node.op in ("placeholder", "output"):
+                kwargs = {key: value for key, value in node.kwargs.items() if not _is_switch(node, key)}
+                args = fx.map_arg((node.args, kwargs), lambda source: names.get(source, "constant"))
+                names[node] = f"%{len(names)}"
+                told.append((node.op, node.target, str(args)))
+        return told
+
+
+def _is_switch(node: fx.Node, key: str) -> bool:
+    return key == "training" and node.op == "call_function" and function_role(node) is Role.PASS
 
 
 @dataclass(frozen=True)
@@ -95,43 +112,51 @@ def _trace_part(
     constants = _constants(model, arguments)
     make = functools.partial(Tracer, sites, functions=untraceable_functions(model))
     while True:
-        tracer = make(set(opaque), layers)
         try:
-            graphs = {MODES[0]: _one_graph(model, MODES[0], tracer, constants)}
-            if _same_in_both_modes(model, functools.partial(make, set(opaque)), layers, constants):
-                return dict.fromkeys(MODES, graphs[MODES[0]])
             tracer = make(set(opaque), layers)
-            graphs[MODES[1]] = _one_graph(model, MODES[1], tracer, constants)
+            evaluating = _one_graph(model, MODES[0], tracer, constants)
+            if _same_in_both_modes(model, tracer.asked, functools.partial(make, set(opaque)), layers, constants):
+                return dict.fromkeys(MODES, evaluating)
+            tracer = make(set(opaque), layers)
+            return dict(zip(MODES, (evaluating, _one_graph(model, MODES[1], tracer, constants)), strict=True))
         except Exception as error:  # whatever the user's forward raises when it meets a proxy
             if tracer.failed is None:
                 opaque[type(model)] = _one_line(error)
                 return None
             opaque[type(model.get_submodule(tracer.failed))] = _one_line(error)
-        else:
-            return graphs
 
 
 def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
     """Yield the modules that hold a site, at any depth."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path in {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}:
-        yield model.get_submodule(path)
+        yield modules[path]
 
 
 def _one_graph(model: nn.Module, mode: str, tracer: Tracer, constants: dict[str, Any]) -> Graph:
-    graph = tracer.trace(model.train(mode == "train"), constants)
+    graph = tracer.look(model, mode, constants)
     exits = {node: tuple(paths) for node, paths in tracer.exits.items()}
     return Graph(graph, tracer.owners, exits, tracer.calls)
 
 
 def _same_in_both_modes(
-    model: nn.Module, make: Callable[[dict[int, bool]], Tracer], layers: dict[int, bool], constants: dict[str, Any]
+    model: nn.Module,
+    asked: set[str],
+    make: Callable[[dict[int, bool]], Tracer],
+    layers: dict[int, bool],
+    constants: dict[str, Any],
 ) -> bool:
-    """Whether nothing that is looked into acts on the mode: told from a trace that stops where nobody asks for it."""
-    asking = mode_dependent(model, layers)
-    if not asking:
+    """Whether nothing that is looked into acts on the mode.
+
+    What asked for it is known from the trace in eval mode. Where that is little, two traces that stop everywhere else
+    are cheaper than a second one of everything.
+    """
+    if not asked:
         return True
+    above = {path[:i] for path in asked for i in range(len(path) + 1) if i in (0, len(path)) or path[i] == "."}
+    asking = {id(model.get_submodule(path)) for path in above}
     if 2 * len(asking) > sum(not layer for layer in layers.values()):
-        return False  # so much of it asks that stopping there saves nothing
+        return False
     coarse = {key: layer or key not in asking for key, layer in layers.items()}
     try:
         first, second = (_one_graph(model, mode, make(coarse), constants).spelled() for mode in MODES)
@@ -198,6 +223,8 @@ def _collect(
 
 
 def _opaque_calls(module: nn.Module, graphs: Mapping[str, Graph], types: set[type[nn.Module]]) -> list[str]:
+    if not types:
+        return []
     called = dict.fromkeys(name for graph in graphs.values() for name in graph.calls)
     return [name for name in called if type(module.get_submodule(name)) in types]
 

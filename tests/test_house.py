@@ -43,7 +43,7 @@ def test_files_are_small_and_quiet(path: Path) -> None:
 
 LAYERS = (
     "errors",
-    "norms layers initialization roles copying modes",
+    "norms layers initialization roles copying",
     "tracer",
     "tracing",
     "graph",

@@ -252,3 +252,19 @@ def test_sharded_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
             normfree.convert(fully_shard(net(), mesh=mesh))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.*", "ignore:.*FSDP.*")
+def test_model_or_part_inside_fsdp1_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+        with pytest.raises(WrappedModelError, match=r"FullyShardedDataParallel.*model\.module"):
+            normfree.convert(wrapped)
+        with pytest.raises(WrappedModelError, match=r"^1 is wrapped in FullyShardedDataParallel: convert .* before"):
+            normfree.convert(nn.Sequential(nn.ReLU(), wrapped))
+    finally:
+        torch.distributed.destroy_process_group()

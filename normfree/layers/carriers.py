@@ -147,7 +147,7 @@ class ScaledOutput(_Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return alpha times what the original class returns."""
-        return cast(Tensor, super().forward(*args, **kwargs) * self.alpha.reshape(()))  # type: ignore[safe-super]
+        return cast(Tensor, super().forward(*args, **kwargs) * self.alpha.reshape(()))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy rebuild it from the original class.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -105,6 +106,7 @@ def register_norm(*kinds: type[nn.Module] | str) -> Callable[[Describe], Describ
                 _BY_NAME[kind] = function
             else:
                 _BY_TYPE[kind] = function
+        _of_type.cache_clear()
         return function
 
     return decorate
@@ -114,7 +116,11 @@ def _find(module: nn.Module) -> Describe | None:
     """Return the handler for a module's type, or a parent's if the module computes exactly what the parent does."""
     if "forward" in module.__dict__:  # patched on the instance: it computes something else
         return None
-    cls = type(module)
+    return _of_type(type(module))  # type: ignore[arg-type]  # typeshed takes a metaclass for unhashable
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_type(cls: type[nn.Module]) -> Describe | None:
     for parent in cls.__mro__:
         found = _BY_TYPE.get(parent) or _BY_NAME.get(f"{parent.__module__}.{parent.__qualname__}")
         if found is not None:
