@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from normfree.activations import gain_of
-from normfree.analysis import Branch, Findings, Site, Sum, analyse
+from normfree.analysis import Findings, Site, analyse
 from normfree.copying import meta_copy
 from normfree.errors import NoNormError, UnsupportedModelError
 from normfree.guards import check_arguments, check_model, is_lazy, module_problems
-from normfree.layers import Channels
-from normfree.norms import Norm, describe, find_norms, is_norm
-from normfree.plans import Action, Alpha, Init, NormEdit, Plan, SumEdit
-from normfree.selecting import Patterns, as_patterns, kept_norms, matches
+from normfree.norms import Norm, describe, find_norms
+from normfree.placing import place_alphas
+from normfree.plans import Action, Init, NormEdit, Plan
+from normfree.selecting import Patterns, as_patterns, kept_norms
 from normfree.tracing import Trace, trace
 
 __all__ = ["plan"]
@@ -82,7 +82,7 @@ def plan(
         _norm_edit(name, aliases, modules, findings.sites.get(name), chosen, kept.get(name), traced)
         for name, aliases in norms.items()
     )
-    sums = _sum_edits(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), modules)
+    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), modules)
     count = sum(len(total.alphas) for total in sums)
     skipinit = chosen == "skipinit"
     start = alpha if alpha is not None else (0.0 if skipinit else 1.0)
@@ -155,57 +155,6 @@ def _why_unseen(name: str, traced: Trace) -> str:
         return "never called"
     path = max(around, key=len)
     return f"no trace reaches it: {path or 'the root'} cannot be traced ({traced.opaque[path]})"
-
-
-def _sum_edits(
-    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules
-) -> tuple[SumEdit, ...]:
-    taken: set[str] = set()
-    edits = []
-    for total in sums:
-        alphas, declined, reason = [], [], total.reason
-        for branch in total.branches:
-            if not any(norms[name].action != "keep" for name in branch.norms):
-                reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
-                continue
-            if matches(total.name, exclude):
-                reason = f"{total.reason}; its scalar is excluded by name"
-                continue
-            alpha = _place(branch, norms, modules, taken)
-            if alpha is None:
-                declined.append(branch.why or "no place takes the scalar: what ends the branch serves another sum too")
-            else:
-                taken.add(alpha.path)
-                alphas.append(alpha)
-        edits.append(SumEdit(total.name, total.kind, reason, tuple(alphas), tuple(declined)))
-    return tuple(edits)
-
-
-def _place(branch: Branch, norms: dict[str, NormEdit], modules: Modules, taken: set[str]) -> Alpha | None:
-    """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last."""
-    options = []
-    for candidate in branch.candidates:
-        vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
-        if candidate.place == "norm" and norms[candidate.path].action == "keep":
-            candidate = replace(candidate, place="output")
-        hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))
-        if vanish and not hooked and candidate.path not in taken:
-            options.append(candidate)
-    if not options:
-        return None
-    best = min(options, key=lambda c: ("weight", "norm", "slot", "output", "sum").index(c.place))
-    channels = _clamp(best.channels, modules[best.path])
-    return Alpha(best.path, best.place, channels, best.addition, best.operand)
-
-
-def _clamp(channels: Channels, module: nn.Module) -> Channels:
-    """An open slice ends at the module's last channel; one that takes them all is no slice."""
-    features = describe(module).features if is_norm(module) else None
-    features = features or getattr(module, "out_channels", None) or getattr(module, "out_features", None)
-    if channels is None or features is None:
-        return channels
-    start, stop = channels[0], min(channels[1], int(features))
-    return None if (start, stop) == (0, features) else (start, stop)
 
 
 def _biases(edits: tuple[NormEdit, ...], findings: Findings, modules: Modules) -> Iterable[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from normfree.errors import CheckpointError
-from normfree.layers import Channels
+from normfree.layers import Channels, skipinit_name
 from normfree.sums import Kind
 from normfree.tails import Place
 
@@ -51,7 +51,7 @@ class Alpha:
     """One SkipInit scalar: on a weight, in the slot of a norm or an identity, on an output, or on an operand of a sum.
 
     Attributes:
-        path: The module that carries it.
+        path: The module that carries it, or the block that adds.
         place: Where in it; see :class:`normfree.tails.Candidate`.
         channels: The range of channels it scales, or all of them.
         addition: For ``sum``: which addition of the module's own forward.
@@ -63,6 +63,11 @@ class Alpha:
     channels: Channels = None
     addition: int = 0
     operand: int = 0
+
+    @property
+    def holder(self) -> str:
+        """The module whose parameter ``alpha`` it is: for ``sum`` a SkipInit that the block at ``path`` holds."""
+        return f"{self.path}.{skipinit_name(self.addition)}" if self.place == "sum" else self.path
 
 
 @dataclass(frozen=True)

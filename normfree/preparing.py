@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from normfree.blocks import scaled_block_class
 from normfree.errors import InternalError
-from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_class
+from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_class, skipinit_name
 from normfree.norms import describe
 from normfree.plans import Alpha, NormEdit, Plan
 
@@ -35,7 +36,7 @@ class Writes:
     slots: dict[str, nn.Module] = field(default_factory=dict)
     carriers: dict[str, Carrier] = field(default_factory=dict)
     outputs: dict[str, tuple[nn.Parameter, type[nn.Module]]] = field(default_factory=dict)
-    blocks: dict[str, tuple[nn.Parameter, type[nn.Module]]] = field(default_factory=dict)
+    blocks: dict[str, tuple[dict[str, nn.Module], type[nn.Module]]] = field(default_factory=dict)
 
 
 def prepare(model: nn.Module, plan: Plan) -> Writes:
@@ -60,18 +61,33 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
             carrier.channels = alpha.channels
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(_alpha_beside(plan, module, model), alpha.channels)
-        elif alpha.place == "sum":
-            cls = scaled_block_class(module, alpha.addition, alpha.operand)
-            writes.blocks[alpha.path] = _alpha_beside(plan, module, model), cls
         elif alpha.place == "output":
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
             else:
                 writes.outputs[alpha.path] = scalar, scaled_class(type(module))
+    writes.blocks.update(_blocks(model, plan, modules))
     for path, slot in writes.slots.items():
         slot.training = modules[path].training
     return writes
+
+
+def _blocks(
+    model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, tuple[dict[str, nn.Module], type[nn.Module]]]]:
+    """Yield every block whose forward is rewritten, with what it is to hold and its new class."""
+    places: dict[str, list[Alpha]] = {}
+    for alpha in plan.alphas:
+        if alpha.place == "sum":
+            places.setdefault(alpha.path, []).append(alpha)
+    for path, alphas in places.items():
+        block = modules[path]
+        held: dict[str, nn.Module] = {}
+        for alpha in alphas:
+            slot = _skipinit(_alpha_beside(plan, block, model), None)
+            held[skipinit_name(alpha.addition)] = slot.train(block.training)
+        yield path, (held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas)))
 
 
 def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, model: nn.Module) -> nn.Module:

@@ -39,10 +39,12 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     drawn = [(find(path), gain) for path, gain in plan.weights]
     for path, carrier in writes.carriers.items():
         _write_carrier(modules[path], carrier)
-    for path, (alpha, cls) in (*writes.outputs.items(), *writes.blocks.items()):
-        module = modules[path]
-        module.__class__ = cls
-        module.register_parameter("alpha", alpha)
+    for path, (alpha, cls) in writes.outputs.items():
+        modules[path].__class__ = cls
+        modules[path]._parameters["alpha"] = alpha
+    for path, (held, cls) in writes.blocks.items():
+        modules[path].__class__ = cls
+        modules[path]._modules.update(held)
     for activation in out_of_place:
         activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
     for path, slot in writes.slots.items():

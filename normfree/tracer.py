@@ -6,6 +6,7 @@ import dis
 import inspect
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -81,17 +82,24 @@ class Tracer(fx.Tracer):
         self._names: dict[int, str] | None = None
 
     def look(self, root: nn.Module, mode: str, constants: dict[str, Any]) -> fx.Graph:
-        """Trace ``root`` in a mode; its own ``training`` flags are out of the way, so that reading one is seen."""
+        """Trace ``root`` in a mode and leave its modules as they were, whatever their forwards keep or count.
+
+        Their own ``training`` flags are out of the way meanwhile, so that reading one is seen.
+        """
         opened = [m for m in root.modules() if not self.layers[id(m)]]
-        flags = [m.__dict__.pop("training") for m in opened]
+        kept = [(m.__dict__, dict(m.__dict__), _containers(m)) for m in opened]
         for module in opened:
+            del module.__dict__["training"]
             module._buffers["training"] = mode == "train"  # type: ignore[assignment]  # where __getattr__ looks
         try:
             return self.trace(root, constants)
         finally:
-            for module, flag in zip(opened, flags, strict=True):
-                del module._buffers["training"]
-                module.__dict__["training"] = flag
+            for now, before, containers in kept:
+                now.clear()
+                now.update(before)
+                for container, content in containers:
+                    container.clear()
+                    (container.extend if isinstance(container, list) else container.update)(content)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return a proxy for a parameter, looked up by identity, and note who asks for the mode."""
@@ -163,6 +171,12 @@ class Tracer(fx.Tracer):
 
 
 _CONSTANTS = {int, float, bool, str, type(None)}
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return what a module keeps in dicts, lists and sets, each with a copy: a proxy cached there must not stay."""
+    held = (value for name, value in module.__dict__.items() if not name.endswith("_hooks"))
+    return [(value, value.copy()) for value in held if type(value) in (dict, OrderedDict, list, set)]
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -51,6 +51,7 @@ LAYERS = (
     "tails sites",
     "analysis plans",
     "guards selecting observing preparing",
+    "placing",
     "planning rewriting reference files",
     "conversion proofs checkpoint zoo",
     "verifying printing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from normfree.layers.carriers import ScaledOutput, ScaledSum, ScaledWeight, is_carrier, scaled_class
+from normfree.layers.carriers import ScaledOutput, ScaledSum, ScaledWeight, is_carrier, scaled_class, skipinit_name
 from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "is_carrier",
     "is_normfree",
     "scaled_class",
+    "skipinit_name",
 ]
 
 

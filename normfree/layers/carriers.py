@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
-__all__ = ["ScaledOutput", "ScaledSum", "ScaledWeight", "is_carrier", "scaled_class"]
+__all__ = ["ScaledOutput", "ScaledSum", "ScaledWeight", "is_carrier", "scaled_class", "skipinit_name"]
 
 
 @torch.fx.wrap
@@ -160,9 +160,12 @@ def _new_scaled(original: type[nn.Module]) -> nn.Module:
 
 
 class ScaledSum(_Module):
-    """Mixin for a block that multiplies the branch by alpha in its own forward, before it adds."""
+    """Mixin for a block whose own forward passes a branch through a SkipInit that it holds, before it adds."""
 
-    alpha: nn.Parameter
+
+def skipinit_name(addition: int) -> str:
+    """Return the name under which a block holds the SkipInit of one of the additions in its own forward."""
+    return f"skipinit_{addition}"
 
 
 def scaled_class(original: type[nn.Module]) -> type[nn.Module]:

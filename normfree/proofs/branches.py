@@ -25,7 +25,7 @@ def branches_vanish(case: Case) -> Proof:
     model = case.double(case.model, training=False)
     scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
     for alpha in case.plan.alphas:
-        alpha_of(model, alpha.path).zero_()
+        alpha_of(model, alpha.holder).zero_()
     zero, written, ran = _watch(case, model, set(scaled))
     blamed = written
     if written and case.structure is not None:

@@ -14,7 +14,7 @@ def everything_learns(case: Case) -> Proof:
     """5: what got a gradient before gets one now, and every alpha gets a finite one that is not zero."""
     name = "everything learns"
     model = case.double(case.model, training=True)
-    alphas = {alpha.path: alpha_of(model, alpha.path) for alpha in case.plan.alphas}
+    alphas = {alpha.holder: alpha_of(model, alpha.holder) for alpha in case.plan.alphas}
     grads = _gradients(case, model)
     missing = [key for key in _expected(case) if key in dict(model.named_parameters()) and grads.get(key) is None]
     waiting = _without_gradient(alphas)

@@ -32,7 +32,7 @@ def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]
     names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
     slots = tuple(f"{name}." for name in names)
     touched = {f"{edit.producer}.{leaf}" for edit in case.plan.removed for leaf in ("gain", "bias")}
-    touched |= {f"{path}.bias" for path in case.plan.biases} | {f"{a.path}.alpha" for a in case.plan.alphas}
+    touched |= {f"{path}.bias" for path in case.plan.biases} | {f"{a.holder}.alpha" for a in case.plan.alphas}
     shared = _aliases(case.model, touched)
     lost = [k for k in before if k not in state and not k.startswith(slots)]
     new = [k for k in state if k not in before and k not in shared and not k.startswith(slots)]

@@ -1,0 +1,85 @@
+"""Sums -> where each scalar goes: the cheapest place that every edit of a norm leaves free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from normfree.analysis import Branch, Sum
+from normfree.layers import Channels, skipinit_name
+from normfree.norms import describe, is_norm
+from normfree.plans import Alpha, NormEdit, SumEdit
+from normfree.selecting import matches
+from normfree.tails import Candidate
+
+__all__ = ["place_alphas"]
+
+Modules = Mapping[str, nn.Module]
+
+
+def place_alphas(
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules
+) -> tuple[SumEdit, ...]:
+    """Decide for every sum where the scalars of its branches live, or why they have none.
+
+    Args:
+        sums: What the analysis found.
+        norms: What becomes of each norm; a branch that keeps all of its norms needs no scalar.
+        exclude: Patterns of sum names that get none.
+        modules: The modules of the model by name.
+    """
+    taken: set[str] = set()
+    edits = []
+    for total in sums:
+        alphas, declined, reason = [], [], total.reason
+        for branch in total.branches:
+            if not any(norms[name].action != "keep" for name in branch.norms):
+                reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
+                continue
+            if matches(total.name, exclude):
+                reason = f"{total.reason}; its scalar is excluded by name"
+                continue
+            alpha = _place(branch, norms, modules, taken)
+            if alpha is None:
+                declined.append(branch.why or "no place takes the scalar: what ends the branch serves another sum too")
+            else:
+                taken.add(alpha.holder)
+                alphas.append(alpha)
+        edits.append(SumEdit(total.name, total.kind, reason, tuple(alphas), tuple(declined)))
+    return tuple(edits)
+
+
+def _place(branch: Branch, norms: dict[str, NormEdit], modules: Modules, taken: set[str]) -> Alpha | None:
+    """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last."""
+    options = []
+    for candidate in branch.candidates:
+        vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
+        if candidate.place == "norm" and norms[candidate.path].action == "keep":
+            candidate = replace(candidate, place="output")
+        hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))
+        if vanish and not hooked and _is_free(candidate, taken):
+            options.append(candidate)
+    if not options:
+        return None
+    best = min(options, key=lambda c: ("weight", "norm", "slot", "output", "sum").index(c.place))
+    channels = _clamp(best.channels, modules[best.path])
+    return Alpha(best.path, best.place, channels, best.addition, best.operand)
+
+
+def _is_free(candidate: Candidate, taken: set[str]) -> bool:
+    """One scalar a place; a block's own class can change once, for its output or for the sums in its forward."""
+    if candidate.place == "sum":
+        return candidate.path not in taken and f"{candidate.path}.{skipinit_name(candidate.addition)}" not in taken
+    return not any(path == candidate.path or path.startswith(f"{candidate.path}.skipinit_") for path in taken)
+
+
+def _clamp(channels: Channels, module: nn.Module) -> Channels:
+    """An open slice ends at the module's last channel; one that takes them all is no slice."""
+    features = describe(module).features if is_norm(module) else None
+    features = features or getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    if channels is None or features is None:
+        return channels
+    start, stop = channels[0], min(channels[1], int(features))
+    return None if (start, stop) == (0, features) else (start, stop)
