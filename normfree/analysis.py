@@ -180,7 +180,7 @@ def _sum(flow: Flow, found: SumNode, prefix: str, name: str, first: Mapping[str,
 def _norms_between(flow: Flow, base: fx.Node | None, end: fx.Node, prefix: str) -> tuple[str, ...]:
     if base is None:
         return ()
-    return tuple(prefix + str(n.target) for n in flow.between(base, end) if flow.roles[n] is Role.NORM)
+    return tuple(prefix + norm for n in flow.between(base, end) for norm in flow.norms_in(n))
 
 
 def _prefixed(candidate: Candidate, prefix: str, first: Mapping[str, str]) -> Candidate:

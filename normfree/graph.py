@@ -50,6 +50,7 @@ class Flow:
         self.shared = shared
         self.sites = frozenset(sites)
         self.memo: dict[Any, bool] = {}
+        self._inner: dict[str, tuple[str, ...]] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes.nodes:
             found = () if is_shape(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
@@ -100,6 +101,19 @@ class Flow:
         if is_norm(module):
             return describe(module).act
         return module.act if isinstance(module, ChannelAffine) else None
+
+    def norms_in(self, node: fx.Node) -> tuple[str, ...]:
+        """Return the paths of the norms that run in a node: itself, or those inside a module not looked into."""
+        if node.op != "call_module" or not self.sites:
+            return ()
+        path = str(node.target)
+        if path in self.sites:
+            return (path,)
+        if path not in self._inner:
+            composite = any(True for _ in self.modules[path].children())
+            below = (site for site in sorted(self.sites) if site.startswith(f"{path}.")) if composite else ()
+            self._inner[path] = tuple(below)
+        return self._inner[path]
 
     def called_once(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls is called nowhere else, in this graph or in another part."""

@@ -16,6 +16,7 @@ from typing import Literal
 from torch import fx
 
 from normfree.graph import Flow, Role
+from normfree.resolution import rising_step
 
 __all__ = ["Kind", "SumNode", "additions_of", "find_sums", "sum_names"]
 
@@ -107,7 +108,7 @@ def _classify_group(flow: Flow, node: fx.Node, found: dict[fx.Node, SumNode]) ->
     flat = list(_flatten(flow, node))
     if len(flat) > 2:
         whole = _classify(flow, node, flat, found)
-        if whole.kind != "merge":
+        if whole.kind != "merge" and not (whole.kind == "residual" and _ends_in_parallel(flow, node, found)):
             found[node] = whole
             return
         for operand in flow.inputs[node]:
@@ -116,6 +117,15 @@ def _classify_group(flow: Flow, node: fx.Node, found: dict[fx.Node, SumNode]) ->
                 _classify_group(flow, inner, found)
     operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
     found[node] = _classify(flow, node, operands, found)
+
+
+def _ends_in_parallel(flow: Flow, node: fx.Node, found: Mapping[fx.Node, SumNode]) -> bool:
+    """Whether one operand is a parallel sum by itself, such as the end of a RepGhost branch: one branch, not two."""
+    for operand in flow.inputs[node]:
+        inner = _inner(flow, operand)
+        if inner is not None and _classify(flow, inner, list(_flatten(flow, inner)), found).kind == "parallel":
+            return True
+    return False
 
 
 def _flatten(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
@@ -168,7 +178,8 @@ def _walk(flow: Flow, operand: fx.Node) -> Iterator[_Position]:
         source = flow.inputs[node][0]
         if flow.roles[source] is Role.SPLIT:
             return
-        sliced = position.sliced or role is Role.SLICE
+        # A slice of what a convolution returns is a narrower convolution: only one in front of it picks channels of x.
+        sliced = role is Role.SLICE or (position.sliced and role is not Role.CONV)
         position = _Position(source, position.convs + (role is Role.CONV), position.steps + 1, sliced)
     # A pre-activation block may project what its own norm and activation return: bn -> relu -> conv.
     if position.convs == 1:
@@ -188,32 +199,47 @@ def _splits(flow: Flow, position: _Position, other: fx.Node) -> bool:
     base = position.node
     if base is other or not flow.feeds(base, other):
         return False
-    if not position.sliced or position.convs:
+    if not position.sliced:
         return True
-    path = set(flow.between(base, other))
-    return any(flow.roles[user] is not Role.SLICE for user in flow.users[base] if user in path)
+    return _is_read_whole(flow, base, set(flow.between(base, other)))
+
+
+def _is_read_whole(flow: Flow, node: fx.Node, path: set[fx.Node]) -> bool:
+    """Whether the path takes more of ``node`` than slices, dropout and the like aside."""
+    users = [user for user in flow.users[node] if user in path and flow.roles[user] is not Role.SLICE]
+    return any(flow.roles[user] is not Role.PASS or _is_read_whole(flow, user, path) for user in users)
 
 
 def _not_a_branch(flow: Flow, position: _Position, operand: fx.Node, found: Mapping[fx.Node, SumNode]) -> str | None:
     """Say why the path from ``position`` to ``operand`` is no residual branch, or return ``None``."""
     path = flow.between(position.node, operand)
     inside = set(path) | {position.node}
-    for node in path:
-        inner = found.get(node)
-        if inner and inner.kind == "residual" and inner.base in inside and _holds_norm(flow, inner):
-            return f"the branch contains whole blocks ({flow.graph.owners[node] or node.name})"
-        if flow.roles[node] is Role.UPSAMPLE or _transposed(flow, node):
-            return f"the branch changes resolution upwards ({node.name})"
+    blocks = [
+        inner
+        for node in path
+        if (inner := found.get(node)) and inner.kind == "residual" and inner.base in inside and _holds_norm(flow, inner)
+    ]
+    if len(blocks) > 1 or (blocks and not _wraps(flow, position.node, blocks[0], operand)):
+        owner = flow.graph.owners[blocks[0].node]
+        return f"the branch contains whole blocks ({owner or blocks[0].node.name})"
+    rise = rising_step(flow, path, operand, owner=flow.graph.owners[flow.users[operand][0]])
+    if rise is not None:
+        return f"the branch changes resolution upwards ({rise.name})"
     if position.preactivated and sum(flow.roles[node] is Role.CONV for node in path) < 2:
         return "both paths are one convolution deep"
     return None
 
 
+def _wraps(flow: Flow, base: fx.Node, inner: SumNode, operand: fx.Node) -> bool:
+    """Whether the branch is a block around another, with convolutions before and behind: attention in the middle."""
+    if inner.base is None:
+        return False
+    before = [base, inner.base, *flow.between(base, inner.base)] if flow.feeds(base, inner.base) else []
+    behind = flow.between(inner.node, operand)
+    return all(any(flow.roles[node] is Role.CONV for node in part if node is not base) for part in (before, behind))
+
+
 def _holds_norm(flow: Flow, found: SumNode) -> bool:
     if found.base is None:
         return False
-    return any(flow.roles[n] is Role.NORM for branch in found.branches for n in flow.between(found.base, branch))
-
-
-def _transposed(flow: Flow, node: fx.Node) -> bool:
-    return bool(getattr(flow.module(node), "transposed", False))
+    return any(flow.norms_in(n) for branch in found.branches for n in flow.between(found.base, branch))
