@@ -118,7 +118,8 @@ def _torchvision_options(builder: Any) -> dict[str, Any]:
     if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None
     made = typing.get_type_hints(inspect.unwrap(builder)).get("return")
-    init = inspect.signature(made.__init__).parameters.get("init_weights") if made else None
-    if init is not None and init.default is None:
+    # The quantizable classes pass it on to the parent that has it in its signature.
+    parents = (inspect.signature(cls.__init__).parameters.get("init_weights") for cls in getattr(made, "__mro__", ()))
+    if any(init is not None and init.default is None for init in parents):
         options["init_weights"] = True
     return options

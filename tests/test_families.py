@@ -56,8 +56,6 @@ def read_families() -> tuple[Family, ...]:
 FAMILIES = read_families()
 
 
-# torchvision's quantizable GoogLeNet and Inception take `init_weights` where their signature does not show it.
-@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.source)
 def test_the_plan_finds_the_sums_that_the_code_has(family: Family) -> None:
     with torch.device(family.device):
