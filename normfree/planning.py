@@ -19,6 +19,7 @@ from normfree.norms import Norm, describe, find_norms
 from normfree.placing import place_alphas
 from normfree.plans import Action, Init, NormEdit, Plan
 from normfree.selecting import Patterns, as_patterns, kept_norms
+from normfree.tracer import calls_batch_norm
 from normfree.tracing import Trace, trace
 
 __all__ = ["plan"]
@@ -71,6 +72,11 @@ def plan(
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
     traced, findings = _look(model, norms)
+    for path in traced.opaque:
+        if calls_batch_norm(modules[path]):
+            problems[path] = (
+                f"{path or 'the root'}: cannot be traced and calls F.batch_norm; use an nn.BatchNorm module"
+            )
     for place in findings.functional:
         problems[place] = f"{place}: calls F.batch_norm on an activation; use an nn.BatchNorm module there"
     if problems:

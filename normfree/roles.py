@@ -171,8 +171,21 @@ VIEWS = {
 def elementwise(function: Callable[[Tensor], Tensor]) -> Literal["pure", "in place"] | None:
     """Say whether a function works entry by entry, and whether it writes into its input; ``None`` if it does not.
 
-    Told by what it does: shuffling the entries must shuffle the result. Pools, softmax and filters fail.
+    Told by what it does: shuffling the entries must shuffle the result. Pools, softmax and filters fail. A module of
+    the user's own may do something else in the other mode: both must agree. torch's own differ in noise only.
     """
+    if not isinstance(function, nn.Module):
+        return _probe(function)
+    own = not type(function).__module__.startswith("torch.nn")
+    before = function.training
+    try:
+        found = {_probe(function.train(mode)) for mode in ((False, True) if own else (False,))}
+    finally:
+        function.train(before)
+    return found.pop() if len(found) == 1 else None
+
+
+def _probe(function: Callable[[Tensor], Tensor]) -> Literal["pure", "in place"] | None:
     x = torch.linspace(-3.0, 3.0, 96).reshape(2, 3, 4, 4)
     # 29 has no factor in common with 96, so this visits every entry once and keeps none in its row or channel.
     order = torch.arange(96) * 29 % 96

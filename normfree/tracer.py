@@ -17,7 +17,7 @@ from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
 from normfree.roles import Role, elementwise, module_role
 
-__all__ = ["Tracer", "is_layer", "untraceable_functions"]
+__all__ = ["Tracer", "calls_batch_norm", "is_layer", "untraceable_functions"]
 
 
 class _Unpacked(fx.Proxy):
@@ -194,17 +194,21 @@ def is_layer(module: nn.Module) -> bool:
         return not any(is_norm(m) for m in module.children())
     if any(True for _ in module.children()):
         # Without a norm only what may be a projection, a gate or a tail is worth a look: attention is not.
-        return not any(is_norm(m) or isinstance(m, nn.modules.conv._ConvNd) or _is_plain(m) for m in module.modules())
+        return not any(map(_is_of_interest, module.modules()))
     return module_role(module) is not Role.OTHER or elementwise(module) is not None
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a composite could be a skip path without a convolution: pooling, padding and the like."""
+def _is_of_interest(module: nn.Module) -> bool:
+    """Whether a module makes a composite worth a look: a norm of any form, or what a skip path or a tail may be."""
+    if is_norm(module) or isinstance(module, nn.modules.conv._ConvNd) or calls_batch_norm(module):
+        return True
     return module_role(module) in (Role.POOL, Role.PAD, Role.UPSAMPLE)
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
     """Whether the module's own forward names ``batch_norm``: then its graph shows what is normalised."""
+    if is_norm(module):
+        return False
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and any("batch_norm" in name for name in code.co_names)
 

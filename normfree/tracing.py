@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfree.roles import Role, function_role, is_shape
-from normfree.tracer import Tracer, is_layer, untraceable_functions
+from normfree.tracer import Tracer, calls_batch_norm, is_layer, untraceable_functions
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
 
@@ -237,6 +237,6 @@ def _roots(model: nn.Module, sites: frozenset[str], path: str, descend: bool = F
         return
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        inside = any(site.startswith(f"{inner}.") for site in sites)
+        inside = any(site.startswith(f"{inner}.") for site in sites) or any(map(calls_batch_norm, child.modules()))
         if inside and inner not in sites and not isinstance(child, torch.jit.ScriptModule):
             yield from _roots(model, sites, inner)

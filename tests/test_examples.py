@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -41,3 +42,18 @@ def test_convert_time_writes_its_table(tmp_path: Path) -> None:
     header, row = (tmp_path / "times.csv").read_text().splitlines()
     assert header.startswith("model,runs,preserve_ms")
     assert all(float(cell) > 0 for cell in row.split(",")[1:])
+
+
+def test_support_table_goes_on_where_it_was(tmp_path: Path) -> None:
+    names = ("timm:test_resnet", "timm:test_vit")
+    for _ in range(2):
+        _run("support_table.py", *names, "--work", tmp_path)
+    rows = (tmp_path / "0of1.jsonl").read_text().splitlines()
+    assert len(rows) == 1, "one holds norms, and is measured once"
+    row = json.loads(rows[0])
+    assert (row["model"], row["status"], row["residual"], row["alphas"]) == ("timm:test_resnet", "ok", 4, 4)
+
+
+def test_helpers_of_the_support_table_are_used() -> None:
+    assert "from unusual_inputs import" in (EXAMPLES / "support_table.py").read_text()
+    assert (EXAMPLES / "unusual_inputs.py").exists()
