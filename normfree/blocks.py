@@ -108,7 +108,7 @@ def _forwards(block: nn.Module, places: Places) -> tuple[Any, ...]:
 
 
 def _generate(block: nn.Module, places: Places) -> Any:
-    tracer = _OwnForward()
+    tracer = _OwnForward(layers={id(module): True for module in block.modules()})
     graph = tracer.trace(block)
     flow = Flow(Graph(graph, tracer.owners, {}, tracer.calls), dict(block.named_modules(remove_duplicate=False)), ())
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normfree.layers import ChannelAffine
+from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit
 from normfree.norms import describe, is_norm
 from normfree.roles import Role, elementwise, function_role, is_shape, method_role, module_role
 from normfree.tracing import Graph
@@ -156,11 +156,10 @@ def _data_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(node.all_input_nodes)
 
 
-def is_inplace(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node writes into its first argument."""
+def is_inplace(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node writes, or may write, into its first argument."""
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        return bool(getattr(module, "inplace", False)) or writes_unannounced(module)
+        return bool(getattr(flow.modules[str(node.target)], "inplace", False)) or writes_unannounced(flow, node)
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
@@ -170,11 +169,20 @@ def is_inplace(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return bool(node.kwargs.get("inplace")) or in_place_name or node.target in _IN_PLACE_OPERATORS
 
 
-def writes_unannounced(module: nn.Module) -> bool:
-    """Whether a layer of the user's own works in place without an ``inplace`` flag to say so, or to switch."""
-    if type(module).__module__.startswith("torch.nn") or hasattr(module, "inplace"):
+def writes_unannounced(flow: Flow, node: fx.Node) -> bool:
+    """Whether the module that a node calls may write into its input without an ``inplace`` flag to say so.
+
+    torch's own layers say so. Of anybody else's only what works entry by entry is known by trying it.
+    """
+    module = flow.modules[str(node.target)]
+    if type(module).__module__.startswith("torch.nn") or hasattr(module, "inplace") or is_norm(module):
         return False
-    return not any(True for _ in module.children()) and elementwise(module) == "in place"
+    if module_role(module) is not Role.OTHER or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, Copy)):
+        return False
+    key = ("writes", id(module))
+    if key not in flow.memo:
+        flow.memo[key] = elementwise(module) != "pure"
+    return flow.memo[key]
 
 
 _IN_PLACE_OPERATORS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}

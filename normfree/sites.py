@@ -177,7 +177,7 @@ def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
     switchable: dict[str, None] = {}
     unsafe = False
     for user in _writes(flow, node):
-        if user.op == "call_module" and not writes_unannounced(flow.modules[str(user.target)]):
+        if user.op == "call_module" and not writes_unannounced(flow, user):
             switchable[str(user.target)] = None
         else:
             unsafe = True
@@ -186,7 +186,7 @@ def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
 
 def _input_is_written_later(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
     """Whether somebody else writes into the norm's input once the norm has read it."""
-    while _is_alias(flow, source) or is_inplace(source, flow.modules):
+    while _is_alias(flow, source) or is_inplace(flow, source):
         source = flow.inputs[source][0]
     return any(flow.index[user] > flow.index[node] for user in _writes(flow, source, without=node))
 
@@ -197,7 +197,7 @@ def _writes(flow: Flow, node: fx.Node, without: fx.Node | None = None) -> Iterat
     while aliases:
         alias = aliases.pop()
         for user in flow.users[alias]:
-            writes = is_inplace(user, flow.modules) and flow.inputs[user][0] is alias
+            writes = is_inplace(flow, user) and flow.inputs[user][0] is alias
             if writes:
                 yield user
             if user is not without and user not in seen and (writes or _is_alias(flow, user)):

@@ -96,7 +96,8 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
         if flow.activation_in(node) is None:
             above = _walk(flow, flow.inputs[node][0], node, replace(so_far, through=(*so_far.through, path)))
     elif module is not None and role is not Role.PASS:
-        if once and is_carrier(module):
+        # The features of a linear are its last dimension, and channels the second: the same only for a matrix.
+        if once and is_carrier(module) and (so_far.channels is None or not isinstance(module, nn.Linear)):
             yield replace(so_far, path=path, place="weight")
         elif once and so_far.channels is None and _can_scale_output(module):
             yield replace(so_far, path=path, place="output")

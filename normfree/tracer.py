@@ -152,7 +152,13 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Count the call, and remember what the module returns or that it failed."""
+        """Count the call, and remember what the module returns or that it failed.
+
+        A module that a forward makes for itself, such as ``nn.Sequential(self.a, self.b)``, has no path: what it does
+        belongs to whose forward that is.
+        """
+        if id(m) not in self.layers:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.calls[path] = self.calls.get(path, 0) + 1
         if self.is_leaf_module(m, path):
