@@ -49,12 +49,14 @@ class Findings:
         sums: Additions, in topological order.
         rescaled: Layers whose output scale a norm used to set, with the activation that follows each.
         functional: Places where ``F.batch_norm`` normalises an activation.
+        read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
     """
 
     sites: Mapping[str, Site]
     sums: tuple[Sum, ...]
     rescaled: Mapping[str, Activation | None]
     functional: tuple[str, ...]
+    read: Mapping[str, str]
 
 
 def flows(
@@ -92,11 +94,13 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
     found_sums: dict[str, Sum] = {}
     rescaled: dict[str, Activation | None] = {}
     functional: dict[str, None] = {}
+    read: dict[str, str] = {}
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
     for prefix, _, flow in flows(model, trace, first, distinct=True):
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
+        read.update({first[prefix + norm]: prefix + tensor for norm, tensor in flow.graph.read.items()})
         rescaled.update({prefix + path: activation for path, activation in rescaled_layers(flow)})
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
@@ -104,7 +108,7 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
                 site = replace(site, name=first[site.name])
                 if site.producer is not None and _may_be_called_apart(flow, node, prefix):
                     why = "what calls it cannot be traced and may call its layers one by one"
-                    site = replace(site, producer=None, why=why)
+                    site = replace(site, producer=None, why=why, fresh=False)
                 found_sites[site.name] = agree(found_sites.get(site.name), site)
                 owners.setdefault(site.name, prefix + flow.graph.owners[node])
             elif flow.roles[node] is Role.CONV and node.op == "call_module":
@@ -117,7 +121,7 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
         name: _without_doubtful_producer(site, consumers, owners, [n for n in norms if n not in found_sites], trace)
         for name, site in found_sites.items()
     }
-    return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional))
+    return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional), read)
 
 
 def _only_norm(flow: Flow, node: fx.Node, prefix: str, first: Mapping[str, str]) -> str | None:
@@ -172,7 +176,7 @@ def _sum(flow: Flow, found: SumNode, prefix: str, name: str, first: Mapping[str,
     for operand in found.branches:
         norms = tuple(first[norm] for norm in _norms_between(flow, found.base, operand, prefix))
         direct = next(user for user in flow.users[operand] if user in added)
-        candidates, why = find_candidates(flow, operand, direct)
+        candidates, why = find_candidates(flow, operand, direct, whole=not prefix)
         branches.append(Branch(norms, tuple(_prefixed(c, prefix, first) for c in candidates), why))
     return Sum(prefix + name, found.kind, found.reason, tuple(branches))
 
@@ -184,7 +188,7 @@ def _norms_between(flow: Flow, base: fx.Node | None, end: fx.Node, prefix: str) 
 
 
 def _prefixed(candidate: Candidate, prefix: str, first: Mapping[str, str]) -> Candidate:
-    path = prefix + candidate.path
+    path = prefix + candidate.path if candidate.path else prefix.rstrip(".")
     through = tuple(first[prefix + name] for name in candidate.through)
     return replace(candidate, path=first.get(path, path), through=through)
 

@@ -28,11 +28,11 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
         weight = model.get_submodule(path)._parameters["weight"]
         if weight is not None and type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
-    _copy_layers(model, memo, lambda tensor: copy.deepcopy(tensor, memo))
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    _copy_layers(model, memo, lambda tensor: copy.deepcopy(tensor, memo))
     return copy.deepcopy(model, memo)
 
 
@@ -43,15 +43,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
     Hooks are the user's own code: they must not run on proxies, nor be copied with what they hold.
     """
     memo: dict[int, Any] = {}
-    _copy_layers(model, memo, _to_meta)
     for module in model.modules():
-        if id(module) in memo:
-            continue
         for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = _to_meta(value)
             elif name.endswith("_hooks"):
                 memo[id(value)] = OrderedDict()
+    _copy_layers(model, memo, _to_meta)
     return copy.deepcopy(model, memo)
 
 

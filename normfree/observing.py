@@ -15,8 +15,14 @@ __all__ = ["NormSpy", "Recorder", "Still", "module_stack", "out_of_place", "tens
 
 
 def tensors(value: object) -> list[Tensor]:
-    """Return the tensors in any nesting of lists, dicts and tuples, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """Return the tensors in any nesting of lists, dicts, tuples and plain objects, in order."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif not isinstance(leaf, (nn.Module, type)) and getattr(leaf, "__dict__", None):
+            found.extend(tensors(list(vars(leaf).values())))
+    return found
 
 
 # Half: `rand() < keep` and `floor(keep + rand())` both keep, for every keep above a half.

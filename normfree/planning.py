@@ -15,7 +15,7 @@ from normfree.analysis import Findings, Site, analyse
 from normfree.copying import meta_copy
 from normfree.errors import NoNormError, UnsupportedModelError
 from normfree.guards import check_arguments, check_model, is_lazy, module_problems
-from normfree.norms import Norm, describe, find_norms
+from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.placing import place_alphas
 from normfree.plans import Action, Init, NormEdit, Plan
 from normfree.selecting import Patterns, as_patterns, kept_norms
@@ -83,7 +83,15 @@ def plan(
         raise UnsupportedModelError(tuple(problems.values()))
     if not norms:
         raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
-    kept = kept_norms(described, findings, as_patterns(include), as_patterns(exclude), scope)
+    unknown = [name for name, module in modules.items() if looks_like_norm(module)]
+    kept = kept_norms(described, findings, as_patterns(include), as_patterns(exclude), scope, unknown)
+    problems = {
+        name: f"{name}: {tensor} is read outside of the norm, and goes with it; exclude the norm, or compute without it"
+        for name, tensor in findings.read.items()
+        if name not in kept
+    }
+    if problems:
+        raise UnsupportedModelError(tuple(problems.values()))
     edits = tuple(
         _norm_edit(name, aliases, modules, findings.sites.get(name), chosen, kept.get(name), traced)
         for name, aliases in norms.items()

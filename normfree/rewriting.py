@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.errors import InternalError
 from normfree.guards import PLAN_ATTRIBUTE
@@ -48,7 +49,7 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     for activation in out_of_place:
         activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
     for path, slot in writes.slots.items():
-        _take_hooks(modules[path], slot)
+        _take_over(modules[path], slot)
     _replace_everywhere(model, {id(modules[path]): slot for path, slot in writes.slots.items()})
     draw_(drawn)
     model.__dict__[PLAN_ATTRIBUTE] = plan
@@ -95,9 +96,13 @@ _HOOKS = (
 )
 
 
-def _take_hooks(old: nn.Module, new: nn.Module) -> None:
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Hand on hooks, and what others read of a norm or hang on it: its width, its eps, where its input comes from."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]  # the same dict: a handle must still find what it removes
+    for name, value in old.__dict__.items():
+        if not name.startswith("_") and not isinstance(value, (Tensor, nn.Module)):
+            new.__dict__.setdefault(name, value)
 
 
 def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
@@ -120,14 +125,20 @@ def _replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
         if type(parent).__module__.startswith("torch.nn"):
             continue  # torch's own layers keep no modules elsewhere
         for name, value in parent.__dict__.items():
-            if name not in ("_modules", "_parameters", "_buffers") and isinstance(value, (list, tuple, dict)):
+            if name not in ("_modules", "_parameters", "_buffers") and isinstance(value, _REFERENCES):
                 parent.__dict__[name] = _replaced(value, slots)
+
+
+_REFERENCES = (list, tuple, dict, nn.Module, MethodType)
 
 
 def _replaced(value: Any, slots: dict[int, nn.Module]) -> Any:
     """Replace modules that are also kept in plain lists, tuples and dicts, which torch does not know."""
     if isinstance(value, nn.Module):
         return slots.get(id(value), value)
+    if isinstance(value, MethodType):
+        slot = slots.get(id(value.__self__))
+        return value if slot is None else getattr(slot, value.__name__)
     if isinstance(value, list):
         value[:] = [_replaced(item, slots) for item in value]
     elif isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from normfree.analysis import Findings
@@ -25,10 +25,15 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def kept_norms(
-    norms: dict[str, Norm], findings: Findings, include: tuple[str, ...], exclude: tuple[str, ...], scope: str
+    norms: dict[str, Norm],
+    findings: Findings,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    scope: str,
+    unknown: Iterable[str] = (),
 ) -> dict[str, str]:
-    """Return the norms that stay, each with the reason."""
-    names = [*norms, *(total.name for total in findings.sums)]
+    """Return the norms that stay, each with the reason; ``unknown`` are modules that only look like norms."""
+    names = [*norms, *(total.name for total in findings.sums), *unknown]
     unused = [p for p in (*include, *exclude) if not any(fnmatchcase(name, p) for name in names)]
     if unused:
         raise UsageError(f"no norm and no sum matches {', '.join(map(repr, unused))}; norms: {_some(list(norms))}")

@@ -46,18 +46,21 @@ class Candidate:
     operand: int = 0
 
 
-def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tuple[Candidate, ...], str]:
+def find_candidates(
+    flow: Flow, branch: fx.Node, addition: fx.Node, *, whole: bool
+) -> tuple[tuple[Candidate, ...], str]:
     """Return the candidates for one branch, outermost first, and the reason if there is none.
 
     Args:
         flow: The graph.
         branch: The operand that is the branch.
         addition: The addition that it is an operand of.
+        whole: Whether the graph is that of the whole model and not of a part: the model itself keeps its class.
     """
     found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
     if found:
         return found, ""
-    own, why = _own_forward(flow, branch, addition)
+    own, why = _own_forward(flow, branch, addition, whole)
     if own is not None:
         return (own,), ""
     others = [u.name for u in flow.users[branch] if u is not addition]
@@ -66,12 +69,12 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
     return (), f"the branch ends in {branch.name}, which no module of its own returns; {why}"
 
 
-def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candidate | None, str]:
+def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node, whole: bool) -> tuple[Candidate | None, str]:
     """The module whose own forward adds: its forward can be rewritten, if it is not the root and called once."""
     owner = flow.graph.owners[addition]
-    if not owner:
+    if not owner and whole:
         return None, "the addition stands in the root's own forward, and the root keeps its class"
-    if flow.graph.calls[owner] != 1 or id(flow.modules[owner]) in flow.shared:
+    if flow.graph.calls.get(owner, 1) != 1 or id(flow.modules[owner]) in flow.shared:
         return None, f"{owner} is called more than once"
     own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
     number, operand = own.index(addition), addition.args.index(branch)

@@ -79,6 +79,8 @@ class Tracer(fx.Tracer):
         self.failed: str | None = None
         self.layers = layers or {}
         self.asked: set[str] = set()
+        self.read: dict[str, str] = {}
+        self._held: dict[int, str] = {}
         self._names: dict[int, str] | None = None
 
     def look(self, root: nn.Module, mode: str, constants: dict[str, Any]) -> fx.Graph:
@@ -87,6 +89,8 @@ class Tracer(fx.Tracer):
         Their own ``training`` flags are out of the way meanwhile, so that reading one is seen.
         """
         opened = [m for m in root.modules() if not self.layers[id(m)]]
+        norms = {name: m for name, m in root.named_modules() if name in self.sites}
+        self._held = {id(t): name for name, m in norms.items() for t in (*m.parameters(), *m.buffers())}
         kept = [(m.__dict__, dict(m.__dict__), _containers(m)) for m in opened]
         for module in opened:
             del module.__dict__["training"]
@@ -95,8 +99,10 @@ class Tracer(fx.Tracer):
             return self.trace(root, constants)
         finally:
             for now, before, containers in kept:
+                # Constants of the graph are put on the root by torch.fx, and the graph refers to them.
+                constants_of_graph = {k: v for k, v in now.items() if k.startswith("_tensor_constant")}
                 now.clear()
-                now.update(before)
+                now.update(before | constants_of_graph)
                 for container, content in containers:
                     container.clear()
                     (container.extend if isinstance(container, list) else container.update)(content)
@@ -105,6 +111,8 @@ class Tracer(fx.Tracer):
         """Return a proxy for a parameter, looked up by identity, and note who asks for the mode."""
         if attr == "training":
             self.asked.add(self.stack[-1])
+        if id(attr_val) in self._held:
+            self.read.setdefault(self._held[id(attr_val)], f"{self._held[id(attr_val)]}.{attr}")
         if not isinstance(attr_val, nn.Parameter):
             return attr_val
         if self._names is None:

@@ -11,89 +11,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from normfree.roles import Role, function_role, is_shape
 from normfree.tracer import Tracer, calls_batch_norm, is_layer, untraceable_functions
+from normfree.traces import MODES, Graph, Part, Trace
 
 __all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
 
-MODES = ("eval", "train")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One fx graph of one part in one mode.
-
-    Attributes:
-        nodes: The graph; module targets are relative to the part.
-        owners: For each node, the path of the module whose forward created it.
-        exits: For each node, the paths of the traced modules that return it, innermost first.
-        calls: How often each module was called.
-    """
-
-    nodes: fx.Graph
-    owners: Mapping[fx.Node, str]
-    exits: Mapping[fx.Node, tuple[str, ...]]
-    calls: Mapping[str, int]
-
-    def spelled(self) -> list[tuple[object, ...]]:
-        """Return what the graph does to its inputs, in a form that can be compared.
-
-        Left out is what makes no difference to an analysis: whether a dropout is on, and how a value is made that
-        depends on no input, such as a table of biases that is cached in eval mode.
-        """
-        names: dict[fx.Node, str] = {}
-        told: list[tuple[object, ...]] = []
-        for node in self.nodes.nodes:
-            fed = any(source in names for source in node.all_input_nodes) and not is_shape(node)
-            if fed or node.op in ("placeholder", "output"):
-                kwargs = {key: value for key, value in node.kwargs.items() if not _is_switch(node, key)}
-                args = fx.map_arg((node.args, kwargs), lambda source: names.get(source, "constant"))
-                names[node] = f"%{len(names)}"
-                told.append((node.op, node.target, str(args)))
-        return told
-
-
-def _is_switch(node: fx.Node, key: str) -> bool:
-    return key == "training" and node.op == "call_function" and function_role(node) is Role.PASS
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module that was traced as a whole: the root, or a piece of a root that could not be.
-
-    Attributes:
-        path: Qualified name, empty for the root.
-        graphs: One graph for each of :data:`MODES`.
-    """
-
-    path: str
-    graphs: Mapping[str, Graph]
-
-    @functools.cached_property
-    def distinct(self) -> tuple[str, ...]:
-        """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
-        first, second = (self.graphs[mode] for mode in MODES)
-        return MODES[:1] if first is second or first.spelled() == second.spelled() else MODES
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Everything the graphs say about a model.
-
-    Attributes:
-        parts: The traced parts.
-        opaque: Modules that were called but not looked into, with the error that says why.
-    """
-
-    parts: tuple[Part, ...]
-    opaque: Mapping[str, str]
 
 
 def _trace_part(
@@ -136,7 +65,7 @@ def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
 def _one_graph(model: nn.Module, mode: str, tracer: Tracer, constants: dict[str, Any]) -> Graph:
     graph = tracer.look(model, mode, constants)
     exits = {node: tuple(paths) for node, paths in tracer.exits.items()}
-    return Graph(graph, tracer.owners, exits, tracer.calls)
+    return Graph(graph, tracer.owners, exits, tracer.calls, tracer.read)
 
 
 def _same_in_both_modes(
@@ -172,8 +101,14 @@ def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[st
     call are known, everything in them that is no tensor stays what it is.
     """
     if arguments is not None:
-        return {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
-    parameters = inspect.signature(model.forward).parameters.values()
+        return {
+            name: value
+            for name, value in arguments.items()
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        }
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if parameters and all(p.default is not p.empty for p in parameters):
+        parameters = parameters[1:]  # one of them must be the input
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normfree.copying import deep_copy
 from normfree.errors import UsageError
 from normfree.guards import PLAN_ATTRIBUTE
+from normfree.observing import tensors
 from normfree.plans import Plan
 from normfree.proofs import PROOFS, Case, Proof
 from normfree.reference import Reference
@@ -59,8 +60,9 @@ def verify(
     Args:
         model: What :func:`normfree.convert` returned.
         original: The model before conversion. Proof 3 needs it; proofs 4 to 6 compare with it.
-        inputs: Arguments of ``model``: a tensor ``(N, C, *)``, a tuple, or keyword arguments; a batch of at least
-            two. Default: white noise of the shape the model's first layer or its timm configuration asks for.
+        inputs: Arguments of ``model``: a tensor ``(N, C, *)``, a tuple (of tensors, lists or dicts), or a mapping of
+            keyword arguments; a batch of at least two. Default: white noise of the shape the model's first layer or
+            its timm configuration asks for.
         plan: The plan that was applied, if ``model`` is a piece of what was converted.
 
     Returns:
@@ -103,7 +105,7 @@ def each_proof(
     if plan is None:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
     args, kwargs = _arguments(example_input(model) if inputs is None else inputs)
-    sizes = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0}
+    sizes = {x.shape[0] for x in tensors((args, kwargs)) if x.dim() > 0}
     if not sizes or min(sizes) < 2:
         raise UsageError("verify needs a batch of at least two: with one sample nothing can depend on the others")
     case = Case(model, original, structure if original is None else original, reference, plan, args, kwargs)

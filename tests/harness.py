@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normfree
+from normfree.copying import deep_copy
 
 both = pytest.mark.parametrize("init", ["skipinit", "preserve"])
 """Every starting point."""
@@ -54,7 +55,7 @@ def prove(model: nn.Module, inputs: Any, *, init: str, **options: Any) -> Any:
 
 def assert_preserved(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Hold ``preserve`` to the original in float64, without the package's own verification."""
-    original = copy.deepcopy(model).double()
+    original = deep_copy(model).double()
     converted = normfree.convert(original, init="preserve").eval()
     original.eval()
     with torch.no_grad():

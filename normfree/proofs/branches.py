@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from normfree.analysis import flows
 from normfree.observing import Recorder, Still, out_of_place
-from normfree.proofs.case import Case, Proof, alpha_of, error_between, some
+from normfree.plans import Alpha
+from normfree.proofs.case import TOLERANCE, Case, Proof, alpha_of, error_between, some
 from normfree.sums import find_sums, sum_names
 from normfree.tracing import trace
 
@@ -32,18 +35,20 @@ def branches_vanish(case: Case) -> Proof:
         theirs = _watch(case, case.double(case.structure, training=False), set(scaled))[1]
         blamed = [name for name in written if name not in theirs]
     alive = [name for name in scaled if name in ran and zero.get(name, 0) < scaled[name]]
-    unseen = [name for name in scaled if name not in ran]
+    apart = [name for name in scaled if name not in ran]
+    unseen = _alive_tails(case, model, apart)
     moved = _inplace_error(case, model)
-    if moved and case.structure is not None:
+    if moved > TOLERANCE and case.structure is not None:
         moved = 0.0 if _inplace_error(case, case.double(case.structure, training=False)) else moved
     problems = [
         *([f"branch not zero at {some(alive)}"] if alive else []),
         *([f"not reached: {some(unseen)}"] if unseen else []),
         *([f"skip path overwritten at {some(blamed)}"] if blamed else []),
-        *([f"in-place activations change the output by {moved:.1e}"] if moved else []),
+        *([f"in-place activations change the output by {moved:.1e}"] if moved > TOLERANCE else []),
     ]
     total = sum(scaled.values())
-    detail = "; ".join(problems) or f"{total} branches exactly zero at alpha = 0, their skip paths untouched"
+    tails = f" ({len(apart)} sums seen at their tails only)" if apart else ""
+    detail = "; ".join(problems) or f"{total} branches exactly zero at alpha = 0, their skip paths untouched{tails}"
     return Proof(4, "alpha = 0 leaves exactly the skip paths", not problems, float(len(problems)), detail)
 
 
@@ -52,12 +57,15 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
     sites = frozenset(name for edit in case.plan.norms for name in (edit.name, *edit.aliases))
     zero: dict[str, int] = {}
     written: list[str] = []
-    for part in trace(model, sites).parts:
-        module = model.get_submodule(part.path)
+    paths = [part.path for part in trace(model, sites).parts]
+    while paths:
+        path = paths.pop(0)
+        module = model.get_submodule(path)
         arguments = _part_arguments(case, model, module)
-        if arguments is None:
-            continue  # the model never calls it with these inputs
-        prefix = f"{part.path}." if part.path else ""
+        prefix = f"{path}." if path else ""
+        if arguments is None:  # the model never calls it with these inputs, but may call what it holds
+            paths += [prefix + child for child, held in module.named_children() if any(True for _ in held.children())]
+            continue
         below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
         # Again, with what this call really passes: flags and optional tensors decide which way the forward goes.
         traced = trace(module, below, arguments)
@@ -71,14 +79,38 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
                 if names_here[s.node] in names and s.skip is not None and s.base is not None
             }
             recorder = Recorder(module, flow.graph.nodes, watched)
-            with Still():
-                recorder.run(*(_clone(value) for value in arguments.values()))
+            try:
+                with Still():
+                    recorder.run(*(_clone(value) for value in arguments.values()))
+            except (TypeError, KeyError, IndexError, RuntimeError):
+                continue  # arguments that a graph cannot take, such as ``*levels``: their tails are looked at instead
             for node, count in recorder.zero_branches.items():
                 name = names_here[node]
                 zero[name] = min(count, zero.get(name, count))
                 if not recorder.intact[node]:
                     written.append(name)
     return zero, list(dict.fromkeys(written)), set(zero)
+
+
+def _alive_tails(case: Case, model: nn.Module, names: list[str]) -> list[str]:
+    """Return the sums, among those that no graph shows, at which the output of a tail is not zero or never seen."""
+    holders = {name: [a for s in case.plan.sums if s.name == name for a in s.alphas] for name in names}
+    zero: dict[str, bool] = {}
+
+    def look(alpha: Alpha) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            part = output if alpha.channels is None else output[:, slice(*alpha.channels)]
+            zero[alpha.holder] = zero.get(alpha.holder, True) and not torch.any(part)
+
+        return hook
+
+    alphas = [alpha for found in holders.values() for alpha in found]
+    handles = [model.get_submodule(alpha.holder).register_forward_hook(look(alpha)) for alpha in alphas]
+    for training in (False, True) if alphas else ():
+        case.run(model.train(training))
+    for handle in handles:
+        handle.remove()
+    return [name for name, found in holders.items() if not all(zero.get(alpha.holder, False) for alpha in found)]
 
 
 def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> dict[str, Any] | None:
@@ -101,7 +133,7 @@ def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> dict[str, 
 
 
 def _clone(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, x)
 
 
 def _inplace_error(case: Case, model: nn.Module) -> float:

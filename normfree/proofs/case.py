@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from normfree.copying import deep_copy
+from normfree.errors import UsageError
 from normfree.observing import Still, tensors
 from normfree.plans import Plan
 from normfree.reference import Reference
@@ -80,7 +82,10 @@ class Case:
         """Run ``model`` with dropout off, on everything or on one sample, and return its output tensors."""
         args, kwargs = self.inputs(sample, dtype)
         with Still():
-            return tensors(model(*args, **kwargs))
+            outputs = tensors(model(*args, **kwargs))
+        if not outputs:
+            raise UsageError(f"the output of this {type(model).__name__} holds no tensors: nothing can be compared")
+        return outputs
 
     def inputs(self, sample: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[list[Any], dict[str, Any]]:
         """Return fresh arguments: a model may write into its input."""
@@ -91,7 +96,8 @@ class Case:
             x = x.detach().to(dtype) if x.is_floating_point() else x.detach()
             return (x if sample is None else x[sample : sample + 1]).clone()
 
-        return [pick(x) for x in self.args], {name: pick(x) for name, x in self.kwargs.items()}
+        args, kwargs = tree_map(pick, (list(self.args), self.kwargs))
+        return args, kwargs
 
 
 def _strip_hooks(model: nn.Module) -> None:

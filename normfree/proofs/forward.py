@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+from torch import Tensor
 
 from normfree.observing import NormSpy, Still, module_stack, tensors
 from normfree.proofs.case import TOLERANCE, Case, Proof, error_between, some
@@ -34,14 +37,25 @@ def batch_independent(case: Case) -> Proof:
     if case.kept:
         return Proof(2, name, None, None, f"{len(case.kept)} norms stay as planned")
     model = case.double(case.model, training=True)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     together = case.run(model)
     size = next(x.shape[0] for x in tensors((case.args, case.kwargs)) if x.dim() > 0)
     worst = 0.0
     for i in range(size):
+        for buffer, value in buffers:
+            buffer.copy_(value)  # some move from call to call, as spectral norm's do
         alone = case.run(model, sample=i)
-        mine = [x[i : i + 1] if x.dim() and x.shape[0] == size else x for x in together]
+        mine = [_sample(x, i, size, other) for x, other in itertools.zip_longest(together, alone)]
         worst = max(worst, error_between(mine, alone))
     return Proof(2, name, worst <= TOLERANCE, worst, f"largest relative difference {worst:.1e}")
+
+
+def _sample(x: Tensor | None, i: int, size: int, alone: Tensor | None) -> Tensor:
+    """Return one sample of an output; its batch dimension is the one that has shrunk in what it was alone."""
+    if x is None or alone is None or x.dim() != alone.dim():
+        return torch.empty(0)
+    shrunk = [d for d, (many, one) in enumerate(zip(x.shape, alone.shape, strict=True)) if (many, one) == (size, 1)]
+    return x.narrow(shrunk[0], i, 1) if shrunk else x
 
 
 @torch.no_grad()
