@@ -74,12 +74,20 @@ def flows(
 
 
 def _shared_between_parts(model: nn.Module, trace: Trace) -> frozenset[int]:
-    """Return the identities of modules that more than one part calls."""
+    """Return the identities of modules that more than one part calls, or may call under another name."""
+    if len(trace.parts) == 1 and not trace.opaque:
+        return frozenset()
     counts: Counter[int] = Counter()
-    for part in trace.parts if len(trace.parts) > 1 else ():
+    for part in trace.parts:
         root = model.get_submodule(part.path)
         counts.update({id(root.get_submodule(path)) for graph in part.graphs.values() for path in graph.calls})
-    return frozenset(module for module, count in counts.items() if count > 1)
+    homes: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        within = [part.path for part in trace.parts if name == part.path or name.startswith(f"{part.path}.")]
+        homes.setdefault(id(module), set()).add(max(within, key=len, default="no part"))
+    return frozenset(
+        {module for module, count in counts.items() if count > 1} | {m for m, where in homes.items() if len(where) > 1}
+    )
 
 
 def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]) -> Findings:

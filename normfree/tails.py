@@ -123,7 +123,8 @@ def _exits(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Itera
     """A traced module that returns ``node``: its own output can be scaled, whatever happens inside."""
     inside = f"{flow.graph.owners[user]}."
     for path in flow.graph.exits.get(node, ()):
-        outside = flow.graph.calls[path] == 1 and not inside.startswith(f"{path}.")
+        once = flow.graph.calls[path] == 1 and id(flow.modules[path]) not in flow.shared
+        outside = once and not inside.startswith(f"{path}.")
         if outside and _can_scale_output(flow.modules[path]):
             yield replace(so_far, path=path, place="output")
 
