@@ -101,8 +101,8 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]  # the same dict: a handle must still find what it removes
     for name, value in old.__dict__.items():
-        if not name.startswith("_") and not isinstance(value, (Tensor, nn.Module)):
-            new.__dict__.setdefault(name, value)
+        if not (name.startswith("_") or isinstance(value, (Tensor, nn.Module)) or hasattr(new, name)):
+            new.__dict__[name] = value
 
 
 def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:

@@ -12,8 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from random_modules import IN_PLACE, LAYERS, METHODS, Call, Gate, Piece, SqueezeExcite
-from timm.layers import BatchNormAct2d, BlurPool2d, DropPath, FrozenBatchNormAct2d, StdConv2d
+from random_functions import IN_PLACE, LAYERS, METHODS, Call
+from random_modules import Gate, Piece, SqueezeExcite
+from timm.layers.blur_pool import BlurPool2d
+from timm.layers.drop import DropPath
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
+from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
@@ -103,17 +107,18 @@ class Norm(Description):
             made.requires_grad_(False)
         if self.hooked:
             made.register_forward_pre_hook(look)
-        made.keep_evaluating = self.evaluating  # read and removed by the builder
+        made.__dict__["keep_evaluating"] = self.evaluating  # read and removed by the builder
         return [made]
 
     def _build(self, c: int, dims: int, p: float) -> nn.Module:
         norm: Any = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        fused: Any = BatchNormAct2d
         special: dict[str, Any] = {
             "torchvision": FrozenBatchNorm2d,
-            "timm": BatchNormAct2d,
-            "timm_silu": partial(BatchNormAct2d, act_layer=nn.SiLU, inplace=False),
-            "timm_plain": partial(BatchNormAct2d, apply_act=False),
-            "timm_drop": partial(BatchNormAct2d, drop_layer=partial(nn.Dropout, p)),
+            "timm": fused,
+            "timm_silu": partial(fused, act_layer=nn.SiLU, inplace=False),
+            "timm_plain": partial(fused, apply_act=False),
+            "timm_drop": partial(fused, drop_layer=partial(nn.Dropout, p)),
             "timm_frozen": FrozenBatchNormAct2d,
         }
         if self.kind in special and dims == 2:

@@ -6,102 +6,15 @@ functional operations that its own forward calls inline, because a call inside a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from random_functions import ADDITIONS, JOINS, Call
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import stochastic_depth
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "leaky": F.leaky_relu,
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
-LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "leaky": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "prelu": nn.PReLU,
-}
-IN_PLACE = frozenset({"relu", "silu", "hardswish", "leaky", "elu"})
-METHODS = frozenset({"relu", "tanh", "sigmoid"})
-
-
-def _augmented(x: Tensor, y: Tensor) -> Tensor:
-    x += y
-    return x
-
-
-ADDITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "plus": lambda x, y: x + y,
-    "swapped": lambda x, y: y + x,
-    "torch.add": lambda x, y: torch.add(x, y),
-    "torch.add_scaled": lambda x, y: torch.add(x, y, alpha=0.5),
-    "method": lambda x, y: x.add(y),
-    "add_": lambda x, y: y.add_(x),
-    "add_to_skip": lambda x, y: x.add_(y),
-    "iadd": lambda x, y: _augmented(y, x),
-    "iadd_to_skip": _augmented,
-    "sum": lambda x, y: cast(Tensor, sum([x, y])),
-    "scaled": lambda x, y: x + 0.5 * y,
-    "divided": lambda x, y: y / 2 + x,
-    "minus": lambda x, y: x - y,
-}
-JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **ADDITIONS,
-    "times": lambda x, y: x * y,
-    "cat": lambda x, y: torch.cat([x, y], 1),
-}
-
-
-@dataclass(frozen=True)
-class Call:
-    """A functional operation, inline in somebody's forward; ``p`` is its number, if it takes one."""
-
-    what: str
-    how: str = "function"
-    p: float = 0.0
-
-    def __call__(self, x: Tensor, training: bool) -> Tensor:
-        if self.what == "dropout":
-            return F.dropout(x, self.p, training)
-        if self.what == "dropout_in_place":
-            return F.dropout(x, self.p, training=training, inplace=True)
-        if self.what == "depth":
-            return stochastic_depth(x, self.p, "row", training)
-        if self.what == "drop_path":  # as many repositories write it
-            if not training:
-                return x
-            dims = x.dim() if self.how == "any" else int(self.how)  # the former cannot be traced
-            mask = x.new_empty((x.shape[0], *(1,) * (dims - 1))).bernoulli_(1 - self.p)
-            return x.div(1 - self.p) * mask
-        if self.what == "mean":
-            return x.mean(tuple(range(2, x.dim())))
-        if self.what == "flatten":
-            return torch.flatten(x, 1)
-        if self.what == "view":
-            return x.view(x.size(0), -1)
-        if self.what == "pad":
-            return F.pad(x, (0, 0) * (x.dim() - 2) + (0, int(self.p)))
-        if self.how == "in_place":
-            return FUNCTIONS[self.what](x, inplace=True)
-        if self.how == "method":
-            return getattr(x, f"{self.what}_")()  # type: ignore[no-any-return]  # relu_, tanh_, sigmoid_
-        return FUNCTIONS[self.what](x)
 
 
 @dataclass(frozen=True)
@@ -188,7 +101,7 @@ class Chain(Steps):
 class Residual(Steps):
     """``post(skip(x) + branch(first(x)))``."""
 
-    def __init__(self, parts: dict[str, Sequence[Piece]], how: str, skip_first: bool, preactivated: bool) -> None:
+    def __init__(self, parts: Mapping[str, Sequence[Piece]], how: str, skip_first: bool, preactivated: bool) -> None:
         super().__init__()
         self.parts = {name: self.hold(name, pieces) for name, pieces in parts.items()}
         self.how, self.skip_first, self.preactivated = how, skip_first, preactivated
@@ -208,7 +121,7 @@ class Wired(Steps):
 
     def __init__(self, wires: Sequence[tuple[Sequence[Piece], int, str | None, int]]) -> None:
         super().__init__()
-        self.wires = [(self.hold(f"wire{i}_", p), *rest) for i, (p, *rest) in enumerate(wires)]
+        self.wires = [(self.hold(f"wire{i}_", p), source, join, b) for i, (p, source, join, b) in enumerate(wires)]
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]
@@ -264,11 +177,14 @@ class Checkpointed(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False) if self.training else self.inner(x)
+        return cast(Tensor, checkpoint(self.inner, x, use_reentrant=False) if self.training else self.inner(x))
 
 
 class FunctionalNorm(nn.Module):
     """A batch norm that no module tree shows, under names that no buffer gives away."""
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__()

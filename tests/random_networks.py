@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from harness import randomise
+from random_blocks import Again, Graph, Nest, Res, UNet, Ways, Wrap
+from random_functions import JOINS, Call
 from random_layers import Act, Conv, Description, Leaf, Norm, Pool
 from random_modules import (
-    JOINS,
-    Call,
     Chain,
     Checkpointed,
     FunctionalNorm,
@@ -23,73 +23,6 @@ from random_modules import (
     Wired,
 )
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True, repr=False)
-class Again(Description):
-    """A module that stands elsewhere already, called once more; nothing where none fits."""
-
-    back: int = 0
-
-
-@dataclass(frozen=True, repr=False)
-class Nest(Description):
-    layers: tuple[Any, ...] = ()
-    how: str = "sequential"
-
-
-@dataclass(frozen=True, repr=False)
-class Res(Description):
-    """``post(skip(x) + branch(first(x)))``; ``nested``: the branch is a module of its own."""
-
-    branch: tuple[Any, ...] = ()
-    first: tuple[Any, ...] = ()
-    post: tuple[Any, ...] = ()
-    skip: str = "identity"
-    how: str = "plus"
-    nested: bool = True
-    skip_first: bool = False
-    preactivated: bool = False
-
-
-@dataclass(frozen=True, repr=False)
-class Wire(Description):
-    layers: tuple[Any, ...] = ()
-    source: int = 0
-    join: str | None = None
-    other: int = 0
-
-
-@dataclass(frozen=True, repr=False)
-class Graph(Description):
-    """Any acyclic graph: parallel branches, dense concatenation, taps, merges."""
-
-    wires: tuple[Wire, ...] = ()
-
-
-@dataclass(frozen=True, repr=False)
-class UNet(Description):
-    """Down, through the layers, up again, and joined with where it came from."""
-
-    layers: tuple[Any, ...] = ()
-    join: str = "plus"
-    transposed: bool = False
-
-
-@dataclass(frozen=True, repr=False)
-class Ways(Description):
-    """Channels that go different ways."""
-
-    layers: tuple[Any, ...] = ()
-    how: str = "split"
-
-
-@dataclass(frozen=True, repr=False)
-class Wrap(Description):
-    """Untraceable (``shape``, ``data``, ``loop``) or gradient checkpointing around layers."""
-
-    layers: tuple[Any, ...] = ()
-    how: str = "shape"
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,8 +98,8 @@ class Builder:
         c = x.shape[1]
         if how == "linear":
             return [Call("mean"), nn.Linear(c, 3)]
-        flat: Piece = {"norm": nn.Flatten(), "norm_flatten": Call("flatten")}.get(how, Call("view"))
-        return [pool, flat, nn.Linear(c, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(True), nn.Linear(5, 3)]
+        flats: dict[str, Piece] = {"norm": nn.Flatten(), "norm_flatten": Call("flatten"), "norm_view": Call("view")}
+        return [pool, flats[how], nn.Linear(c, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(True), nn.Linear(5, 3)]
 
     def container(self, pieces: Sequence[Piece], how: str) -> nn.Module:
         modules = [piece for piece in pieces if isinstance(piece, nn.Module)]
@@ -186,7 +119,7 @@ class Builder:
 
     def piece(self, layer: Any, x: Tensor) -> list[Piece]:
         if isinstance(layer, Leaf):
-            return layer.build(x, self.p)
+            return list(layer.build(x, self.p))
         method = getattr(self, type(layer).__name__.lower())
         return list(method(layer, x))
 
@@ -238,7 +171,8 @@ class Builder:
         return [*before, *found]
 
     def graph(self, layer: Graph, x: Tensor) -> Iterator[Piece]:
-        values, wires = [x], []
+        values = [x]
+        wires: list[tuple[list[Piece], int, str | None, int]] = []
         for wire in layer.wires:
             source, other, join = wire.source % len(values), wire.other % len(values), wire.join
             pieces, y = self.pieces(wire.layers, values[source])

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
+from random_blocks import Again, Graph, Nest, Res, UNet, Ways, Wire, Wrap
+from random_functions import FUNCTIONS, JOINS
 from random_layers import Act, Conv, Drop, Excite, Mix, Norm, Pool
-from random_modules import FUNCTIONS, JOINS
-from random_networks import Again, Graph, Nest, Network, Res, UNet, Ways, Wire, Wrap
-
-# SWITCH: F.batch_norm inside what no trace reaches is converted around in silence; draw it again once it is refused.
-HIDDEN_FUNCTIONAL_NORMS = True
-# SWITCH: one instance that cannot be traced makes its whole class opaque to the plan, but not to the proof.
-UNTRACEABLE_INSTANCES = True
-# SWITCH: alpha on a slice of channels scales features of a linear that stands over another dimension.
-SLICED_LINEARS = True
+from random_networks import Network
 
 Layers = st.SearchStrategy[tuple[Any, ...]]
 
@@ -50,9 +43,9 @@ def convs() -> st.SearchStrategy[Conv]:
 
 
 def norms() -> st.SearchStrategy[Norm]:
-    kinds = ("no_affine", "no_bias", "cumulative", "large_eps", "torchvision")
-    kinds += ("timm", "timm_silu", "timm_plain", "timm_drop", "timm_frozen")
-    return st.builds(Norm, kind=often("plain", *kinds), frozen=seldom(), evaluating=seldom(), hooked=seldom())
+    timm = ("timm", "timm_silu", "timm_plain", "timm_drop", "timm_frozen")
+    kind = often("plain", "no_affine", "no_bias", "cumulative", "large_eps", "torchvision", *timm)
+    return st.builds(Norm, kind=kind, frozen=seldom(), evaluating=seldom(), hooked=seldom())
 
 
 def acts() -> st.SearchStrategy[Act]:
@@ -62,8 +55,9 @@ def acts() -> st.SearchStrategy[Act]:
 
 def drops() -> st.SearchStrategy[Drop]:
     hows = ("Dropout", "Dropout_in_place", "DropoutNd", "StochasticDepth", "DropPath")
-    hows += ("dropout", "dropout_in_place", "depth", "drop_path")
-    return st.builds(Drop, st.sampled_from((*hows, "drop_path_any") if UNTRACEABLE_INSTANCES else hows))
+    return st.builds(
+        Drop, st.sampled_from((*hows, "dropout", "dropout_in_place", "depth", "drop_path", "drop_path_any"))
+    )
 
 
 def units(depth: int) -> Layers:
@@ -141,14 +135,10 @@ def composites(depth: int) -> st.SearchStrategy[Any]:
         parallels(depth),
         denses(depth),
         st.builds(UNet, inner, st.sampled_from(["plus", "cat", "iadd", "times"]), st.booleans()),
-        st.builds(Ways, inner, ways).filter(lambda way: SLICED_LINEARS or not _sliced_linear(way)),
+        st.builds(Ways, inner, ways),
         st.builds(Wrap, inner, st.sampled_from(["shape", "data", "loop", "checkpoint"])),
         st.builds(Nest, inner, st.sampled_from(["sequential", "attributes", "untold"])),
     )
-
-
-def _sliced_linear(way: Ways) -> bool:
-    return way.how.endswith("slice") and "Mix(" in repr(way)
 
 
 def networks() -> st.SearchStrategy[Network]:
@@ -164,9 +154,4 @@ def networks() -> st.SearchStrategy[Network]:
         special=st.integers(0, 29).map({27: "stateless", 28: "functional", 29: "hidden"}.get),
         p=st.sampled_from([0.25, 0.5]),
         seed=st.integers(0, 3),
-    ).map(lambda network: network if HIDDEN_FUNCTIONAL_NORMS else _bared(network))
-
-
-def _bared(network: Network) -> Network:
-    hidden = network.special == "hidden" or (network.special == "functional" and network.wrap is not None)
-    return replace(network, special=None) if hidden else network
+    )
