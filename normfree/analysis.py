@@ -114,6 +114,8 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
             if flow.roles[node] is Role.NORM:
                 site = find_site(flow, node, prefix)
                 site = replace(site, name=first[site.name])
+                if id(flow.modules[str(node.target)]) in flow.shared:  # what follows its other calls is not known
+                    site = replace(site, fresh=False, unsafe_write=True)
                 if site.producer is not None and _may_be_called_apart(flow, node, prefix):
                     why = "what calls it cannot be traced and may call its layers one by one"
                     site = replace(site, producer=None, why=why, fresh=False)
