@@ -6,13 +6,14 @@ nobody here has heard of gets the right initialisation too.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from normfree.graph import Flow, Role
 from normfree.roles import elementwise
@@ -70,6 +71,8 @@ def gain_of(activation: Activation | None) -> float:
     if activation is None:
         return 1.0
     z, density = _normal()
+    if isinstance(activation, nn.Module):
+        activation = copy.copy(activation).eval()  # RReLU draws its slopes in train mode, and a plan draws nothing
     with torch.no_grad():
         try:
             value = activation(z.clone())

@@ -224,7 +224,7 @@ def calls_batch_norm(module: nn.Module) -> bool:
     if is_norm(module):
         return False
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and any("batch_norm" in name for name in code.co_names)
+    return code is not None and any("batch_norm" in name and not hasattr(module, name) for name in code.co_names)
 
 
 def untraceable_functions(model: nn.Module) -> tuple[Callable[..., Any], ...]:
