@@ -5,7 +5,6 @@ Both modes of every part are analysed; a fact holds only if every graph in which
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,7 @@ from normfree.graph import Flow, Role
 from normfree.sites import Site, agree, find_site, rescaled_layers
 from normfree.sums import Kind, SumNode, additions_of, find_sums, sum_names
 from normfree.tails import Candidate, find_candidates
-from normfree.tracing import MODES, Trace
+from normfree.traces import MODES, Trace
 
 __all__ = ["Branch", "Findings", "Site", "Sum", "analyse", "flows"]
 
@@ -77,17 +76,23 @@ def _shared_between_parts(model: nn.Module, trace: Trace) -> frozenset[int]:
     """Return the identities of modules that more than one part calls, or may call under another name."""
     if len(trace.parts) == 1 and not trace.opaque:
         return frozenset()
-    counts: Counter[int] = Counter()
+    homes: dict[int, set[str]] = {}
     for part in trace.parts:
         root = model.get_submodule(part.path)
-        counts.update({id(root.get_submodule(path)) for graph in part.graphs.values() for path in graph.calls})
-    homes: dict[int, set[str]] = {}
+        for path in {path for graph in part.graphs.values() for path in graph.calls}:
+            homes.setdefault(id(root.get_submodule(path)), set()).add(part.path)
     for name, module in model.named_modules(remove_duplicate=False):
-        within = [part.path for part in trace.parts if name == part.path or name.startswith(f"{part.path}.")]
-        homes.setdefault(id(module), set()).add(max(within, key=len, default="no part"))
-    return frozenset(
-        {module for module, count in counts.items() if count > 1} | {m for m, where in homes.items() if len(where) > 1}
-    )
+        part_path = _innermost(name, (part.path for part in trace.parts))
+        opaque = _innermost(name.rpartition(".")[0], trace.opaque) if name else None
+        outside = part_path is None or (opaque is not None and len(opaque) >= len(part_path))
+        homes.setdefault(id(module), set()).add(f"in the untraceable {opaque}" if outside else str(part_path))
+    return frozenset(module for module, places in homes.items() if len(places) > 1)
+
+
+def _innermost(name: str, paths: Iterable[str]) -> str | None:
+    """Return the longest of the paths at or above ``name``."""
+    above = [path for path in paths if not path or name == path or name.startswith(f"{path}.")]
+    return max(above, key=len, default=None)
 
 
 def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]) -> Findings:

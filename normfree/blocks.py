@@ -17,7 +17,7 @@ from normfree.copying import meta_copy
 from normfree.graph import Flow, Role
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.tracer import Tracer
-from normfree.tracing import MODES, Graph
+from normfree.traces import MODES, Graph
 
 __all__ = ["scaled_block_class", "why_not_scalable"]
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit
 from normfree.norms import describe, is_norm
 from normfree.roles import Role, elementwise, function_role, is_shape, method_role, module_role
-from normfree.tracing import Graph
+from normfree.traces import Graph
 
 __all__ = ["Flow", "Role", "is_inplace", "writes_unannounced"]
 

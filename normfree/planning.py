@@ -20,7 +20,8 @@ from normfree.placing import place_alphas
 from normfree.plans import Action, Init, NormEdit, Plan
 from normfree.selecting import Patterns, as_patterns, kept_norms
 from normfree.tracer import calls_batch_norm
-from normfree.tracing import Trace, trace
+from normfree.traces import Trace
+from normfree.tracing import trace
 
 __all__ = ["plan"]
 

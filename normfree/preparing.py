@@ -103,14 +103,12 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
         bias = nn.Parameter(affine[1].to(like.dtype), shift)
     if alpha is not None:
         scalar = _alpha_beside(plan, module, model)
-    if edit.copy and norm.drop is not None and norm.act is None and scalar is None:
-        return nn.Sequential(Copy(), norm.drop)  # a dropout that is off returns its input itself
     rest = norm.drop is not None or norm.act is not None
     if not rest and gain is None and bias is None:
         if alpha is not None and scalar is not None:
             return _skipinit(scalar, alpha.channels)
         return Copy() if edit.copy else nn.Identity()
-    return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act)
+    return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act, edit.copy)
 
 
 def _trains(model: nn.Module) -> bool:

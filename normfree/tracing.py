@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from normfree.tracer import Tracer, calls_batch_norm, is_layer, untraceable_functions
 from normfree.traces import MODES, Graph, Part, Trace
 
-__all__ = ["MODES", "Graph", "Part", "Trace", "trace"]
+__all__ = ["trace"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -82,7 +82,8 @@ def _same_in_both_modes(
     """
     if not asked:
         return True
-    above = {path[:i] for path in asked for i in range(len(path) + 1) if i in (0, len(path)) or path[i] == "."}
+    steps = (path.split(".") for path in asked)
+    above = {".".join(names[:i]) for names in steps for i in range(len(names) + 1)}
     asking = {id(model.get_submodule(path)) for path in above}
     if 2 * len(asking) > sum(not layer for layer in layers.values()):
         return False
@@ -106,7 +107,8 @@ def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[st
             for name, value in arguments.items()
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
         }
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    given = inspect.signature(model.forward).parameters.values()
+    parameters = [p for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if parameters and all(p.default is not p.empty for p in parameters):
         parameters = parameters[1:]  # one of them must be the input
     return {p.name: p.default for p in parameters if p.default is not p.empty}

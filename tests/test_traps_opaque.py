@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import (
+    Block,
     actions,
     alphas,
     assert_close,
@@ -21,16 +22,6 @@ from torch import Tensor, nn
 
 import normfree
 from normfree.layers import ChannelAffine
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 class Branching(nn.Module):
@@ -229,3 +220,87 @@ def test_norm_that_is_never_called_goes_too(init: str) -> None:
     model.unused = nn.BatchNorm2d(4)
     converted = prove(model, noise(2, 3, 6, 6), init=init)
     assert norms(converted) == []
+
+
+class Asking(nn.Module):
+    """Holds a layer under a second name, and asks the data before it calls it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.shape[0] > 0 else x
+
+
+@both
+@pytest.mark.parametrize("which", ["conv", "norm"])
+def test_layer_that_an_untraceable_module_calls_by_another_name_is_not_folded(which: str, init: str) -> None:
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    model = randomise(nn.Sequential(conv, norm, nn.ReLU(), Asking(conv if which == "conv" else norm)))
+    converted = prove(model, noise(2, 3, 6, 6), init=init)
+    assert actions(converted)["1"] != "fold"
+    assert_preserved(model, noise(2, 3, 6, 6))
+
+
+class Sharing(nn.Module):
+    """A container that the root calls behind the back of the block that a trace looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(4, 4, 1))
+        self.block = PreActivated(self.stem)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.mean() > 1e6 else self.block(self.stem(x))
+
+
+class PreActivated(nn.Module):
+    def __init__(self, tail: nn.Module) -> None:
+        super().__init__()
+        self.bn, self.tail = nn.BatchNorm2d(4), tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.tail(torch.relu(self.bn(x)))
+
+
+@both
+def test_container_that_somebody_else_calls_carries_no_alpha(init: str) -> None:
+    model = randomise(Sharing())
+    converted = prove(model, noise(2, 4, 6, 6), init=init)
+    assert not any(path.startswith(("stem", "block.tail")) for path in alphas(converted))
+    assert_preserved(model, noise(2, 4, 6, 6))
+
+
+class Named(nn.Module):
+    """Cannot be traced; `batch_norm` is a module that it holds, and no function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.batch_norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch_norm(self.conv(x)) if x.shape[0] > 0 else x
+
+
+@both
+def test_norm_that_is_held_as_batch_norm_is_no_function(init: str) -> None:
+    converted = prove(randomise(nn.Sequential(Named(), nn.ReLU())), noise(2, 3, 6, 6), init=init)
+    assert norms(converted) == []
+
+
+class Optional(nn.Module):
+    """Nothing but optional inputs, and options that nobody gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 4, 1), Block()
+
+    def forward(self, pixels: Tensor | None = None, hidden: Tensor | None = None, **options: object) -> Tensor:
+        return self.block(self.stem(pixels) if hidden is None else hidden)
+
+
+@both
+def test_first_of_nothing_but_optional_inputs_is_the_input(init: str) -> None:
+    converted = prove(randomise(Optional()), noise(2, 3, 6, 6), init=init)
+    assert alphas(converted) == ["block.conv2"]

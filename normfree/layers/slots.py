@@ -101,6 +101,7 @@ class ChannelAffine(nn.Module):
         channels: Range of channels that alpha scales, or all of them.
         drop: Dropout that followed the norm.
         act: Activation that followed the norm.
+        copy: Whether what comes in must be kept as it is from whatever works in place, as a norm did by itself.
 
     Shape:
         ``(N, C, *)`` to the same.
@@ -118,9 +119,11 @@ class ChannelAffine(nn.Module):
         channels: Channels = None,
         drop: nn.Module | None = None,
         act: nn.Module | None = None,
+        copy: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
+        self.copy = copy
         self.register_parameter("gain", gain)
         self.register_parameter("bias", bias)
         self.register_parameter("alpha", alpha)
@@ -130,7 +133,8 @@ class ChannelAffine(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``alpha * act(drop(gain * input + bias))``."""
         last = self.drop is None and self.act is None
-        x = affine(input, self.gain, self.bias, self.alpha if last else None, self.channels)
+        x = input.clone() if self.copy else input
+        x = affine(x, self.gain, self.bias, self.alpha if last else None, self.channels)
         if self.drop is not None:
             x = self.drop(x)
         if self.act is not None:

@@ -15,8 +15,13 @@ def everything_learns(case: Case) -> Proof:
     name = "everything learns"
     model = case.double(case.model, training=True)
     alphas = {alpha.holder: alpha_of(model, alpha.holder) for alpha in case.plan.alphas}
-    grads = _gradients(case, model)
-    missing = [key for key in _expected(case) if key in dict(model.named_parameters()) and grads.get(key) is None]
+    expected = _expected(case)
+    try:
+        grads = _gradients(case, model)
+    except RuntimeError as error:  # autograd refuses, for example where something was overwritten that it had kept
+        passed = None if expected is None else False
+        return Proof(5, name, passed, None, f"backward fails: {str(error).splitlines()[0]}")
+    missing = [key for key in expected or () if key in dict(model.named_parameters()) and grads.get(key) is None]
     waiting = _without_gradient(alphas)
     first = len(alphas) - len(waiting)
     infinite = [path for path, alpha in alphas.items() if alpha.grad is not None and not alpha.grad.isfinite().all()]
@@ -52,11 +57,17 @@ def _gradients(case: Case, model: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def _expected(case: Case) -> list[str]:
-    """Names of the parameters that get a gradient in the original; without it, of all that ask for one."""
+def _expected(case: Case) -> list[str] | None:
+    """Names of the parameters that get a gradient in the original, ``None`` if its own backward fails.
+
+    Without the original, of all that ask for one.
+    """
     if case.structure is None:
         return [name for name, p in case.model.named_parameters() if p.requires_grad and not name.endswith("alpha")]
-    grads = _gradients(case, case.double(case.structure, training=True))
+    try:
+        grads = _gradients(case, case.double(case.structure, training=True))
+    except RuntimeError:
+        return None
     return [name for name, grad in grads.items() if grad is not None]
 
 
