@@ -2,9 +2,10 @@
 
 Every model is planned on the meta device, then converted from both starting points and verified on white noise, with
 random statistics and affine parameters. A run can be stopped at any time and goes on where it was; several shards can
-run side by side. `--render` merges what they measured into the table.
+run side by side. What the table holds already is measured again only if it is named or if `--again` says so; what the
+work folder holds is not, so start with an empty one after a change. `--render` merges a run into the table.
 
-Run: python examples/support_table.py [--shard 0/2] [--work FOLDER] [NAME ...]
+Run: python examples/support_table.py [--again] [--shard 0/2] [--work FOLDER] [NAME ...]
      python examples/support_table.py --render [--work FOLDER]
 """
 
@@ -17,7 +18,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from unusual_inputs import verifier
 
 import normfree
 from normfree import zoo
-from normfree.norms import describe, find_norms
+from normfree.norms import find_norms
 
 TABLE = Path(__file__).parent / "results" / "support.csv"
 PAGE = TABLE.with_suffix(".md")
@@ -84,22 +85,28 @@ def structure(name: str) -> dict[str, Any] | None:
     }
 
 
-@torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Give every norm statistics and an affine as training leaves them, some gains negative."""
-    generator = torch.Generator().manual_seed(0)
-    for name in find_norms(model):
-        norm = describe(model.get_submodule(name))
-        for tensor, low, high in (
-            (norm.mean, -0.5, 0.5),
-            (norm.var, 0.5, 2),
-            (norm.weight, 0.5, 1.5),
-            (norm.bias, -0.5, 0.5),
-        ):
-            if tensor is not None:
-                value = low + (high - low) * torch.rand(tensor.shape, generator=generator)
-                flip = (torch.rand(tensor.shape, generator=generator) < 0.25) & (tensor is norm.weight)
-                tensor.copy_(torch.where(flip, -value, value))
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every norm statistics and an affine as training leaves them, some gains negative; return ``model``.
+
+    A norm as constructed is almost the identity in eval mode: whatever a conversion does with it passes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: object, low: float, high: float, signs: bool = False) -> None:
+        if isinstance(tensor, Tensor):
+            value = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if signs:
+                value = torch.where(torch.rand(tensor.shape, generator=generator) < 0.25, -value, value)
+            tensor.copy_(value)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "running_mean"):
+                draw(module.running_mean, -0.5, 0.5)
+                draw(module.running_var, 0.5, 2.0)
+                draw(module.weight, 0.5, 1.5, signs=True)
+                draw(module.bias, -0.5, 0.5)
+    return model
 
 
 def sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -169,44 +176,51 @@ def measure(name: str, planned: dict[str, Any]) -> dict[str, Any]:
         return planned | {"status": f"{type(error).__name__}: {error}"[:300], "versions": VERSIONS}
 
 
-def read(work: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured so far: the table's, and those of the work folder, which are newer."""
-    rows: dict[str, dict[str, Any]] = {}
-    if TABLE.exists():
-        with TABLE.open(newline="") as file:
-            rows = {row["model"]: row for row in csv.DictReader(file)}
-    for path in sorted(work.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            rows[row["model"]] = {column: str(row.get(column, "")) for column in COLUMNS}
-    return rows
+def table() -> dict[str, dict[str, Any]]:
+    """The committed table by model."""
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(newline="") as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
 
 
-def run(wanted: Iterable[str], shard: str, work: Path) -> None:
-    """Measure the models of one shard that the work folder does not hold yet, small ones first."""
+def measured(work: Path) -> dict[str, dict[str, Any]]:
+    """The rows that the shards in a work folder have measured."""
+    lines = (line for path in sorted(work.glob("*.jsonl")) for line in path.read_text().splitlines())
+    return {row["model"]: row for row in map(json.loads, lines)}
+
+
+def plans(work: Path) -> dict[str, dict[str, Any] | None]:
+    """The plans made so far; `None` for what holds no norm."""
+    path = work / "plans.json"
+    found: dict[str, dict[str, Any] | None] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def run(wanted: list[str], known: set[str], shard: str, work: Path) -> None:
+    """Plan everything, then measure one shard of what is not known yet, small models first."""
     work.mkdir(parents=True, exist_ok=True)
-    plans = plan_all(wanted, work / "plans.json")
+    planned = plans(work)
+    for i, name in enumerate(track([n for n in wanted if n not in planned], description="plans")):
+        planned[name] = structure(name)
+        if i % 50 == 49:  # a stopped run loses no more than that
+            (work / "plans.json").write_text(json.dumps(planned))
+    (work / "plans.json").write_text(json.dumps(planned))
     number, of = map(int, shard.split("/"))
-    mine = sorted(plans.values(), key=lambda row: row["parameters"])[number::of]
-    out = work / f"{number}of{of}.jsonl"
-    done = {json.loads(line)["model"] for path in work.glob("*.jsonl") for line in path.read_text().splitlines()}
-    for planned in track([row for row in mine if row["model"] not in done], description=f"shard {shard}"):
-        with out.open("a") as file:
-            file.write(json.dumps(measure(planned["model"], planned)) + "\n")
-
-
-def plan_all(wanted: Iterable[str], cache: Path) -> dict[str, dict[str, Any]]:
-    """Plan every model once, for all shards."""
-    known = json.loads(cache.read_text()) if cache.exists() else {}
-    for name in track([n for n in wanted if n not in known], description="plans"):
-        known[name] = structure(name)
-    cache.write_text(json.dumps(known))
-    return {name: known[name] for name in wanted if known[name] is not None}
+    rows = sorted((row for n in wanted if (row := planned[n]) is not None), key=lambda row: int(row["parameters"]))
+    done = known | measured(work).keys()
+    for row in track([row for row in rows[number::of] if row["model"] not in done], description=f"shard {shard}"):
+        with (work / f"{number}of{of}.jsonl").open("a") as file:
+            file.write(json.dumps(measure(row["model"], row)) + "\n")
 
 
 def render(work: Path) -> None:
-    """Write the table and the page."""
-    rows = sorted(read(work).values(), key=lambda row: (row["file"], row["model"]))
+    """Write the table and the page: what is measured anew replaces a row, what is planned anew its structure."""
+    merged = table()
+    for row in [row for row in plans(work).values() if row is not None] + list(measured(work).values()):
+        merged[row["model"]] = merged.get(row["model"], {}) | row
+    text = [{column: str(row.get(column, "")) for column in COLUMNS} for row in merged.values()]
+    rows = sorted(text, key=lambda row: (row["file"], row["model"]))
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -247,13 +261,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="models; all of both libraries if none is named")
     parser.add_argument("--shard", default="0/1", help="which part of how many")
     parser.add_argument("--work", type=Path, default=Path("build/support"), help="where a run keeps its rows")
+    parser.add_argument("--again", action="store_true", help="measure what the table holds already, too")
     parser.add_argument("--render", action="store_true", help="merge the rows into the table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # deprecations inside the libraries' own models
     if options.render:
         render(options.work)
     else:
-        run(options.names or names(), options.shard, options.work)
+        current = {name for name, row in table().items() if row["status"] == "ok" and row["versions"] == VERSIONS}
+        known = set() if options.again or options.names else current
+        run(options.names or names(), known, options.shard, options.work)
 
 
 if __name__ == "__main__":

@@ -7,37 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from support_table import randomise as randomise
 from torch import Tensor, nn
 
 import normfree
 from normfree.copying import deep_copy
 
+
+class Block(nn.Module):
+    """A residual block whose last layer can carry the scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
 both = pytest.mark.parametrize("init", ["skipinit", "preserve"])
 """Every starting point."""
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every norm statistics and an affine as training leaves them, some gains negative; return ``model``.
-
-    A norm as constructed is almost the identity in eval mode: whatever a conversion does with it passes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: object, low: float, high: float, signs: bool = False) -> None:
-        if isinstance(tensor, Tensor):
-            value = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-            if signs:
-                value = torch.where(torch.rand(tensor.shape, generator=generator) < 0.25, -value, value)
-            tensor.copy_(value)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "running_mean"):
-                draw(module.running_mean, -0.5, 0.5)
-                draw(module.running_var, 0.5, 2.0)
-                draw(module.weight, 0.5, 1.5, signs=True)
-                draw(module.bias, -0.5, 0.5)
-    return model
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -85,7 +85,7 @@ class Call:
             mask = x.new_empty((x.shape[0], *(1,) * (dims - 1))).bernoulli_(1 - self.p)
             return x.div(1 - self.p) * mask
         if self.what == "mean":
-            return x.mean(tuple(range(2, x.dim())))
+            return x.flatten(2).mean(2)
         if self.what == "flatten":
             return torch.flatten(x, 1)
         if self.what == "view":

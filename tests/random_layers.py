@@ -214,7 +214,7 @@ class Excite(Description):
         small = torch.zeros(x.shape[0], 3, *small.shape[2:])
         children += Norm().build(small, p) if self.normed else []
         children += [nn.ReLU(), *two.build(small, p)]
-        return [Gate(tuple(children))] if self.inline else [SqueezeExcite(children)]
+        return [Gate(x.dim(), tuple(children))] if self.inline else [SqueezeExcite(x.dim(), children)]
 
 
 Leaf = Conv | Norm | Act | Drop | Pool | Mix | Excite

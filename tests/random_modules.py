@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 class Gating:
     """Squeeze-excite written inline: the children's names."""
 
+    dims: int
     names: tuple[str, ...]
 
 
@@ -28,6 +29,7 @@ class Gating:
 class Gate:
     """The same before a block has taken its children."""
 
+    dims: int
     children: tuple[nn.Module, ...]
 
 
@@ -44,7 +46,8 @@ class Steps(nn.Module):
 
     def _hold(self, name: str, piece: Piece) -> Step:
         if isinstance(piece, Gate):
-            return Gating(tuple(str(self._hold(f"{name}_{i}", child)) for i, child in enumerate(piece.children)))
+            names = (str(self._hold(f"{name}_{i}", child)) for i, child in enumerate(piece.children))
+            return Gating(piece.dims, tuple(names))
         if isinstance(piece, nn.Module):
             self.add_module(name, piece)
             return name
@@ -56,15 +59,17 @@ class Steps(nn.Module):
             if isinstance(step, Call):
                 x = step(x, self.training)
             elif isinstance(step, Gating):
-                x = x * torch.sigmoid(gate(x, [getattr(self, name) for name in step.names]))
+                x = x * torch.sigmoid(gate(x, step.dims, [getattr(self, name) for name in step.names]))
             else:
                 x = getattr(self, step)(x)
         return x
 
 
-def gate(x: Tensor, children: Sequence[nn.Module]) -> Tensor:
-    """Return the logits of a squeeze-excite gate."""
-    y = x.mean(tuple(range(2, x.dim())), keepdim=True)
+def gate(x: Tensor, dims: int, children: Sequence[nn.Module]) -> Tensor:
+    """Return the logits of a squeeze-excite gate; ``dims`` is what ``x.dim()`` would not tell a trace."""
+    y = x.flatten(2).mean(2)
+    for _ in range(dims - 2):
+        y = y.unsqueeze(2)
     for child in children:
         y = child(y)
     return y
@@ -73,12 +78,12 @@ def gate(x: Tensor, children: Sequence[nn.Module]) -> Tensor:
 class SqueezeExcite(nn.Module):
     """The same gate as a module."""
 
-    def __init__(self, children: Sequence[nn.Module]) -> None:
+    def __init__(self, dims: int, children: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(children)
+        self.dims, self.layers = dims, nn.ModuleList(children)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gate(x, list(self.layers)).sigmoid() * x
+        return gate(x, self.dims, list(self.layers)).sigmoid() * x
 
 
 class Chain(Steps):
@@ -134,9 +139,9 @@ class Wired(Steps):
 class Split(Steps):
     """Channels go different ways: ``how`` is a method of splitting, or the slice that ReXNet and DPN add to."""
 
-    def __init__(self, pieces: Sequence[Piece], how: str, at: int) -> None:
+    def __init__(self, pieces: Sequence[Piece], how: str, at: int, joined: bool) -> None:
         super().__init__()
-        self.steps, self.how, self.at = self.hold("layer", pieces), how, at
+        self.steps, self.how, self.at, self.joined = self.hold("layer", pieces), how, at, joined
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "add_slice":
@@ -149,9 +154,7 @@ class Split(Steps):
             return torch.cat([head, rest], 1)
         parts = {"split": torch.split, "chunk": torch.chunk}[self.how](x, 2 if self.how == "chunk" else self.at, 1)
         y = self.run(self.steps, parts[0])
-        if y.shape[2:] != parts[1].shape[2:]:
-            return y
-        return torch.cat([y, *parts[1:]], 1)
+        return torch.cat([y, parts[1]], 1) if self.joined else y
 
 
 class Untraceable(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from harness import randomise
@@ -137,7 +137,10 @@ class Builder:
         yield self.container(self.pieces(layer.layers, x)[0], layer.how)
 
     def wrap(self, layer: Wrap, x: Tensor) -> Iterator[Piece]:
-        yield wrapped(self.container(self.pieces(layer.layers, x)[0], "sequential"), layer.how)
+        found, _ = self.pieces(layer.layers, x)
+        # A layer that stands alone is called by the wrapper itself, and by no module that a trace could look into.
+        alone = len(found) == 1 and isinstance(found[0], nn.Module)
+        yield wrapped(cast(nn.Module, found[0]) if alone else self.container(found, "sequential"), layer.how)
 
     def res(self, layer: Res, x: Tensor) -> Iterator[Piece]:
         first, y = self.pieces(layer.first, x)
@@ -202,11 +205,12 @@ class Builder:
             if y.shape[2:] != x.shape[2:] or y.shape[1] < channels:
                 more, y = self.pieces([Pool("identity"), Conv(channels + 2), Norm()], x)
                 found = more
-            yield Split(found, layer.how, channels)
+            yield Split(found, layer.how, channels, joined=True)
         elif channels > 1:
             at = channels // 2
             part = x[:, : -(-channels // 2) if layer.how == "chunk" else at]
-            yield Split(self.pieces(layer.layers, part)[0], layer.how, at)
+            found, y = self.pieces(layer.layers, part)
+            yield Split(found, layer.how, at, joined=y.shape[2:] == x.shape[2:])
 
 
 def wrapped(inner: nn.Module, how: str) -> nn.Module:

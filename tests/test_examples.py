@@ -54,6 +54,8 @@ def test_support_table_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (row["model"], row["status"], row["residual"], row["alphas"]) == ("timm:test_resnet", "ok", 4, 4)
 
 
-def test_helpers_of_the_support_table_are_used() -> None:
-    assert "from unusual_inputs import" in (EXAMPLES / "support_table.py").read_text()
-    assert (EXAMPLES / "unusual_inputs.py").exists()
+def test_support_table_measures_detectors(tmp_path: Path) -> None:
+    _run("support_table.py", "torchvision:ssdlite320_mobilenet_v3_large", "--work", tmp_path)  # by "unusual_inputs.py"
+    row = json.loads((tmp_path / "0of1.jsonl").read_text())
+    assert (row["status"], row["input"]) == ("ok", "2x3x96x96")
+    assert float(row["preserve_error"]) <= 1e-9

@@ -22,9 +22,9 @@ def test_every_proof_holds_from_both_starting_points(network: Network) -> None:
     x = network.inputs()
 
     plan = normfree.plan(original, init="skipinit")
-    kinds = Counter(total.kind for total in plan.sums)
-    assert (kinds["residual"], kinds["parallel"], kinds["merge"]) == (network.residual, network.parallel, network.merge)
-    assert len(plan.alphas) == (network.residual if network.scaled is None else network.scaled)
+    kinds, sums = Counter(total.kind for total in plan.sums), network.sums
+    assert (kinds["residual"], kinds["parallel"], kinds["merge"]) == (sums.residual, sums.parallel, sums.merge)
+    assert len(plan.alphas) == (sums.residual if network.scaled is None else network.scaled)
     assert plan.declined == ()
 
     for init, start in (("skipinit", 0.0), ("preserve", 1.0)):

@@ -11,24 +11,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from harness import actions, alphas, assert_preserved, both, kinds, noise, norms, plan_of, prove, randomise
+from harness import Block, actions, alphas, assert_preserved, both, kinds, noise, norms, plan_of, prove, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import normfree
 from normfree.errors import UnsupportedModelError
-
-
-class Block(nn.Module):
-    """A residual block whose last layer can carry the scalar."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 class MadeInForward(nn.Module):

@@ -13,21 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import alphas, both, noise, prove, randomise
+from harness import Block, alphas, both, noise, prove, randomise
 from torch import Tensor, nn
 
 import normfree
 from normfree.errors import UsageError
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 class Nested(nn.Module):

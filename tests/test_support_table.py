@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import support_table
+import torch
+import unusual_inputs
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def _script() -> ModuleType:
-    sys.path.insert(0, str(EXAMPLES))  # the script imports its neighbour
-    try:
-        spec = importlib.util.spec_from_file_location("support_table", EXAMPLES / "support_table.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-script = _script()
-with script.TABLE.open(newline="") as _file:
-    ROWS = {row["model"]: row for row in csv.DictReader(_file)}
+ROWS = support_table.table()
 # Another version of a library may have other models, and others under the same name.
-SAME_VERSIONS = all(row["versions"] in ("", script.VERSIONS) for row in ROWS.values())
-NAMES = [name for name in script.names() if SAME_VERSIONS or name in ROWS]
+SAME_VERSIONS = all(row["versions"] in ("", support_table.VERSIONS) for row in ROWS.values())
+NAMES = [name for name in support_table.names() if SAME_VERSIONS or name in ROWS]
 CHUNK = 20
 
 
 def _structure(name: str) -> dict[str, Any] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries' own models
-        structure: dict[str, Any] | None = script.structure(name)
+        structure: dict[str, Any] | None = support_table.structure(name)
         return structure
 
 
@@ -53,7 +34,9 @@ def test_every_model_is_planned_as_the_table_says(start: int) -> None:
             if (planned is None) != (row is None):
                 wrong.append(f"{name}: {'no norm any more' if planned is None else 'not in the table'}")
             continue
-        wrong += [f"{name}: {k} {planned[k]}, was {row[k]}" for k in script.STRUCTURE if str(planned[k]) != row[k]]
+        wrong += [
+            f"{name}: {k} {planned[k]}, was {row[k]}" for k in support_table.STRUCTURE if str(planned[k]) != row[k]
+        ]
     assert wrong == [], "renew the table: python examples/support_table.py"
 
 
@@ -71,7 +54,7 @@ def _smallest_of_every_file() -> list[str]:
 def test_smallest_model_of_every_file_is_proved_as_the_table_says(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries' own models
-        assert script.proofs(name)["status"] == ROWS[name]["status"]
+        assert support_table.proofs(name)["status"] == ROWS[name]["status"]
 
 
 def test_no_network_of_the_table_fails_or_declines_a_branch() -> None:
@@ -83,6 +66,34 @@ def test_no_network_of_the_table_fails_or_declines_a_branch() -> None:
 
 def test_page_is_rendered_from_the_table() -> None:
     rows = sorted(ROWS.values(), key=lambda row: (row["file"], row["model"]))
-    page = script.PAGE.read_text().splitlines()
-    said = "\n".join(script.page(rows)).splitlines()
+    page = support_table.PAGE.read_text().splitlines()
+    said = "\n".join(support_table.page(rows)).splitlines()
     assert [line for line in page if line.startswith("|")] == [line for line in said if line.startswith("|")]
+
+
+def test_what_a_run_plans_and_measures_is_merged_into_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support_table, "TABLE", tmp_path / "support.csv")
+    monkeypatch.setattr(support_table, "PAGE", tmp_path / "support.md")
+    monkeypatch.setattr(support_table, "measure", lambda name, planned: planned | {"status": "ok", "seconds": 1})
+    names, work = ["timm:test_resnet", "timm:test_efficientnet", "timm:test_vit"], tmp_path / "work"
+    support_table.run(names, {"timm:test_efficientnet"}, "0/1", work)
+    assert list(support_table.measured(work)) == ["timm:test_resnet"], "the table holds the other one already"
+    support_table.render(work)
+    table = support_table.table()
+    assert {name: row["status"] for name, row in table.items()} == {
+        "timm:test_efficientnet": "",
+        "timm:test_resnet": "ok",
+    }
+    assert "| timm:test_resnet |" in support_table.PAGE.read_text()
+
+
+def test_wrong_conversion_of_a_detector_is_reported() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    one, two = torch.ones(2), torch.ones(2) * 1.001
+    spy = unusual_inputs.NormSpy([], ["the norm"])
+    spy.seen.append("the norm")
+    said = unusual_inputs.verdict(model, torch.ones(3, 4, 4), ([one], [two]), ([one], [one[:1]]), 1e-5, spy)["status"]
+    for what in ("preserve proof 3", "norms left ['1']", "a norm runs in ['the norm']", "proof 2: inf", "proof 5"):
+        assert what in said

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import actions, alphas, assert_close, both, noise, norms, plan_of, prove, randomise
+from harness import Block, actions, alphas, assert_close, both, noise, norms, plan_of, prove, randomise
 from torch import Tensor, nn
 
 import normfree
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 class Net(nn.Module):
