@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normfree.checkpoint import load, save
     from normfree.conversion import convert, convert_
+    from normfree.fusing import fuse
     from normfree.layers import SkipInit
     from normfree.norms import Norm, register_norm
     from normfree.planning import plan
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
     from normfree.verifying import Report, verify
 
 __version__ = "0.1.0"
-__all__ = ["Norm", "Plan", "Report", "SkipInit", "convert", "convert_", "errors", "load", "plan", "register_norm"]
-__all__ += ["save", "verify"]
+__all__ = ["Norm", "Plan", "Report", "SkipInit", "convert", "convert_", "errors", "fuse", "load", "plan"]
+__all__ += ["register_norm", "save", "verify"]
 
 _HOMES = {"checkpoint": ("load", "save"), "conversion": ("convert", "convert_"), "layers": ("SkipInit",)}
 _HOMES |= {"norms": ("Norm", "register_norm"), "planning": ("plan",), "plans": ("Plan",)}
+_HOMES |= {"fusing": ("fuse",)}
 _HOMES |= {"verifying": ("Report", "verify")}
 
 

@@ -95,6 +95,7 @@ class Plan:
         weights: Layers that are drawn anew, with the gain of the activation behind them.
         out_of_place: Activations that must no longer work in place.
         opaque: Modules that could not be traced, each with the error.
+        fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
     """
 
     init: Init
@@ -106,6 +107,7 @@ class Plan:
     weights: tuple[tuple[str, float], ...] = ()
     out_of_place: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
+    fused: bool = False
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,10 +13,12 @@ import typer
 from normfree.errors import AlreadyConvertedError, NoNormError, NormfreeError, UsageError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from normfree.plans import Plan
     from normfree.proofs import Proof
 
-__all__ = ["note", "plan_tables", "print_json", "print_out", "progress", "proof_table", "reporting"]
+__all__ = ["Steps", "note", "plan_tables", "print_json", "print_out", "progress", "proof_table", "reporting", "table"]
 
 
 @contextlib.contextmanager
@@ -33,31 +35,42 @@ def reporting(as_json: bool) -> Iterator[None]:
         raise typer.Exit(2 if wrong_usage else 1) from error
 
 
+class Steps:
+    """Moves a progress bar: calling it says what comes next."""
+
+    def __init__(self, bar: Progress, steps: int | None) -> None:
+        self.bar = bar
+        self.task = bar.add_task("starting", total=steps)
+
+    def __call__(self, text: str) -> None:
+        """Go one step on, to what ``text`` says."""
+        self.bar.update(self.task, description=text, advance=1)
+
+    def total(self, steps: int) -> None:
+        """Say how many steps there are, once that is known."""
+        self.bar.update(self.task, total=steps)
+
+
 @contextlib.contextmanager
-def progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr while the work goes on; ``step(text)`` says what comes next."""
+def progress(steps: int | None = None) -> Iterator[Steps]:
+    """Show a bar on stderr while the work goes on."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=steps)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text, advance=1)
-
-        yield step
+        yield Steps(progress, steps)
 
 
 def plan_tables(plan: Plan) -> None:
     """Show every norm and every sum of a plan."""
     from rich.markup import escape
 
-    norms = _table("norm", "type", "fed by", "becomes", "why")
+    norms = table("norm", "type", "fed by", "becomes", "why")
     for edit in plan.norms:
         norms.add_row(*map(escape, (edit.name, edit.type, edit.feed, edit.action, edit.reason)))
     print_out(norms)
-    sums = _table("sum", "kind", "alpha", "why")
+    sums = table("sum", "kind", "alpha", "why")
     for total in plan.sums:
         tails = [f"{a.path} ({a.place}{'' if a.channels is None else f' {a.channels}'})" for a in total.alphas]
         why = "\n".join((total.reason, *total.declined))
@@ -73,19 +86,20 @@ def proof_table(proofs: tuple[Proof, ...]) -> None:
     from rich.markup import escape
 
     words = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "not claimed"}
-    table = _table("", "proof", "", "figures")
+    proven = table("", "proof", "", "figures")
     for proof in proofs:
-        table.add_row(str(proof.number), proof.name, words[proof.passed], escape(proof.detail))
-    print_out(table)
+        proven.add_row(str(proof.number), proof.name, words[proof.passed], escape(proof.detail))
+    print_out(proven)
 
 
-def _table(*columns: str) -> Any:
+def table(*columns: str) -> Any:
+    """Return an empty table with these columns, for :func:`print_out`."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
+    made = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+        made.add_column(column, overflow="fold")
+    return made
 
 
 def print_out(what: Any) -> None:

@@ -54,8 +54,8 @@ LAYERS = (
     "guards selecting observing preparing",
     "placing",
     "planning rewriting reference files",
-    "conversion proofs checkpoint zoo",
-    "verifying printing",
+    "conversion fusing proofs checkpoint zoo",
+    "bench verifying printing",
     "cli",
 )
 

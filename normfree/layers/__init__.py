@@ -5,15 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from normfree.layers.carriers import ScaledOutput, ScaledSum, ScaledWeight, is_carrier, scaled_class, skipinit_name
-from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit
+from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
 
 __all__ = [
     "ChannelAffine",
     "Channels",
     "Copy",
+    "ScaledOutput",
     "ScaledSum",
     "ScaledWeight",
     "SkipInit",
+    "alpha_scale",
     "is_carrier",
     "is_normfree",
     "scaled_class",

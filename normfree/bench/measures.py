@@ -1,0 +1,180 @@
+"""Single figures of one arm: what a step computes, how long it takes, and what it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normfree.observing import tensors
+
+__all__ = ["Operators", "Step", "kernels", "largest_batch", "operators", "peak_memory", "saved_bytes", "seconds"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: forward, backward, SGD.
+
+    Attributes:
+        model: The model, compiled or not, in the mode it trains in.
+        optimizer: Its optimizer.
+        dtype: What autocast computes in; ``torch.float32`` runs without it.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor) -> None:
+        """Take one step on a batch ``(N, C, *)``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(x).backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        self.optimizer.step()
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return a scalar that every output of any model takes part in: the sum of their mean squares."""
+        with autocast(x.device, self.dtype):
+            outputs = self.model(x)
+        return torch.stack([y.float().square().mean() for y in tensors(outputs) if y.is_floating_point()]).sum()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return torch's autocast, or nothing for float32."""
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the wall time of one call, everything on the device included."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def saved_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """Return how many bytes a forward pass saves for backward: ``(an image, whatever the batch)``.
+
+    Counted are the storages that autograd keeps, each once, without the parameters and buffers themselves. The input
+    ``(N, C, *)`` is run as it is and twice as large; the batch must be at least 2, or a BatchNorm may refuse it.
+    """
+    once, twice = _saved(model, x, dtype), _saved(model, torch.cat([x, x]), dtype)
+    image = (twice - once) // x.shape[0]
+    return image, once - image * x.shape[0]
+
+
+def _saved(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # what is kept stays alive until the graph goes, so no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(x.device, dtype):
+        outputs = model(x.clone())
+    del outputs
+    return sum(kept.values())
+
+
+@dataclass(frozen=True)
+class Operators:
+    """How many operators forward and backward dispatch, views aside, and how many of them touch an activation."""
+
+    all: int
+    on_activations: int
+
+
+class _Shapes(TorchDispatchMode):
+    """Records every operator with the shapes of what goes in and comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.seen: list[tuple[str, tuple[torch.Size, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.seen.append((func._schema.name, tuple(t.shape for t in tensors((args, kwargs, result)))))
+        return result
+
+
+def operators(step: Step, x: Tensor) -> Operators:
+    """Count the operators of one forward and backward pass.
+
+    An operator touches an activation if some shape it sees depends on the batch: so two passes with different batches
+    are compared. What combines gain and alpha with a weight does not, and costs nothing per image.
+    """
+    runs = []
+    for batch in (x, torch.cat([x, x])):
+        step.optimizer.zero_grad(set_to_none=True)
+        with _Shapes() as shapes:
+            step.loss(batch).backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        runs.append(shapes.seen)
+    step.optimizer.zero_grad(set_to_none=True)
+    touching = sum(one != other for one, other in zip(*runs, strict=True))
+    return Operators(len(runs[0]), touching)
+
+
+def kernels(step: Step, x: Tensor) -> int | None:
+    """Return how many kernels one training step launches, or ``None`` where there is no CUDA device."""
+    if x.device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    step(x)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        step(x)
+        torch.cuda.synchronize(x.device)
+    events = [event.name for event in profiled.events() or () if "CUDA" in str(event.device_type)]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in events)
+
+
+def peak_memory(step: Step, x: Tensor) -> int | None:
+    """Return the most bytes the device holds during a training step, or ``None`` where there is no CUDA device."""
+    if x.device.type != "cuda":
+        return None
+    step(x)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    step(x)
+    return torch.cuda.max_memory_allocated(x.device)
+
+
+def largest_batch(step: Callable[[Tensor], None], x: Tensor, limit: int = 1 << 16) -> int:
+    """Return the largest power of two that a training step takes as its batch before memory runs out, at least 1.
+
+    Args:
+        step: The training step.
+        x: One image or more, ``(N, C, *)``.
+        limit: Where to stop looking.
+    """
+    return max(_fitting(step, x[:1], limit), default=0)
+
+
+def _fitting(step: Callable[[Tensor], None], image: Tensor, limit: int) -> Iterator[int]:
+    batch = 2
+    while batch <= limit:
+        try:
+            step(image.expand(batch, *image.shape[1:]).contiguous())
+        except torch.OutOfMemoryError:
+            return
+        finally:
+            if image.device.type == "cuda":
+                torch.cuda.empty_cache()
+        yield batch
+        batch *= 2

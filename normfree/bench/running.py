@@ -1,0 +1,211 @@
+"""One run: every arm takes its turn in every round, so that a machine whose speed drifts is the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from normfree.bench.arms import ARMS, Arm, Subject, build_arms
+from normfree.bench.measures import (
+    Operators,
+    Step,
+    autocast,
+    kernels,
+    largest_batch,
+    operators,
+    peak_memory,
+    saved_bytes,
+    seconds,
+)
+from normfree.bench.results import Result, Spread
+from normfree.errors import UsageError
+
+__all__ = ["Setting", "run"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure.
+
+    Attributes:
+        batch: Images a step.
+        size: Height and width of an image in pixels.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``fp32``, or what autocast computes in: ``bf16`` or ``fp16``.
+        compiled: Whether every arm runs under ``torch.compile``.
+        channels_last: Memory format of models and images.
+        init: Starting point of the converted arms.
+        runs: Rounds against the clock; with none, only what does not depend on it is counted.
+        arms: Which arms, in this order.
+    """
+
+    batch: int = 16
+    size: int = 224
+    device: str = "cpu"
+    dtype: str = "fp32"
+    compiled: bool = False
+    channels_last: bool = False
+    init: Literal["skipinit", "preserve"] = "skipinit"
+    runs: int = 10
+    arms: tuple[str, ...] = tuple(ARMS)
+
+    def check(self) -> None:
+        """Refuse what cannot be measured here.
+
+        Raises:
+            UsageError: There is no such device, dtype or starting point, or the batch is too small.
+        """
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"device is {self.device!r}; it must be cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device is 'cuda', and torch sees none here")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.init not in ("skipinit", "preserve"):
+            raise UsageError(f"init is {self.init!r}; it must be skipinit or preserve")
+        if self.batch < 2 or self.runs < 0:
+            raise UsageError("a benchmark needs a batch of at least 2, for BatchNorm's sake, and no fewer than 0 runs")
+
+    def about(self, source: str) -> dict[str, Any]:
+        """Return what the rows of a run have in common."""
+        names = ("init", "batch", "size", "device", "dtype", "compiled", "channels_last", "runs")
+        device = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        common = {key: value for key, value in asdict(self).items() if key in names} | {"device": device}
+        versions = f"torch {torch.__version__.partition('+')[0]}"
+        return {"model": source, **common, "threads": torch.get_num_threads(), "versions": versions}
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What does not depend on the clock."""
+
+    saved: tuple[int, int]
+    operators: Operators
+    kernels: int | None
+    peak: int | None
+    largest: int | None
+
+
+def run(
+    source: str,
+    model: nn.Module,
+    setting: Setting,
+    step: Callable[[str], None] = lambda _: None,
+    images: Tensor | None = None,
+) -> tuple[Result, ...]:
+    """Measure every arm of a model.
+
+    Args:
+        source: Its name, ``torchvision:resnet50``.
+        model: The model with its norms; it is not changed.
+        setting: How to measure.
+        step: Told what comes next, for a progress bar: twice an arm, and once a round.
+        images: What to run on, ``(N, C, *)``; by default white noise of three channels.
+
+    Raises:
+        UsageError: The setting makes no sense here, or no arm exists for this model.
+    """
+    setting.check()
+    arms = build_arms(Subject(source, model, setting.init), setting.arms)
+    if not arms:
+        raise UsageError(f"none of {', '.join(setting.arms)} exists for {source}")
+    device = torch.device(setting.device)
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    if images is None:
+        shape = (setting.batch, 3, setting.size, setting.size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = images.to(device).contiguous(memory_format=layout)
+    counted: dict[str, _Counted] = {}
+    for name, arm in arms.items():
+        step(f"counting {name}")
+        counted[name] = _count(_move(arm, device, layout), x, setting)
+        arm.model.cpu()
+    times = _times(arms, x, setting, layout, step) if setting.runs else {}
+    return tuple(_result(name, arms, counted[name], times) for name in arms)
+
+
+def _move(arm: Arm, device: torch.device, layout: torch.memory_format) -> Arm:
+    cast(Any, arm.model).to(device=device, memory_format=layout)
+    return arm
+
+
+def _step(model: nn.Module, setting: Setting) -> Step:
+    # A rate of zero: hundreds of steps on noise must not end in infinities, which some machines compute more slowly.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    return Step(model, optimizer, DTYPES[setting.dtype])
+
+
+def _count(arm: Arm, x: Tensor, setting: Setting) -> _Counted:
+    step = _step(arm.train(), setting)
+    saved = saved_bytes(arm.model, x[:2], DTYPES[setting.dtype])
+    counted = operators(step, x[:2])
+    on_gpu = x.device.type == "cuda"
+    peak, launched = peak_memory(step, x), kernels(step, x)
+    return _Counted(saved, counted, launched, peak, largest_batch(step, x) if on_gpu else None)
+
+
+def _times(
+    arms: Mapping[str, Arm], x: Tensor, setting: Setting, layout: torch.memory_format, say: Callable[[str], None]
+) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of every round by arm and by what was timed: ``step``, ``forward``, ``fused``."""
+    work: dict[str, dict[str, Callable[[], object]]] = {}
+    for name, arm in arms.items():
+        say(f"preparing {name}")
+        work[name] = _works(_move(arm, x.device, layout), x, setting)
+        for call in work[name].values():  # compiles, allocates, chooses kernels: not on the clock
+            call()
+    times: dict[str, dict[str, list[float]]] = {name: {what: [] for what in calls} for name, calls in work.items()}
+    names = list(work)
+    for number in range(setting.runs):
+        say(f"round {number + 1} of {setting.runs}")
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:  # nobody always comes after the same neighbour's mess
+            for what, call in work[name].items():
+                times[name][what].append(seconds(call, x.device))
+    return times
+
+
+def _works(arm: Arm, x: Tensor, setting: Setting) -> dict[str, Callable[[], object]]:
+    dtype = DTYPES[setting.dtype]
+    deployed, model = arm.fused(), arm.train()
+    if setting.compiled:
+        deployed, model = (cast(nn.Module, torch.compile(m)) for m in (deployed, model))
+    step = _step(model, setting)
+
+    def infer() -> None:
+        with torch.inference_mode(), autocast(x.device, dtype):
+            deployed(x)
+
+    return {"step": lambda: step(x), "forward": lambda: step.loss(x), "fused": infer}
+
+
+def _result(
+    name: str, arms: Mapping[str, Arm], counted: _Counted, times: Mapping[str, Mapping[str, list[float]]]
+) -> Result:
+    spread = {what: Spread.of([1e3 * t for t in series]) for what, series in times.get(name, {}).items()}
+    ratios = {
+        other: Spread.of([a / b for a, b in zip(times[name]["step"], series["step"], strict=True)])
+        for other, series in times.items()
+        if other != name
+    }
+    return Result(
+        arm=name,
+        parameters=sum(p.nbytes for p in arms[name].model.parameters()),
+        step_ms=spread.get("step"),
+        forward_ms=spread.get("forward"),
+        fused_ms=spread.get("fused"),
+        step_to=ratios,
+        saved_per_image=counted.saved[0],
+        saved_constant=counted.saved[1],
+        operators=counted.operators.all,
+        activation_operators=counted.operators.on_activations,
+        kernels=counted.kernels,
+        peak_bytes=counted.peak,
+        largest_batch=counted.largest,
+    )

@@ -1,0 +1,16 @@
+"""The command line: parses, calls the library, prints; a file for each family of commands.
+
+Nothing here imports torch before a command runs: ``normfree --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+from normfree.cli import bench, conversion
+from normfree.cli.options import app
+
+__all__ = ["app", "bench", "conversion", "main"]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

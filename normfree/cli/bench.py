@@ -1,0 +1,101 @@
+"""``normfree bench``: what normalisation costs on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normfree.cli.options import JsonOption, SourceArgument, app, build_original
+from normfree.errors import UsageError
+from normfree.printing import print_json, print_out, progress, reporting, table
+
+if TYPE_CHECKING:
+    from normfree.bench import Result
+
+__all__ = ["bench"]
+
+
+@app.command()
+def bench(
+    source: SourceArgument,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 16,
+    size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, or what autocast computes in: bf16, fp16.")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Run every arm under torch.compile.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of models and images.")] = False,
+    arms: Annotated[str, typer.Option(help="Which arms, separated by commas.")] = (
+        "bn,frozen,groupnorm,activation,normfree,bare,nf"
+    ),
+    init: Annotated[str, typer.Option(help="Starting point of the converted arms: skipinit or preserve.")] = "skipinit",
+    runs: Annotated[int, typer.Option(help="Rounds against the clock; 0 only counts.")] = 10,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows there.", dir_okay=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory: .png, .svg, .pdf", dir_okay=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a training step with its norms, without them, and with what others put in their place.
+
+    Every arm takes its turn in every round; medians, and medians of ratios within a round. `bn`: the original.
+    `frozen`: its norms in eval mode. `groupnorm`: as Opacus would fix it. `activation`: alpha on activations.
+    `normfree`: what convert makes. `bare`: norms deleted and nothing in their place. `nf`: timm's nf_ model.
+    """
+    with reporting(as_json):
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("--plot needs matplotlib: pip install 'normfree[plot]'")
+        with progress() as step:
+            step("importing torch")
+            from normfree.bench import Setting, arm_names, run
+            from normfree.bench.results import flat, write_csv, write_plot
+
+            chosen: Any = init
+            setting = Setting(batch, size, device, dtype, compiled, channels_last, chosen, runs, arm_names(arms))
+            setting.check()
+            step.total(3 + 2 * len(setting.arms) + runs)
+            name, model = build_original(source, step)
+            results = run(name, model, setting, step)
+        rows = [flat(result, setting.about(name)) for result in results]
+        if csv is not None:
+            write_csv(rows, csv)
+        if plot is not None:
+            write_plot(results, f"{name}, batch {batch}, {size} px, {rows[0]['device']}, {dtype}", plot)
+        if as_json:
+            print_json({"ok": True, "rows": rows, "step_to": {r.arm: _medians(r) for r in results}})
+        else:
+            _print(results, rows[0])
+
+
+def _medians(result: Result) -> dict[str, float]:
+    return {other: round(spread.median, 4) for other, spread in result.step_to.items()}
+
+
+def _print(results: tuple[Result, ...], about: dict[str, Any]) -> None:
+    said = ("model", "init", "batch", "size", "device", "dtype", "runs", "threads", "versions")
+    print_out(", ".join(f"{key} {about[key]}" for key in said))
+    columns = ("arm", "step ms", "images/s", "to bn", "to bare", "forward ms", "fused ms")
+    shown = table(*columns, "saved MiB/image", "constant", "operators", "on activations", "kernels", "peak MiB", "fits")
+    for result in results:
+        image, constant = (f"{n / 2**20:.1f}" for n in (result.saved_per_image, result.saved_constant))
+        shown.add_row(
+            result.arm,
+            "" if result.step_ms is None else f"{result.step_ms:.0f}",
+            "" if result.step_ms is None else f"{1e3 * about['batch'] / result.step_ms.median:.1f}",
+            *(f"{result.step_to[other]:.3f}" if other in result.step_to else "" for other in ("bn", "bare")),
+            *("" if spread is None else f"{spread.median:.0f}" for spread in (result.forward_ms, result.fused_ms)),
+            image,
+            constant,
+            str(result.operators),
+            str(result.activation_operators),
+            *(_or_blank(figure) for figure in (result.kernels, _mib(result.peak_bytes), result.largest_batch)),
+        )
+    print_out(shown)
+
+
+def _mib(size: int | None) -> int | None:
+    return None if size is None else size >> 20
+
+
+def _or_blank(figure: int | None) -> str:
+    return "" if figure is None else str(figure)

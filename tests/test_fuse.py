@@ -1,0 +1,118 @@
+"""Fusing: the same function, in plain layers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from harness import assert_close, noise, norms, plan_of, randomise, set_alphas
+from torch import nn
+
+import normfree
+from normfree.fusing import FuseWarning
+from normfree.layers import is_normfree
+
+
+def trained(model: nn.Module, init: str = "preserve") -> nn.Module:
+    """A converted model whose scalars have moved."""
+    return set_alphas(normfree.convert(randomise(model).double(), init=init), 0.7).eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnext50_32x4d", "mobilenet_v2", "densenet121", "vgg11_bn", "googlenet"]
+)
+def test_fused_model_computes_the_same(name: str) -> None:
+    options = {"init_weights": True} if name == "googlenet" else {}
+    model = trained(torchvision.models.get_model(name, **options))
+    fused = normfree.fuse(model)
+    x = noise(2, 3, 64, 64, dtype=torch.float64)
+    assert_close(fused(x), model(x))
+    assert plan_of(fused).fused
+    assert not plan_of(model).fused
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 3, groups=2),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False),
+        nn.Conv3d(4, 6, 3),
+        nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+        nn.ConvTranspose3d(4, 6, 3),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_every_layer_type_comes_back_as_its_own(layer: nn.Module) -> None:
+    dims = layer.weight.dim() - 2
+    model = trained(nn.Sequential(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](6)))
+    fused = normfree.fuse(model)
+    x = noise(2, 4, *[9] * dims, dtype=torch.float64)
+    assert_close(fused(x), model(x))
+    assert type(fused[0]) is type(layer)
+    assert sorted(name for name, _ in fused[0].named_parameters()) == ["bias", "weight"]
+    assert not any(map(is_normfree, fused.modules()))
+
+
+def test_bias_free_layer_that_only_carries_alpha_stays_bias_free() -> None:
+    model = timm.create_model("resnetv2_50", num_classes=3)
+    model = set_alphas(normfree.convert(model.double(), init="preserve"), 0.5).eval()
+    fused = normfree.fuse(model)
+    x = noise(2, 3, 32, 32, dtype=torch.float64)
+    assert_close(fused(x), model(x))
+    assert model.stages[0].blocks[1].conv3.bias is None
+    assert fused.stages[0].blocks[1].conv3.bias is None
+
+
+def test_alpha_on_a_channel_range_and_behind_gates() -> None:
+    for name in ("rexnet_100", "seresnet50", "ghostnet_100"):
+        model = trained(timm.create_model(name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FuseWarning)
+            fused = normfree.fuse(model)
+        x = noise(2, 3, 64, 64, dtype=torch.float64)
+        assert_close(fused(x), model(x))
+
+
+def test_what_stays_a_multiplication_is_named() -> None:
+    model = trained(timm.create_model("ghostnet_100"))
+    with pytest.warns(FuseWarning, match=r"alpha stays a multiplication at blocks\.0"):
+        normfree.fuse(model)
+
+
+def test_tied_weight_stays_what_it_was_elsewhere() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.bn(self.a(x)))
+
+    model = trained(Tied())
+    fused = normfree.fuse(model)
+    x = noise(2, 3, 4, 4, dtype=torch.float64)
+    assert_close(fused(x), model(x))
+
+
+def test_training_mode_dtype_and_frozen_parameters_survive() -> None:
+    model = normfree.convert(randomise(torchvision.models.resnet18()), init="preserve").bfloat16().train()
+    model.conv1.weight.requires_grad_(False)
+    fused = normfree.fuse(model)
+    assert fused.training
+    assert {p.dtype for p in fused.parameters()} == {torch.bfloat16}
+    assert not fused.conv1.weight.requires_grad
+    assert fused.layer1[0].conv1.weight.requires_grad
+
+
+def test_nothing_to_fuse_is_an_error() -> None:
+    with pytest.raises(normfree.errors.UsageError, match="this ResNet carries no gain and no alpha: convert it first"):
+        normfree.fuse(torchvision.models.resnet18())
+    fused = normfree.fuse(normfree.convert(torchvision.models.resnet18()))
+    assert norms(fused) == []
+    with pytest.raises(normfree.errors.UsageError, match="convert it first"):
+        normfree.fuse(fused)
