@@ -44,7 +44,7 @@ def test_files_are_small_and_quiet(path: Path) -> None:
 LAYERS = (
     "errors",
     "norms layers initialization roles copying",
-    "tracer traces",
+    "tracer traces optim",
     "tracing",
     "graph",
     "activations resolution blocks",
