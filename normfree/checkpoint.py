@@ -140,7 +140,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model = build_original(header, path)
     try:
         # The weights come from the file: drawing new ones first would only take time.
-        rewrite(model, dataclasses.replace(header.plan, weights=()))
+        rewrite(model, dataclasses.replace(header.plan, reset=False))
     except InternalError as error:
         raise CheckpointError(f"{path}: the stored plan does not fit this {type(model).__name__}: {error}") from error
     model.__dict__[PLAN_ATTRIBUTE] = header.plan

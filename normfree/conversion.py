@@ -24,13 +24,14 @@ def convert_(
     include: Patterns = (),
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
+    reset: bool = True,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
     Convert before an optimizer takes the parameters: norms lose theirs, and layers gain new ones. A conversion that
     fails leaves the model bit for bit as it was.
     """
-    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
+    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope, reset=reset)
     rewrite(model, made)
     return model
 
@@ -43,6 +44,7 @@ def convert(
     include: Patterns = (),
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
+    reset: bool = True,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -58,6 +60,7 @@ def convert(
         include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
         scope: ``"residual"`` converts only the norms inside residual branches.
+        reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -73,8 +76,8 @@ def convert(
         Parameter containing:
         tensor([0.], requires_grad=True)
     """
-    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope)
-    drawn, removed = [path for path, _ in made.weights], [edit.name for edit in made.removed]
+    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope, reset=reset)
+    drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made)
     return converted

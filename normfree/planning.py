@@ -36,6 +36,7 @@ def plan(
     include: Patterns = (),
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
+    reset: bool = True,
 ) -> Plan:
     """Say what :func:`normfree.convert` would do, without doing it.
 
@@ -47,6 +48,7 @@ def plan(
         include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
         scope: ``"residual"`` converts only the norms inside residual branches.
+        reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -111,6 +113,7 @@ def plan(
         weights=tuple(_weights(edits, findings)) if skipinit else (),
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, described))),
         opaque=tuple(traced.opaque.items()),
+        reset=reset,
     )
 
 

@@ -92,7 +92,8 @@ class Plan:
         norms: Every norm of the model.
         sums: Every sum of activations that a trace reached.
         biases: Layers that get a bias of zeros.
-        weights: Layers that are drawn anew, with the gain of the activation behind them.
+        weights: Layers that a norm rescaled (``skipinit``), with the gain of the activation behind them.
+        reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
         opaque: Modules that could not be traced, each with the error.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
@@ -107,12 +108,18 @@ class Plan:
     weights: tuple[tuple[str, float], ...] = ()
     out_of_place: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
+    reset: bool = True
     fused: bool = False
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:
         """Every scalar that is placed."""
         return tuple(alpha for total in self.sums for alpha in total.alphas)
+
+    @property
+    def drawn(self) -> tuple[tuple[str, float], ...]:
+        """Every layer that is drawn anew, with its gain."""
+        return self.weights if self.reset else ()
 
     @property
     def removed(self) -> tuple[NormEdit, ...]:

@@ -37,7 +37,7 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     _check(plan, find)
     writes = prepare(model, plan)
     out_of_place = [find(path) for path in plan.out_of_place]
-    drawn = [(find(path), gain) for path, gain in plan.weights]
+    drawn = [(find(path), gain) for path, gain in plan.drawn]
     for path, carrier in writes.carriers.items():
         _write_carrier(modules[path], carrier)
     for path, (alpha, cls) in writes.outputs.items():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import normfree
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "normfree").rglob("*.py"))
 
@@ -41,6 +43,17 @@ def test_files_are_small_and_quiet(path: Path) -> None:
     assert ast.get_docstring(tree), "a module says why it is there"
 
 
+def test_types_of_the_public_names_stand_beside_them() -> None:
+    stub = ast.parse((ROOT / "normfree" / "__init__.pyi").read_text())
+    typed = {
+        (node.module, alias.name) for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    homes = {(f"normfree.{module}", name) for module, names in normfree._HOMES.items() for name in names}
+    assert typed == homes | {("normfree", "errors")}
+    assert sorted(normfree.__all__) == sorted(name for _, name in typed)
+    assert all(getattr(normfree, name) is not None for name in normfree.__all__)
+
+
 LAYERS = (
     "errors",
     "norms layers initialization roles copying",
@@ -54,7 +67,7 @@ LAYERS = (
     "guards selecting observing preparing",
     "placing",
     "planning rewriting reference files",
-    "conversion fusing proofs checkpoint zoo",
+    "conversion fusing calibration proofs checkpoint zoo",
     "bench verifying printing",
     "cli",
 )

@@ -36,7 +36,7 @@ def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]
     shared = _aliases(case.model, touched)
     lost = [k for k in before if k not in state and not k.startswith(slots)]
     new = [k for k in state if k not in before and k not in shared and not k.startswith(slots)]
-    drawn = {f"{path}.{leaf}" for path, _ in case.plan.weights for leaf in ("weight", "bias")}
+    drawn = {f"{path}.{leaf}" for path, _ in case.plan.drawn for leaf in ("weight", "bias")}
     moved = [
         k
         for k in state
