@@ -84,7 +84,9 @@ def _saved(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # what is kept stays alive until the graph goes, so no address is used twice
+        # Kept alive until the graph goes, so that no address is used twice; without its history, or an output that is
+        # saved by its own node would keep the graph alive for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(x.device, dtype):
         outputs = model(x.clone())
