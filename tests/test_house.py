@@ -42,8 +42,8 @@ def test_files_are_small_and_quiet(path: Path) -> None:
 
 
 LAYERS = (
-    "errors",
-    "norms layers initialization roles copying",
+    "errors copying",
+    "norms layers initialization roles",
     "tracer traces",
     "tracing",
     "graph",

@@ -10,7 +10,7 @@ from harness import assert_close, noise
 from torch import Tensor, nn
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 LAYERS = {
     "linear": (nn.Linear(4, 6), (3, 4)),
@@ -30,7 +30,7 @@ CHANNELS = (None, (1, 4))
 def _scaled(layer: nn.Module, channels: tuple[int, int] | None) -> nn.Module:
     """Return a float64 copy that carries gain and alpha, as the rewriting makes it."""
     carried = copy.deepcopy(layer).double()
-    carried.__class__ = scaled_class(type(layer))
+    carried.__class__ = scaled_weight_class(type(layer))
     carried.gain = nn.Parameter(noise(6, dtype=torch.float64))
     carried.alpha = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
     carried.alpha_channels = channels

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 
 class Block(nn.Module):
@@ -229,7 +229,7 @@ def test_model_on_the_meta_device_converts_without_memory(init: str) -> None:
 
 def test_optimizer_step_moves_every_parameter_of_a_converted_model() -> None:
     model = normfree.convert(make("weight"), init="preserve").train()
-    assert isinstance(model[0], scaled_class(nn.Conv2d))
+    assert isinstance(model[0], scaled_weight_class(nn.Conv2d))
     assert isinstance(model[2].pre, ChannelAffine)
     before = copy.deepcopy(dict(model.named_parameters()))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
