@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ import normfree
 
 WORLD = 2
 STEPS = 2
+Result = tuple[dict[str, Tensor], dict[str, Tensor], Any]
+"""Gradients of the last step, the trained state, and what else is of interest."""
 
 
 class Residual(nn.Module):
@@ -58,34 +60,30 @@ def train(model: nn.Module, steps: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def start(rank: int, folder: Path) -> Tensor:
-    """Join the others through a file, and return this process's part of every batch."""
+def run(rank: int, folder: Path) -> None:
+    """Join the others through a file, train in every way, and write down what this process then has."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
-    return batches().chunk(WORLD, dim=1)[rank]
-
-
-def data_parallel(rank: int, folder: Path, init: str) -> None:
-    """Train under DDP and write down what the first process has."""
-    mine = start(rank, folder)
-    model = build(init)
-    wrapped = DistributedDataParallel(model)
-    gradients = train(wrapped, mine)
-    if rank == 0:
-        torch.save((gradients, model.state_dict(), len(wrapped.modules_buffers)), folder / "result")
+    mine = batches().chunk(WORLD, dim=1)[rank]
+    for init in ("skipinit", "preserve"):
+        torch.save(data_parallel(build(init), mine), folder / f"data_parallel-{init}-{rank}")
+        torch.save(sharded(build(init), mine), folder / f"sharded-{init}-{rank}")
     dist.destroy_process_group()
 
 
-def sharded(rank: int, folder: Path, init: str) -> None:
-    """Train under FSDP2, every block sharded by itself, and write down the gathered state."""
-    mine = start(rank, folder)
-    model = build(init)
+def data_parallel(model: nn.Module, mine: Tensor) -> Result:
+    """Train under DDP; return also what is broadcast in every forward pass."""
+    wrapped = DistributedDataParallel(model)
+    gradients = {name.removeprefix("module."): gradient for name, gradient in train(wrapped, mine).items()}
+    return gradients, dict(model.state_dict()), wrapped.modules_buffers
+
+
+def sharded(model: nn.Module, mine: Tensor) -> Result:
+    """Train under FSDP2, every block sharded by itself; return what is gathered, and the shapes of the shards."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for block in (model[0], model[3], model[4]):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     local = {name: tuple(parameter.to_local().shape) for name, parameter in model.named_parameters()}
     gradients = {name: gradient.full_tensor() for name, gradient in train(model, mine).items()}
-    state = {name: copy.deepcopy(tensor.full_tensor()) for name, tensor in model.state_dict().items()}
-    torch.save((gradients, state, local), folder / f"result{rank}")
-    dist.destroy_process_group()
+    return gradients, {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}, local
