@@ -84,6 +84,18 @@ class InTraining(nn.Conv2d):
         return F.conv2d(x, weight, self.bias)
 
 
+class InEvaluation(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight if self.training else self.weight.round(), self.bias)
+
+
+class WithoutBias(nn.Conv2d):
+    """Rounds its weight as long as it has no bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.round() if self.bias is None else self.weight, self.bias)
+
+
 class WithActivation(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias).relu()
@@ -93,6 +105,21 @@ class WithActivationInPlace(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.weight, self.bias)
         torch.relu_(y)
+        return y
+
+
+class WithActivationOnData(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias)
+        y.data.relu_()
+        return y
+
+
+class WithActivationUnseen(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias)
+        with torch._C.DisableTorchFunction():  # as inside a compiled extension
+            y.relu_()
         return y
 
 
@@ -172,7 +199,8 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
         kind.__name__: lambda kind=kind: kind(4, 6, 3)
         for kind in (
             *(tl.StdConv2d, tl.StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame, Conv2dSameExport),
-            *(Standardised, Standardising, InTraining, WithActivation, WithActivationInPlace, Twice, BiasFirst),
+            *(Standardised, Standardising, InTraining, InEvaluation, WithoutBias, WithActivation),
+            *(WithActivationInPlace, WithActivationOnData, WithActivationUnseen, Twice, BiasFirst),
             *(Biasless, Clipped, ByValue, OtherWeight, Optional, OwnGain),
         )
     },

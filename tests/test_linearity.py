@@ -123,6 +123,19 @@ def test_each_instance_is_watched_for_itself() -> None:
     assert not is_carrier(other)
 
 
+class Swapped(nn.Linear):
+    """Multiplies its weight by what comes, as if that were a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.weight, x, self.bias)
+
+
+def test_weight_in_the_place_of_the_input_is_no_weight() -> None:
+    layer = Swapped(4, 2)
+    assert layer(noise(2, 4)).shape == (2, 2)
+    assert not is_carrier(layer)
+
+
 def test_watching_draws_nothing_and_leaves_the_layer_as_it_is() -> None:
     layer = tl.Conv2dSame(4, 6, 3, stride=2).eval()
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))

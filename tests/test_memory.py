@@ -92,3 +92,15 @@ def test_checkpointing_of_timm_gives_the_same_gradients(source: str, init: str) 
     again = gradients(model, model, x)
     assert len(calls) == 3  # once more in the backward pass
     assert all(torch.equal(again[name], gradient) for name, gradient in expected.items())
+
+
+@both
+@ends
+def test_a_training_step_reads_no_value_as_a_cuda_graph_requires(end: str, init: str) -> None:
+    model = converted(end, init).train().to("meta")  # there, whatever reads a value raises
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(noise(*X).to("meta")).square().mean().backward()
+    optimizer.step()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        next(model.parameters()).sum().item()
