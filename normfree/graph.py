@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit
+from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, is_carrier
 from normfree.norms import describe, is_norm
 from normfree.roles import Role, elementwise, function_role, is_shape, method_role, module_role
 from normfree.traces import Graph
@@ -94,6 +94,14 @@ class Flow:
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that ``node`` calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def carries(self, node: fx.Node) -> bool:
+        """Whether ``node`` calls a layer on whose weight gain and alpha can live."""
+        module = self.module(node)
+        key = ("carries", id(module))
+        if key not in self.memo:
+            self.memo[key] = module is not None and is_carrier(module)
+        return self.memo[key]
 
     def activation_in(self, node: fx.Node) -> nn.Module | None:
         """Return the activation that a norm, or what has taken its place, applies itself."""

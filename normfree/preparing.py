@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normfree.blocks import scaled_block_class
 from normfree.errors import InternalError
-from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_class, skipinit_name
+from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_output_class, skipinit_name
 from normfree.norms import describe
 from normfree.plans import Alpha, NormEdit, Plan
 
@@ -66,7 +66,7 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
             else:
-                writes.outputs[alpha.path] = scalar, scaled_class(type(module))
+                writes.outputs[alpha.path] = scalar, scaled_output_class(type(module))
     writes.blocks.update(_blocks(model, plan, modules))
     for path, slot in writes.slots.items():
         slot.training = modules[path].training

@@ -17,7 +17,7 @@ from torch import fx, nn
 from normfree.activations import as_activation
 from normfree.blocks import why_not_scalable
 from normfree.graph import Flow, Role
-from normfree.layers import Channels, is_carrier, scaled_class
+from normfree.layers import Channels, scaled_output_class
 
 __all__ = ["Candidate", "Place", "find_candidates"]
 
@@ -100,7 +100,7 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
             above = _walk(flow, flow.inputs[node][0], node, replace(so_far, through=(*so_far.through, path)))
     elif module is not None and role is not Role.PASS:
         # The features of a linear are its last dimension, and channels the second: the same only for a matrix.
-        if once and is_carrier(module) and (so_far.channels is None or not isinstance(module, nn.Linear)):
+        if once and flow.carries(node) and (so_far.channels is None or not isinstance(module, nn.Linear)):
             yield replace(so_far, path=path, place="weight")
         elif once and so_far.channels is None and _can_scale_output(module):
             yield replace(so_far, path=path, place="output")
@@ -133,7 +133,7 @@ def _can_scale_output(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
     try:
-        scaled_class(type(module))
+        scaled_output_class(type(module))
     except TypeError:  # a class that may not be derived
         return False
     return not hasattr(module, "alpha") or not module.state_dict()

@@ -55,8 +55,8 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 
 
 LAYERS = (
-    "errors",
-    "norms layers initialization roles copying",
+    "errors copying",
+    "norms layers initialization roles",
     "tracer traces optim",
     "tracing",
     "graph",

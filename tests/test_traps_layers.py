@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 PRODUCERS: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]]] = {
     "bias": (lambda: nn.Conv2d(4, 6, 3, bias=True), nn.BatchNorm2d, (6, 6)),
@@ -68,7 +68,7 @@ def test_output_size_of_a_transposed_convolution_still_counts(init: str) -> None
     assert converted(x).shape == (2, 6, 12, 12)
     assert_preserved(model, x)
     if init == "preserve":
-        assert type(converted.up) is scaled_class(nn.ConvTranspose2d)
+        assert type(converted.up) is scaled_weight_class(nn.ConvTranspose2d)
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -122,7 +122,7 @@ def test_linear_behind_flatten_folds(init: str) -> None:
     assert actions(converted) == {"2": "fold"}
     assert_preserved(model, noise(4, 3, 2, 2))
     if init == "preserve":
-        assert type(converted[1]) is scaled_class(nn.Linear)
+        assert type(converted[1]) is scaled_weight_class(nn.Linear)
 
 
 @both
@@ -204,5 +204,5 @@ def test_conv_whose_weight_is_computed_is_not_folded_into(wrap: Callable[[nn.Mod
 @pytest.mark.parametrize("init", ["preserve"])
 def test_scaled_layers_say_what_they_carry(init: str) -> None:
     converted = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), init=init)
-    assert type(converted[0]) is scaled_class(nn.Conv2d)
+    assert type(converted[0]) is scaled_weight_class(nn.Conv2d)
     assert repr(converted[0]).endswith("gain)")

@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import normfree
 from normfree.errors import UnsupportedModelError
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
     "act": lambda: tl.BatchNormAct2d(4),
@@ -167,7 +167,7 @@ def test_per_sample_norms_stay_as_they_are(init: str) -> None:
     converted = normfree.convert(model, init=init)
     assert actions(converted) == {"1": "fold"}
     assert [type(m) for m in converted] == [
-        scaled_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
+        scaled_weight_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
         nn.Identity,
         nn.InstanceNorm2d,
         nn.GroupNorm,

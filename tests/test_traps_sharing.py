@@ -8,7 +8,7 @@ from harness import actions, assert_close, assert_preserved, both, noise, norms,
 from torch import Tensor, nn
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 
 class SharedConv(nn.Module):
@@ -120,7 +120,7 @@ def test_conv_reached_by_two_names_is_one_producer() -> None:
     model = randomise(Aliased())
     converted = prove(model, noise(2, 3, 6, 6), init="preserve")
     assert converted.conv is converted.layers[0]
-    assert type(converted.conv) is scaled_class(nn.Conv2d)
+    assert type(converted.conv) is scaled_weight_class(nn.Conv2d)
     assert_preserved(model, noise(2, 3, 6, 6))
 
 
