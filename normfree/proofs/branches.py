@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from normfree.analysis import flows
-from normfree.observing import Recorder, Still, out_of_place
+from normfree.graph import Flow
+from normfree.observing import Recorder, Still, Watched, out_of_place
 from normfree.plans import Alpha
 from normfree.proofs.case import TOLERANCE, Case, Proof, alpha_of, error_between, some
-from normfree.sums import find_sums, sum_names
+from normfree.sums import additions_of, find_sums, sum_names
 from normfree.tracing import trace
 
 __all__ = ["branches_vanish"]
@@ -72,24 +73,29 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
         whole = replace(traced, parts=tuple(p for p in traced.parts if not p.path))
         for _, mode, flow in flows(module, whole, below):
             module.train(mode == "train")
-            names_here = {node: prefix + name for node, name in sum_names(flow).items()}
-            watched = {
-                s.node: (s.skip, s.base, s.branches)
-                for s in find_sums(flow)
-                if names_here[s.node] in names and s.skip is not None and s.base is not None
-            }
-            recorder = Recorder(module, flow.graph.nodes, watched)
+            recorder = Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
             try:
                 with Still():
                     recorder.run(*(_clone(value) for value in arguments.values()))
             except (TypeError, KeyError, IndexError, RuntimeError):
                 continue  # arguments that a graph cannot take, such as ``*levels``: their tails are looked at instead
-            for node, count in recorder.zero_branches.items():
-                name = names_here[node]
+            for name, count in recorder.zero_branches.items():
                 zero[name] = min(count, zero.get(name, count))
-                if not recorder.intact[node]:
-                    written.append(name)
+            written += recorder.written
     return zero, list(dict.fromkeys(written)), set(zero)
+
+
+def _watched(flow: Flow, prefix: str, names: set[str]) -> Iterator[Watched]:
+    """Yield what to look at: the branches and the skip paths of these sums, each where it is added."""
+    named = sum_names(flow)
+    for found in find_sums(flow):
+        name = prefix + named[found.node]
+        if name not in names or found.skip is None or found.base is None:
+            continue
+        for addition in additions_of(flow, found.node):
+            operands = flow.inputs[addition]
+            intact = (found.skip, found.base) if found.skip in operands else ()
+            yield Watched(addition, name, tuple(b for b in found.branches if b in operands), intact)
 
 
 def _alive_tails(case: Case, model: nn.Module, names: list[str]) -> list[str]:
