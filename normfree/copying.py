@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-__all__ = ["deep_copy", "meta_copy"]
+__all__ = ["deep_copy", "in_float64", "meta_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,6 +52,20 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 memo[id(value)] = OrderedDict()
     _copy_layers(model, memo, _to_meta)
     return copy.deepcopy(model, memo)
+
+
+def in_float64(model: M) -> M:
+    """Turn a model into float64 in place: its plain tensors too, which ``model.double()`` passes by."""
+    model.double()
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, (Tensor, list, tuple, dict)) and name not in ("_parameters", "_buffers", "_modules"):
+                module.__dict__[name] = tree_map(_double, value)
+    return model
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[int, Any]:

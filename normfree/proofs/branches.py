@@ -16,7 +16,7 @@ from normfree.analysis import flows
 from normfree.graph import Flow
 from normfree.observing import Recorder, Still, Watched, out_of_place
 from normfree.plans import Alpha
-from normfree.proofs.case import TOLERANCE, Case, Proof, alpha_of, error_between, some
+from normfree.proofs.case import Case, Proof, alpha_of, error_between, some
 from normfree.sums import additions_of, find_sums, sum_names
 from normfree.tracing import trace
 
@@ -26,26 +26,26 @@ __all__ = ["branches_vanish"]
 @torch.no_grad()
 def branches_vanish(case: Case) -> Proof:
     """4: alpha = 0 makes every scaled branch exactly zero, and nothing writes into a skip path."""
-    model = case.double(case.model, training=False)
+    model = case.exact(case.model, training=False)
     scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
     for alpha in case.plan.alphas:
         alpha_of(model, alpha.holder).zero_()
     zero, written, ran = _watch(case, model, set(scaled))
     blamed = written
     if written and case.structure is not None:
-        theirs = _watch(case, case.double(case.structure, training=False), set(scaled))[1]
+        theirs = _watch(case, case.exact(case.structure, training=False), set(scaled))[1]
         blamed = [name for name in written if name not in theirs]
     alive = [name for name in scaled if name in ran and zero.get(name, 0) < scaled[name]]
     apart = [name for name in scaled if name not in ran]
     unseen = _alive_tails(case, model, apart)
-    moved = _inplace_error(case, model)
-    if moved > TOLERANCE and case.structure is not None:
-        moved = 0.0 if _inplace_error(case, case.double(case.structure, training=False)) else moved
+    moved, tolerance = _inplace_error(case, model), case.tolerance(model)
+    if moved > tolerance and case.structure is not None:
+        moved = 0.0 if _inplace_error(case, case.exact(case.structure, training=False)) else moved
     problems = [
         *([f"branch not zero at {some(alive)}"] if alive else []),
         *([f"not reached: {some(unseen)}"] if unseen else []),
         *([f"skip path overwritten at {some(blamed)}"] if blamed else []),
-        *([f"in-place activations change the output by {moved:.1e}"] if moved > TOLERANCE else []),
+        *([f"in-place activations change the output by {moved:.1e}"] if moved > tolerance else []),
     ]
     total = sum(scaled.values())
     tails = f" ({len(apart)} sums seen at their tails only)" if apart else ""
