@@ -136,3 +136,38 @@ def test_samples_that_never_run_alone_are_replaced_instead(how: str, init: str) 
     assert proof.passed is passed, proof
     assert proof.detail.startswith("no sample runs alone (")
     assert said in proof.detail
+
+
+class Summed(Stem):
+    """Returns a mean over the batch beside its rows, as a model with a loss of its own does."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.stem(x)
+        return (y, y.mean()) if self.rows else (y.mean(),)
+
+
+@both
+@pytest.mark.parametrize("rows", [True, False])
+def test_mean_over_the_batch_that_the_original_returns_is_left_aside(rows: bool, init: str) -> None:
+    model = randomise(Summed(rows))
+    proof = normfree.verify(normfree.convert(model, init=init), model, X).proofs[1]
+    assert proof.passed is (True if rows else None)
+    assert proof.detail.endswith(f"in eval mode too in 1 of {1 + rows} outputs")
+
+
+class Centre(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_norm_without_statistics_excuses_no_mixing(tracked: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=tracked), nn.ReLU())
+    converted = normfree.convert(model, init="skipinit")
+    assert normfree.verify(converted, model, X).ok
+    converted[2] = Centre()
+    assert normfree.verify(converted, model, X).proofs[1].passed is False
