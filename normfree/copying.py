@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 __all__ = ["deep_copy", "in_float64", "meta_copy"]
 
@@ -60,12 +59,19 @@ def in_float64(model: M) -> M:
     for module in model.modules():
         for name, value in module.__dict__.items():
             if isinstance(value, (Tensor, list, tuple, dict)) and name not in ("_parameters", "_buffers", "_modules"):
-                module.__dict__[name] = tree_map(_double, value)
+                module.__dict__[name] = _double(value)
     return model
 
 
 def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Turn tensors into float64; lists and dicts stay the same objects, which several modules may share."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list):
+        value[:] = map(_double, value)
+    elif isinstance(value, dict):
+        value.update({key: _double(item) for key, item in value.items()})
+    return tuple(map(_double, value)) if type(value) is tuple else value
 
 
 def _own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[int, Any]:

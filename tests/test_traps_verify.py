@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import both, noise, prove, randomise
+from harness import assert_close, both, noise, prove, randomise
 from torch import Tensor, nn
 
 import normfree
+from normfree.copying import deep_copy, in_float64
 
 X = noise(4, 3, 6, 6)
 
@@ -44,6 +45,32 @@ def test_plain_tensors_go_to_float64_with_the_rest(init: str) -> None:
     report = normfree.verify(converted, model, X)
     assert not any("float32:" in proof.detail for proof in report.proofs)
     assert (model.table.dtype, converted.table.dtype) == (torch.float32, torch.float32)
+
+
+class Mailbox(Stem):
+    """Two modules that share a list, through which one passes something on to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = Reader()
+        self.box = self.reader.box = [torch.ones(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        self.box[0] = y.mean((1, 2, 3), keepdim=True)
+        return self.reader(y)
+
+
+class Reader(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.box[0]
+
+
+def test_list_that_two_modules_share_stays_shared_in_float64() -> None:
+    model = randomise(Mailbox()).eval()
+    double = in_float64(deep_copy(model))
+    assert double.box is double.reader.box
+    assert_close(double(X.double()).float(), model(X), 1e-6)
 
 
 class Grid(Stem):
