@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
@@ -95,8 +96,9 @@ def plan(
     }
     if problems:
         raise UnsupportedModelError(tuple(problems.values()))
+    apart = _used_apart(model, findings)
     edits = tuple(
-        _norm_edit(name, aliases, modules, findings.sites.get(name), chosen, kept.get(name), traced)
+        _norm_edit(name, aliases, modules, findings.sites.get(name), chosen, kept.get(name), traced, apart)
         for name, aliases in norms.items()
     )
     sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, as_patterns(exclude), modules)
@@ -141,6 +143,7 @@ def _norm_edit(
     init: Init,
     kept: str | None,
     traced: Trace,
+    apart: set[int],
 ) -> NormEdit:
     module = modules[name]
     edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
@@ -149,15 +152,15 @@ def _norm_edit(
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(name, traced))
-    hook = _hook_between(modules, edit.name, site.producer)
-    if site.producer is not None and hook is None:
+    obstacle = _hook_between(modules, edit.name, site.producer) or _bias_apart(modules, site.producer, init, apart)
+    if site.producer is not None and obstacle is None:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
         return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
     action = "affine" if init == "preserve" else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
     copy = site.input_written or (not site.fresh and site.unsafe_write and not has_act)
     copy = copy and action == "delete"
-    return replace(edit, action=action, reason=hook or site.why, copy=copy)
+    return replace(edit, action=action, reason=obstacle or site.why, copy=copy)
 
 
 def _hook_between(modules: Modules, norm: str, producer: str | None) -> str | None:
@@ -165,6 +168,20 @@ def _hook_between(modules: Modules, norm: str, producer: str | None) -> str | No
     if producer is not None and modules[producer]._forward_hooks:
         return f"a forward hook on {producer} sees its output"
     return f"a forward pre-hook on {norm} sees its input" if modules[norm]._forward_pre_hooks else None
+
+
+def _used_apart(model: nn.Module, findings: Findings) -> set[int]:
+    """Return the identities of parameters that more than one module holds, or that a forward reads itself."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(named[name]) for name in findings.parameters if name in named}
+    return read | {parameter for parameter, count in held.items() if count > 1}
+
+
+def _bias_apart(modules: Modules, producer: str | None, init: Init, apart: set[int]) -> str | None:
+    """Say why a layer's bias cannot give way to the folded one, which ``preserve`` puts in its place."""
+    bias = None if producer is None or init == "skipinit" else modules[producer]._parameters.get("bias")
+    return None if bias is None or id(bias) not in apart else f"the bias of {producer} is used elsewhere too"
 
 
 def _why_unseen(name: str, traced: Trace) -> str:

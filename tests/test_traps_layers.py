@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import actions, assert_close, assert_preserved, both, noise, prove, randomise
+import torch.nn.functional as F
+from harness import actions, assert_close, assert_preserved, both, noise, plan_of, prove, randomise
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -206,3 +207,17 @@ def test_scaled_layers_say_what_they_carry(init: str) -> None:
     converted = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), init=init)
     assert type(converted[0]) is scaled_weight_class(nn.Conv2d)
     assert repr(converted[0]).endswith("gain)")
+
+
+class Resize(nn.Module):
+    """At 4 x 4 it is the identity, and at no other size is it an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(4, 4))
+
+
+@both
+def test_resize_to_one_size_is_no_activation(init: str) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Resize(), nn.ReLU(), nn.Conv2d(4, 2, 1)]
+    converted = prove(randomise(nn.Sequential(*layers)), noise(2, 3, 8, 8), init=init)
+    assert plan_of(converted).weights == (() if init == "preserve" else (("0", 1.0),))
