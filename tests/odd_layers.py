@@ -164,6 +164,11 @@ class Optional(nn.Conv2d):
         return F.conv2d(x, self.weight.round() if rounded else self.weight, self.bias)
 
 
+class Final(nn.Conv2d):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("this class is final")
+
+
 class OwnGain(nn.Conv2d):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -201,7 +206,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
             *(tl.StdConv2d, tl.StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame, Conv2dSameExport),
             *(Standardised, Standardising, InTraining, InEvaluation, WithoutBias, WithActivation),
             *(WithActivationInPlace, WithActivationOnData, WithActivationUnseen, Twice, BiasFirst),
-            *(Biasless, Clipped, ByValue, OtherWeight, Optional, OwnGain),
+            *(Biasless, Clipped, ByValue, OtherWeight, Optional, OwnGain, Final),
         )
     },
     "patched forward": lambda: patched(nn.Conv2d(4, 6, 3)),

@@ -60,12 +60,12 @@ class Seen:
     """A layer as its forward is to see it: with another weight and another bias, and all else its own."""
 
     def __init__(self, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-        self.layer = layer
+        self._normfree_layer = layer  # a name that no layer has for something else
         self.weight = weight
         self.bias = bias
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
+        return getattr(self._normfree_layer, name)
 
 
 class _Scaled(_Module):
@@ -131,7 +131,11 @@ def skipinit_name(addition: int) -> str:
 
 
 def scaled_weight_class(original: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of a layer's class that carries gain and alpha on the weight; see :func:`is_carrier`."""
+    """Return the subclass of a layer's class that carries gain and alpha on the weight; see :func:`is_carrier`.
+
+    Raises:
+        TypeError: No class may be derived from ``original``.
+    """
     return _made(ScaledWeight, original)
 
 

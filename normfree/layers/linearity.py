@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normfree.copying import meta_copy
-from normfree.layers.carriers import Seen
+from normfree.layers.carriers import Seen, scaled_weight_class
 
 __all__ = ["is_carrier"]
 
@@ -46,12 +46,20 @@ def is_carrier(module: nn.Module) -> bool:
         return False
     cls = type(module)
     plain = "bias" in module._parameters and isinstance(module._parameters.get("weight"), nn.Parameter)
-    if not plain or hasattr(cls, "weight") or hasattr(cls, "bias"):
+    if not plain or hasattr(cls, "weight") or hasattr(cls, "bias") or not _may_be_derived_from(cls):
         return False
     return _inherits(cls, base) or (cls.__call__ is nn.Module.__call__ and _hands_on(module, _FUNCTIONS[base]))
 
 
 _TAKEN = ("gain", "alpha", "alpha_channels", "combined")
+
+
+def _may_be_derived_from(cls: type[nn.Module]) -> bool:
+    try:
+        scaled_weight_class(cls)
+    except TypeError:
+        return False
+    return True
 
 
 def _inherits(cls: type[nn.Module], base: type[nn.Module]) -> bool:
@@ -61,9 +69,9 @@ def _inherits(cls: type[nn.Module], base: type[nn.Module]) -> bool:
 
 def _hands_on(layer: nn.Module, function: Callable[..., Tensor]) -> bool:
     """Whether a forward does nothing with weight and bias but call ``function`` on them, and returns its result."""
-    if len(inspect.signature(layer.forward).parameters) != 1:
-        return False  # what a further argument changes is not known
     try:
+        if len(inspect.signature(layer.forward).parameters) != 1:
+            return False  # what a further argument changes is not known
         probe = meta_copy(layer)
         return all(
             _is_linear(probe.train(mode), function, bias) for mode, bias in itertools.product((False, True), repeat=2)
