@@ -15,11 +15,11 @@ from normfree.analysis import Findings, Site, analyse
 from normfree.copying import meta_copy
 from normfree.errors import NoNormError, UnsupportedModelError
 from normfree.guards import check_arguments, check_model, is_lazy, module_problems
+from normfree.leaves import calls_batch_norm
 from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.placing import place_alphas
 from normfree.plans import Action, Init, NormEdit, Plan
 from normfree.selecting import Patterns, as_patterns, kept_norms
-from normfree.tracer import calls_batch_norm
 from normfree.traces import Trace
 from normfree.tracing import trace
 

@@ -44,6 +44,7 @@ def test_files_are_small_and_quiet(path: Path) -> None:
 LAYERS = (
     "errors",
     "norms layers initialization roles copying",
+    "calls asking proxies leaves",
     "tracer traces",
     "tracing",
     "graph",
