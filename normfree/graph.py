@@ -32,7 +32,7 @@ class Flow:
         graph: Where they come from.
         modules: The modules of the part by their paths in it.
         sites: Paths of the norms, or of what has taken their place.
-        shared: Identities of modules that other parts call too.
+        shared: Identities of modules that other parts call too, or that must keep their class.
         index: Position of each node in ``nodes``.
         inputs: The data inputs of each node.
         users: The data users of each node (``output`` counts).

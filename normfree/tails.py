@@ -75,7 +75,7 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node, whole: bool) ->
     if not owner and whole:
         return None, "the addition stands in the root's own forward, and the root keeps its class"
     if flow.graph.calls.get(owner, 1) != 1 or id(flow.modules[owner]) in flow.shared:
-        return None, f"{owner} is called more than once"
+        return None, f"{owner} is called more than once, or a forward asks for its class"
     own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
     number, operand = own.index(addition), addition.args.index(branch)
     problem = why_not_scalable(flow.modules[owner], number, operand)

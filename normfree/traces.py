@@ -89,3 +89,9 @@ class Trace:
 
     parts: tuple[Part, ...]
     opaque: Mapping[str, str]
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Modules of whose class some forward asks."""
+        graphs = ((part.path, graph) for part in self.parts for graph in part.graphs.values())
+        return frozenset(f"{path}.{name}".strip(".") for path, graph in graphs for name in graph.kinds)
