@@ -37,7 +37,9 @@ def goes_another_way(model: nn.Module, traced: Trace, sites: frozenset[str], pla
 
 
 def _told(traced: Trace) -> tuple[object, ...]:
-    return traced.opaque.keys(), [(p.path, mode, graph.spelled()) for p in traced.parts for mode, graph in p.graphs.items()]
+    return traced.opaque.keys(), [
+        (p.path, mode, graph.spelled()) for p in traced.parts for mode, graph in p.graphs.items()
+    ]
 
 
 @contextlib.contextmanager

@@ -68,9 +68,7 @@ def plan(
     problems = module_problems(model, described, chosen, as_patterns(exclude))
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
-    request = Request(
-        modules, norms, described, chosen, why, alpha, as_patterns(include), as_patterns(exclude), scope
-    )
+    request = Request(modules, norms, described, chosen, why, alpha, as_patterns(include), as_patterns(exclude), scope)
     with torch.random.fork_rng(devices=[]):  # the user's generator and modules stay as they are
         copied = meta_copy(model)
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
