@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["call_of_root", "is_default_call"]
+__all__ = ["call_of_root", "is_default", "is_default_call"]
 
 _Kind = inspect._ParameterKind
 
@@ -68,4 +68,12 @@ def is_default_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     signature = inspect.signature(module.forward)
     optional = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
     given = signature.bind(*args, **kwargs).arguments
-    return all(given[name] is default for name, default in optional.items() if name in given)
+    return all(is_default(given[name], default) for name, default in optional.items() if name in given)
+
+
+def is_default(value: Any, default: Any) -> bool:
+    """Whether a value is the default, or a number or text that is equal to it."""
+    return value is default or (type(value) is type(default) and type(value) in _ATOMS and value == default)
+
+
+_ATOMS = {int, float, bool, str}

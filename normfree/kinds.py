@@ -37,9 +37,8 @@ def goes_another_way(model: nn.Module, traced: Trace, sites: frozenset[str], pla
 
 
 def _told(traced: Trace) -> tuple[object, ...]:
-    return traced.opaque.keys(), [
-        (p.path, mode, graph.spelled()) for p in traced.parts for mode, graph in p.graphs.items()
-    ]
+    graphs = [(part.path, mode, graph.spelled()) for part in traced.parts for mode, graph in part.graphs.items()]
+    return list(traced.opaque), graphs
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from normfree.activations import as_activation
-from normfree.blocks import why_not_scalable
+from normfree.blocks import optional_arguments, why_not_scalable
 from normfree.graph import Flow, Role
 from normfree.layers import Channels, is_carrier, scaled_class
 
@@ -76,6 +76,8 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node, whole: bool) ->
         return None, "the addition stands in the root's own forward, and the root keeps its class"
     if flow.graph.calls.get(owner, 1) != 1 or id(flow.modules[owner]) in flow.shared:
         return None, f"{owner} is called more than once, or a forward asks for its class"
+    if optional_arguments(flow.modules[owner]) and (not owner or owner in flow.graph.optional):
+        return None, f"{owner or 'the block'} is given more than the defaults of its optional arguments, or may be"
     own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
     number, operand = own.index(addition), addition.args.index(branch)
     problem = why_not_scalable(flow.modules[owner], number, operand)

@@ -128,6 +128,7 @@ class Tracer(fx.Tracer):
         name = self._names.get(id(attr_val))
         if name is None:
             return attr_val
+        self._parameters = parameter_proxy_cache
         if name not in self._parameters:
             self._parameters[name] = self.create_proxy("get_attr", name, (), {})
         return self._parameters[name]
@@ -217,7 +218,8 @@ class Tracer(fx.Tracer):
             del self.opaque[path]
         self.called, self.returned = self.called[: mark[2]], self.returned[: mark[3]]
         self.optional = self.optional[: mark[4]]
-        self._parameters = {name: p for name, p in self._parameters.items() if p.node not in self._erased}
+        for name in [name for name, proxy in self._parameters.items() if proxy.node in self._erased]:
+            del self._parameters[name]
 
     def _type_inside(self, node: fx.Node) -> type | None:
         """Look into a module that is taken for one operation, to see what it returns, and take it back."""
