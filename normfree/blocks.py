@@ -2,7 +2,8 @@
 
 A product or a concatenation written inline leaves no module that alpha could live in. Then the one block that owns the
 sum gets a forward generated from its own graph, in which the branch passes through a SkipInit module before it is
-added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the same object with the same children and is still an ``isinstance`` of its class.
+added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the
+same object with the same children and is still an ``isinstance`` of its class.
 """
 
 from __future__ import annotations

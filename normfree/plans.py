@@ -109,8 +109,8 @@ class Plan:
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:
-        """Every scalar that is placed."""
-        return tuple(alpha for total in self.sums for alpha in total.alphas)
+        """Every scalar that is placed; one that several calls of a module share is one."""
+        return tuple(dict.fromkeys(alpha for total in self.sums for alpha in total.alphas))
 
     @property
     def removed(self) -> tuple[NormEdit, ...]:

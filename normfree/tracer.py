@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
 from normfree.asking import answering, names_in
 from normfree.calls import call_of_root, is_default_call
+from normfree.errors import one_line
 from normfree.proxies import Proxy, Types
 
-__all__ = ["Tracer", "one_line"]
+__all__ = ["Tracer"]
 
 
 class Tracer(fx.Tracer):
@@ -206,7 +207,7 @@ class Tracer(fx.Tracer):
         return result
 
     def _mark(self) -> tuple[int, ...]:
-        return tuple(map(len, (self.owners, self.opaque, self.called, self.returned, self.optional)))
+        return len(self.owners), len(self.opaque), len(self.called), len(self.returned), len(self.optional)
 
     def _take_back(self, mark: tuple[int, ...]) -> None:
         """Forget what was recorded since ``mark``."""
@@ -227,7 +228,7 @@ class Tracer(fx.Tracer):
         if path in self.opaque:
             return None
         mark = self._mark()
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.proxy)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), cast(Any, self.proxy))
         try:
             result = self.root.get_submodule(path).forward(*args, **kwargs)
             return self.types.of(result.node) if isinstance(result, fx.Proxy) else type(result)
@@ -239,12 +240,6 @@ class Tracer(fx.Tracer):
 
 _CLASS_ATTRIBUTES = {"__class__", "_get_name"}
 _CONSTANTS = {int, float, bool, str, type(None)}
-
-
-def one_line(error: Exception) -> str:
-    """Return the kind and the first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from normfree.errors import one_line
 from normfree.leaves import calls_batch_norm, is_layer, untraceable_functions
-from normfree.tracer import Tracer, one_line
+from normfree.tracer import Tracer
 from normfree.traces import MODES, Graph, Part, Trace
 
 __all__ = ["trace"]
