@@ -19,7 +19,13 @@ from normfree.preparing import prepare
 from normfree.traces import Trace
 from normfree.tracing import trace
 
-__all__ = ["asked_unseen", "goes_another_way"]
+__all__ = ["asked_unseen", "changed_classes", "goes_another_way"]
+
+
+def changed_classes(plan: Plan) -> frozenset[str]:
+    """Return the modules that will have another class, or whose place something else will take."""
+    producers = {edit.producer for edit in plan.norms if edit.producer is not None and plan.init == "preserve"}
+    return frozenset({edit.name for edit in plan.removed} | producers | {alpha.path for alpha in plan.alphas})
 
 
 def goes_another_way(model: nn.Module, traced: Trace, sites: frozenset[str], plan: Plan) -> bool:

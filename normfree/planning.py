@@ -13,7 +13,7 @@ from normfree.copying import meta_copy
 from normfree.deciding import Modules, Request, decide
 from normfree.errors import NoNormError, UnsupportedModelError
 from normfree.guards import check_arguments, check_model, is_lazy, module_problems
-from normfree.kinds import asked_unseen, goes_another_way
+from normfree.kinds import asked_unseen, changed_classes, goes_another_way
 from normfree.leaves import calls_batch_norm
 from normfree.norms import Norm, describe, find_norms
 from normfree.plans import Init, Plan
@@ -103,17 +103,20 @@ def _unnoticed(copied: nn.Module, traced: Trace, sites: frozenset[str], request:
     """
     unseen = asked_unseen(request.modules, traced)
     asked = traced.kinds | unseen
-    if asked and (unseen or goes_another_way(copied, traced, sites, made)):
-        fixed = asked - request.norms.keys()
-        made = decide(request, traced, analyse(copied, traced, request.norms, fixed))
-        gone = {edit.name for edit in made.removed}
-        lost = gone & unseen
-        if traced.kinds and goes_another_way(copied, traced, sites, made):
-            lost |= gone & asked
-        if lost:
-            what = "a forward asks for its class, and goes another way once it is gone; exclude it, or do not ask"
-            raise UnsupportedModelError(tuple(f"{name}: {what}" for name in request.norms if name in lost))
+    if not (unseen or _matters(copied, traced, sites, made)):
+        return made
+    made = decide(request, traced, analyse(copied, traced, request.norms, asked - request.norms.keys()))
+    gone = {edit.name for edit in made.removed}
+    lost = gone & (asked if _matters(copied, traced, sites, made) else unseen)
+    if lost:
+        what = "a forward asks for its class, and goes another way once it is gone; exclude it, or do not ask"
+        raise UnsupportedModelError(tuple(f"{name}: {what}" for name in request.norms if name in lost))
     return made
+
+
+def _matters(copied: nn.Module, traced: Trace, sites: frozenset[str], made: Plan) -> bool:
+    """Whether a forward asks for a class that changes, and goes another way for it."""
+    return bool(traced.kinds & changed_classes(made)) and goes_another_way(copied, traced, sites, made)
 
 
 def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:

@@ -63,7 +63,8 @@ class Tracer(fx.Tracer):
     @property
     def kinds(self) -> frozenset[str]:
         """The modules of whose class a forward asks."""
-        return frozenset(name for name, module in self.root.named_modules() if id(module) in self.questioned)
+        modules = self.root.named_modules() if self.questioned else ()
+        return frozenset(name for name, module in modules if id(module) in self.questioned)
 
     @property
     def exits(self) -> dict[fx.Node, tuple[str, ...]]:
