@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -51,7 +52,7 @@ def _scopes(modules: Iterable[nn.Module]) -> Iterator[dict[str, Any]]:
     """Yield the global names of every forward, of the functions it imports, and of ``torch.is_tensor``."""
     own = {id(scope): scope for cls in {type(m) for m in modules} for scope in _scopes_of(cls)}
     imported = [f for scope in own.values() for f in scope.values() if type(f) is types.FunctionType]
-    found = own | {id(f.__globals__): f.__globals__ for f in imported if not _is_torchs(f.__module__)}
+    found = own | {id(f.__globals__): f.__globals__ for f in imported if not _is_elsewhere(f.__module__)}
     for scope in (*found.values(), torch.__dict__):
         if "isinstance" not in scope and "type" not in scope:
             yield scope
@@ -61,13 +62,15 @@ def _scopes_of(cls: type) -> Iterator[dict[str, Any]]:
     for base in cls.__mro__:
         forward = base.__dict__.get("forward")
         while forward is not None:
-            if not _is_torchs(getattr(forward, "__module__", None)) and hasattr(forward, "__globals__"):
+            if not _is_elsewhere(getattr(forward, "__module__", None)) and hasattr(forward, "__globals__"):
                 yield forward.__globals__
             forward = getattr(forward, "__wrapped__", None)
 
 
-def _is_torchs(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in ("torch", "builtins")
+def _is_elsewhere(name: str | None) -> bool:
+    """Whether a module of Python or of torch has this name: what they ask is none of a forward's questions."""
+    top = (name or "builtins").partition(".")[0]
+    return top == "torch" or top in sys.stdlib_module_names
 
 
 def _stand_ins(
@@ -107,7 +110,7 @@ def names_in(cls: type[nn.Module]) -> frozenset[str]:
     while waiting:
         function = getattr(cls, waiting.pop(), None)
         function = inspect.unwrap(function.fget if isinstance(function, property) else function)  # type: ignore[arg-type]
-        if _is_torchs(getattr(function, "__module__", "torch")) or not hasattr(function, "__code__"):
+        if _is_elsewhere(getattr(function, "__module__", "torch")) or not hasattr(function, "__code__"):
             continue
         names = set(_names_in_code(function.__code__))
         found |= names

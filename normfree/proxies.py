@@ -89,12 +89,20 @@ class Types:
         root: The module that is traced.
         sites: Paths in it that are norms, or that have taken their place.
         inside: Tells what a module returns of which neither its class nor its role does.
+        inputs: Tells the type of an argument by its name.
     """
 
-    def __init__(self, root: nn.Module, sites: frozenset[str], inside: Callable[[fx.Node], type | None]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        sites: frozenset[str],
+        inside: Callable[[fx.Node], type | None],
+        inputs: Callable[[str], type | None],
+    ) -> None:
         self.root = root
         self.sites = sites
         self.inside = inside
+        self.inputs = inputs
         self.known: dict[fx.Node, type | None] = {}
 
     def of(self, node: fx.Node) -> type | None:
@@ -104,8 +112,10 @@ class Types:
         return self.known[node]
 
     def _find(self, node: fx.Node) -> type | None:
-        if node.op in ("placeholder", "get_attr"):
-            return Tensor  # what a forward is traced with is always taken for a tensor
+        if node.op == "placeholder":
+            return self.inputs(str(node.target))
+        if node.op == "get_attr":
+            return Tensor
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             return Tensor if str(node.target) in self.sites or _returns_a_tensor(module) else self.inside(node)

@@ -24,6 +24,7 @@ class Tracer(fx.Tracer):
         opaque: Paths of the modules that cannot be looked into, each with the reason.
         layers: Whether a module is a layer, by the identity of every module.
         functions: Functions to be taken for one operation each.
+        inputs: The type of each argument by its name, or ``None`` where it is not known.
 
     Attributes:
         opaque: As given, and what was found meanwhile.
@@ -36,12 +37,14 @@ class Tracer(fx.Tracer):
         opaque: Mapping[str, str] | None = None,
         layers: dict[int, bool] | None = None,
         functions: tuple[Callable[..., Any], ...] = (),
+        inputs: Callable[[str], type | None] = lambda _: None,
     ) -> None:
         super().__init__(autowrap_functions=functions)
         self.sites = sites
         self.opaque = dict(opaque or {})
         self.again = False
         self.layers = layers or {}
+        self.inputs = inputs
         self.stack: list[str] = [""]
         self.owners: dict[fx.Node, str] = {}
         self.called: list[str] = []
@@ -89,7 +92,7 @@ class Tracer(fx.Tracer):
             del module.__dict__["training"]
             module._buffers["training"] = mode == "train"  # type: ignore[assignment]  # where __getattr__ looks
         try:
-            self.types = Types(root, self.sites, self._type_inside)
+            self.types = Types(root, self.sites, self._type_inside, self.inputs)
             with answering(opened, self.types.of, lambda module: self.questioned.setdefault(id(module))):
                 return self.trace(root, constants)
         finally:
@@ -109,12 +112,8 @@ class Tracer(fx.Tracer):
         concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Make the call that a user makes; see :func:`normfree.calls.call_of_root`."""
-        constants = dict(concrete_args or {})
-
-        def placeholder(name: str) -> fx.Proxy:
-            return self.create_proxy("placeholder", name, (), {})
-
-        call = call_of_root(self.root, root_fn, constants, placeholder)
+        given = dict(concrete_args or {})
+        call = call_of_root(self.root, root_fn, given, lambda name: self.create_proxy("placeholder", name, (), {}))
         return super().create_args_for_root(root_fn, is_module, concrete_args) if call is None else (call, [])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:

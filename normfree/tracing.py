@@ -28,18 +28,18 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def _trace_part(
-    model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None
+    model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None, inputs: Callable[[str], type | None]
 ) -> tuple[dict[str, Graph], Mapping[str, str]]:
     """Trace one module in both modes; return the graphs, and what could not be looked into with the reason.
 
-    There are no graphs if its own forward cannot be traced.
+    There are no graphs if its own forward cannot be traced. ``inputs`` tells the type of an argument by its name.
     """
     if "forward" in model.__dict__:  # torch.fx would trace the class's
         return {}, {"": "its forward is patched on the instance"}
     layers = {id(module): is_layer(module) for module in model.modules()}
     # In a converted model the norms are gone, but what held them is looked into as before.
     layers.update((id(m), False) for m in _holders(model, sites) if not type(m).__module__.startswith("torch.nn"))
-    make = functools.partial(Tracer, sites, functions=untraceable_functions(model))
+    make = functools.partial(Tracer, sites, functions=untraceable_functions(model), inputs=inputs)
     opaque: Mapping[str, str] = {}
     try:
         constants = _constants(model, arguments)
@@ -147,7 +147,9 @@ def _collect(
 ) -> None:
     prefix = f"{path}." if path else ""
     below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
-    graphs, unseen = _trace_part(model.get_submodule(path), below, arguments)
+    graphs, unseen = _trace_part(
+        model.get_submodule(path), below, arguments, functools.partial(_input, path, arguments)
+    )
     if graphs:
         parts.append(Part(path, graphs))
     for name, reason in unseen.items():
@@ -155,6 +157,13 @@ def _collect(
         opaque[inner] = reason
         for child in _roots(model, sites, inner, descend=True):
             _collect(model, child, sites, parts, opaque)
+
+
+def _input(path: str, arguments: Mapping[str, Any] | None, name: str) -> type | None:
+    """The root is given tensors; what cannot be traced may give its parts anything."""
+    if arguments is not None:
+        return type(arguments[name]) if name in arguments else None
+    return None if path else Tensor
 
 
 def _roots(model: nn.Module, sites: frozenset[str], path: str, descend: bool = False) -> Iterator[str]:

@@ -188,7 +188,16 @@ def test_optional_arguments_may_be_left_out_and_are_refused_where_they_are_not(m
 class Asking(Gated):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn(self.conv(x)))
-        return x + y * (torch.sigmoid(self.fc(y)) if isinstance(y, Tensor) and torch.is_tensor(x) else 2)
+        return x + y * (torch.sigmoid(self.fc(y)) if isinstance(y, Tensor) and torch.is_tensor(y) else 2)
+
+
+class AskingInput(Gated):
+    """Takes a tensor, or several: the forward itself does not say which."""
+
+    def forward(self, x: Any) -> Any:
+        x = x if isinstance(x, Tensor) else sum(x)
+        y = torch.relu(self.bn(self.conv(x)))
+        return x + y * torch.sigmoid(self.fc(y))
 
 
 def test_rewritten_forward_goes_the_way_of_a_tensor() -> None:
@@ -201,6 +210,7 @@ def test_rewritten_forward_goes_the_way_of_a_tensor() -> None:
     ("model", "why"),
     [
         (lambda: net(Keyword), "forward of 1 cannot be rewritten: its forward takes arguments by keyword only"),
+        (lambda: net(AskingInput), "forward of 1 cannot be rewritten: its own forward cannot be traced"),
         (lambda: net(Listing), "optional arguments whose defaults cannot be written down"),
         (lambda: randomise(Giving(0.5)), "block is given more than the defaults of its optional arguments"),
         (lambda: randomise(Giving(1.0, looks=True)), "the block is given more than the defaults"),

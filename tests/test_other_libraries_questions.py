@@ -273,3 +273,35 @@ def test_container_that_asks_every_layer_is_converted_as_ever(init: str) -> None
     converted = prove(model, X, init=init)
     assert (actions(converted)["1"], alphas(converted), kinds(converted)) == ("fold", ["3.conv2"], ["residual"])
     assert_preserved(model, X)
+
+
+class Several(nn.Module):
+    """Normalises one tensor, and leaves the members of a list as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.conv(x)) if isinstance(x, Tensor) else sum(self.conv(y) for y in x)
+
+
+class CallingWithList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.many = nn.Conv2d(3, 4, 1), Several(), Several()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.stem(x)
+        if y.mean() > 1e6:
+            return y
+        return self.many([self.one(y), y])
+
+
+@both
+def test_part_that_asks_what_it_is_given_is_not_guessed(init: str) -> None:
+    model = randomise(CallingWithList())
+    converted = prove(model, X, init=init)
+    assert [path for path, _ in plan_of(converted).opaque] == ["", "one", "many"]
+    assert "fold" not in actions(converted).values()
+    assert_preserved(model, X)
