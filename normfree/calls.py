@@ -20,26 +20,30 @@ def call_of_root(
     """Return the call to trace, or ``None`` if its arguments cannot be told apart (``*levels``).
 
     torch.fx reads the parameters off the code that a decorator wraps, and calls the decorator with every one of them.
-    Here the call is the one that a user makes: what has its default is left out, and ``**options`` are none.
+    Here the call is the one that a user makes: what has its default is left out, ``*more`` and ``**options`` are none.
 
     Args:
         root: The module.
         forward: Its forward as its class has it, decorators included.
-        constants: The arguments that are no proxies; the names of ``**options`` among them.
+        constants: The arguments that are no proxies; the names of ``*more`` and ``**options`` among them.
         placeholder: Makes the proxy of an argument; called for every parameter, in order.
 
     Raises:
         KeyError: The options are not known.
     """
     parameters = list(inspect.signature(root.forward).parameters.values())
-    kinds = [p.kind for p in parameters]
-    hidden = kinds == [_Kind.VAR_POSITIONAL, _Kind.VAR_KEYWORD]  # a decorator that does not say what it decorates
-    if _Kind.VAR_POSITIONAL in kinds and not hidden:
+    hidden = [p.kind for p in parameters] == [_Kind.VAR_POSITIONAL, _Kind.VAR_KEYWORD]  # a decorator that says nothing
+    if not hidden and any(p.kind is _Kind.VAR_POSITIONAL and p.name not in constants for p in parameters):
         return None
     args: list[Any] = [root]
     kwargs: dict[str, Any] = {}
     by_keyword = False
     for parameter in parameters:
+        if parameter.kind is _Kind.VAR_POSITIONAL and not hidden:
+            args += constants[parameter.name]
+            for i in range(len(constants[parameter.name])):
+                placeholder(f"{parameter.name}_{i}")
+            continue
         proxy = placeholder(parameter.name)
         if parameter.kind is _Kind.VAR_KEYWORD:
             kwargs.update(constants[parameter.name])

@@ -116,6 +116,7 @@ def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[st
     given = inspect.signature(model.forward).parameters.values()
     parameters = [p for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     options: dict[str, Any] = {p.name: {} for p in given if p.kind is p.VAR_KEYWORD}
+    options |= {p.name: () for p in given if p.kind is p.VAR_POSITIONAL and parameters}
     if parameters and all(p.default is not p.empty for p in parameters):
         parameters = parameters[1:]  # one of them must be the input
     return options | {p.name: p.default for p in parameters if p.default is not p.empty}

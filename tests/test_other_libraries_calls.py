@@ -88,6 +88,16 @@ class KeywordOnly(Base):
         return self.run(pixels * scale)
 
 
+class More(Base):
+    """Takes any number of further arguments and hands them on."""
+
+    def forward(self, pixels: Any, *more: Any, **options: Any) -> Any:
+        return self.compute(pixels, *more, **options) if not isinstance(pixels, dict) else pixels
+
+    def compute(self, pixels: Tensor, scale: float = 1.0) -> Any:
+        return self.run(pixels * scale)
+
+
 class HandingOn(nn.Module):
     """Hands every option on, and returns an object of a class of its own."""
 
@@ -105,6 +115,7 @@ CALLS: dict[str, Callable[[], nn.Module]] = {
     "and all inputs are optional": PoppingOptional,
     "options are handed on": HandingOn,
     "the input goes by keyword only": KeywordOnly,
+    "any number of further arguments": More,
 }
 
 
