@@ -61,11 +61,11 @@ class Findings:
 
 
 def flows(
-    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False
+    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False, fixed: Iterable[str] = ()
 ) -> Iterator[tuple[str, str, Flow]]:
     """Yield ``(part, mode, flow)`` for every graph of a trace, or only for those that differ."""
     sites = tuple(sites)
-    shared = _shared_between_parts(model, trace)
+    shared = _shared_between_parts(model, trace) | {id(model.get_submodule(path)) for path in fixed}
     for part in trace.parts:
         prefix = f"{part.path}." if part.path else ""
         below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
@@ -97,13 +97,16 @@ def _innermost(name: str, paths: Iterable[str]) -> str | None:
     return max(above, key=len, default=None)
 
 
-def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]) -> Findings:
+def analyse(
+    model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]], fixed: Iterable[str] = ()
+) -> Findings:
     """Analyse every graph of a trace.
 
     Args:
         model: The module it was taken from.
         trace: The trace.
         norms: The first name of every norm with its further names, as :func:`normfree.norms.find_norms` returns them.
+        fixed: Modules that must keep their class.
     """
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}
@@ -114,7 +117,7 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
-    for prefix, _, flow in flows(model, trace, first, distinct=True):
+    for prefix, _, flow in flows(model, trace, first, distinct=True, fixed=fixed):
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
         read.update({first[prefix + norm]: prefix + tensor for norm, tensor in flow.graph.read.items()})
         parameters.update(prefix + str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)

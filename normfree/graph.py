@@ -32,7 +32,7 @@ class Flow:
         graph: Where they come from.
         modules: The modules of the part by their paths in it.
         sites: Paths of the norms, or of what has taken their place.
-        shared: Identities of modules that other parts call too.
+        shared: Identities of modules that other parts call too, or that must keep their class.
         index: Position of each node in ``nodes``.
         inputs: The data inputs of each node.
         users: The data users of each node (``output`` counts).
@@ -123,10 +123,13 @@ class Flow:
             self._inner[path] = tuple(below)
         return self._inner[path]
 
+    def calls(self, path: str) -> int:
+        """Return how often a module is called; 0 if another part calls it too, or if it must stay as it is."""
+        return 0 if id(self.modules[path]) in self.shared else self.graph.calls.get(path, 0)
+
     def called_once(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls is called nowhere else, in this graph or in another part."""
-        once = self.graph.calls.get(str(node.target)) == 1
-        return once and id(self.modules[str(node.target)]) not in self.shared
+        return self.calls(str(node.target)) == 1
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":

@@ -103,7 +103,9 @@ def _is_biasless(flow: Flow, source: fx.Node) -> bool:
 
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
     calls = flow.graph.calls[str(node.target)]
-    return f"{what} is called {calls} times" if calls > 1 else f"{what} is called by another part of the model too"
+    if calls > 1:
+        return f"{what} is called {calls} times"
+    return f"{what} is called by another part of the model too, or a forward asks for its class"
 
 
 def _features(module: nn.Module) -> int:

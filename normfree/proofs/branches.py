@@ -76,7 +76,7 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
             recorder = Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
             try:
                 with Still():
-                    recorder.run(*(_clone(value) for value in arguments.values()))
+                    recorder.run(*_clone(_in_order(module, arguments)))
             except (TypeError, KeyError, IndexError, RuntimeError):
                 continue  # arguments that a graph cannot take, such as ``*levels``: their tails are looked at instead
             for name, count in recorder.zero_branches.items():
@@ -136,6 +136,15 @@ def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> dict[str, 
     finally:
         handle.remove()
     return captured[0] if captured else None
+
+
+def _in_order(part: nn.Module, arguments: dict[str, Any]) -> list[Any]:
+    """Return the arguments one by one, as a graph takes them."""
+    kinds = {name: p.kind for name, p in inspect.signature(part.forward).parameters.items()}
+    spread = (
+        value if kinds[name] is inspect.Parameter.VAR_POSITIONAL else [value] for name, value in arguments.items()
+    )
+    return [value for values in spread for value in values]
 
 
 def _clone(x: Any) -> Any:
