@@ -59,3 +59,12 @@ def test_support_table_measures_detectors(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "0of1.jsonl").read_text())
     assert (row["status"], row["input"]) == ("ok", "2x3x96x96")
     assert float(row["preserve_error"]) <= 1e-9
+
+
+def test_training_cost_counts_without_a_clock(tmp_path: Path) -> None:
+    short = ("--runs", 0, "--size", 32, "--batch", 2, "--arms", "normfree,bare", "--csv", tmp_path / "rows.csv")
+    _run("training_cost.py", "torchvision:resnet18", *short)
+    header, *rows = (tmp_path / "rows.csv").read_text().splitlines()
+    saved = [row.split(",")[header.split(",").index("saved_mib_per_image")] for row in rows]
+    assert len(saved) == 4, "two arms from two starting points"
+    assert len(set(saved)) == 1
