@@ -101,7 +101,9 @@ def main() -> None:
     ]
     for kind, name, lr, seed in shard(work, options.shard):
         settings = {"network": kind, "depth": DEPTH, "recipe": name, "epochs": options.epochs, "batch": BATCH}
-        measured(options.csv, {**settings, "lr": lr, "seed": seed}, partial(run, kind, name, data, options.epochs, lr, seed))
+        measured(
+            options.csv, {**settings, "lr": lr, "seed": seed}, partial(run, kind, name, data, options.epochs, lr, seed)
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which learning rate is best at which batch size, with batch norm and without, at a fixed number of epochs.
 
-De & Smith (NeurIPS 2020) find that both want the same rate at a small batch, and batch norm a larger one at a large batch
-only. Pre-activation networks of 18 layers on scikit-learn's digits show whether that is so here.
+De & Smith (NeurIPS 2020) find that both want the same rate at a small batch, and batch norm a larger one only at a
+large batch. Pre-activation networks of 18 layers on scikit-learn's digits show whether that is so here.
 
 Run: python examples/learning_rate_regimes.py [--shard 0/2]
      python examples/learning_rate_regimes.py --render

@@ -1,4 +1,4 @@
-"""The experiments measure what they say: same seed, same result; a diverged run is one; a table goes on where it was."""
+"""The experiments measure what they say: same seed, same result; what diverged is said to; a table goes on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_learning_rate_rises_and_falls(warmup: float) -> None:
     top = round(20 * warmup)
     assert rates[:top] == pytest.approx([2.0 * i / top for i in range(1, top)] + [2.0] * (top > 0))
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert 0 < min(rates)
+    assert min(rates) > 0
     assert max(rates) <= 2.0
 
 
@@ -92,7 +92,7 @@ def test_parts_share_no_image_and_are_always_the_same() -> None:
     one, same = experiment.split(x, y), experiment.split(x, y)
     parts = [part.y.tolist() for part in (one.train, one.validation, one.test)]
     assert list(map(len, parts)) == [60, 20, 20]
-    assert sorted(sum(parts, [])) == list(range(100))
+    assert sorted(i for part in parts for i in part) == list(range(100))
     assert parts[0][:3] == [26, 86, 2], "the published split"
     assert same.train.y.tolist() == parts[0]
     assert one.train.x.mean().abs() < 1e-5
