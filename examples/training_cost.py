@@ -78,7 +78,8 @@ def main() -> None:
                     arms=arm_names(options.arms),
                 )
                 about = setting.about(name)
-                key = {k: str(v) for k, v in about.items() if k != "versions"}
+                clock = {"versions"} if options.runs else {"versions", "threads"}  # what is counted needs no clock
+                key = {k: str(v) for k, v in about.items() if k not in clock}
                 if not any(key.items() <= row.items() for row in known(options.csv)):
                     say = lambda text, name=name: progress.update(task, description=f"{name} {text}")  # noqa: E731
                     results = run(name, zoo.build(zoo.find(name)), setting, say)

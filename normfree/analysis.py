@@ -49,6 +49,7 @@ class Findings:
         rescaled: Layers whose output scale a norm used to set, with the activation that follows each.
         functional: Places where ``F.batch_norm`` normalises an activation.
         read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
+        parameters: Parameters that a forward reads itself, other than by calling the module that holds them.
     """
 
     sites: Mapping[str, Site]
@@ -56,14 +57,15 @@ class Findings:
     rescaled: Mapping[str, Activation | None]
     functional: tuple[str, ...]
     read: Mapping[str, str]
+    parameters: frozenset[str]
 
 
 def flows(
-    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False
+    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False, fixed: Iterable[str] = ()
 ) -> Iterator[tuple[str, str, Flow]]:
     """Yield ``(part, mode, flow)`` for every graph of a trace, or only for those that differ."""
     sites = tuple(sites)
-    shared = _shared_between_parts(model, trace)
+    shared = _shared_between_parts(model, trace) | {id(model.get_submodule(path)) for path in fixed}
     for part in trace.parts:
         prefix = f"{part.path}." if part.path else ""
         below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
@@ -95,25 +97,30 @@ def _innermost(name: str, paths: Iterable[str]) -> str | None:
     return max(above, key=len, default=None)
 
 
-def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]) -> Findings:
+def analyse(
+    model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]], fixed: Iterable[str] = ()
+) -> Findings:
     """Analyse every graph of a trace.
 
     Args:
         model: The module it was taken from.
         trace: The trace.
         norms: The first name of every norm with its further names, as :func:`normfree.norms.find_norms` returns them.
+        fixed: Modules that must keep their class.
     """
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}
     rescaled: dict[str, Activation | None] = {}
     functional: dict[str, None] = {}
     read: dict[str, str] = {}
+    parameters: set[str] = set()
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
-    for prefix, _, flow in flows(model, trace, first, distinct=True):
+    for prefix, _, flow in flows(model, trace, first, distinct=True, fixed=fixed):
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
         read.update({first[prefix + norm]: prefix + tensor for norm, tensor in flow.graph.read.items()})
+        parameters.update(prefix + str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
         rescaled.update({prefix + path: activation for path, activation in rescaled_layers(flow)})
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
@@ -136,7 +143,7 @@ def analyse(model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]]
         name: _without_doubtful_producer(site, consumers, owners, [n for n in norms if n not in found_sites], trace)
         for name, site in found_sites.items()
     }
-    return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional), read)
+    return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional), read, frozenset(parameters))
 
 
 def _only_norm(flow: Flow, node: fx.Node, prefix: str, first: Mapping[str, str]) -> str | None:

@@ -2,35 +2,66 @@
 
 A product or a concatenation written inline leaves no module that alpha could live in. Then the one block that owns the
 sum gets a forward generated from its own graph, in which the branch passes through a SkipInit module before it is
-added. The block stays the same object with the same children and is still an ``isinstance`` of its class.
+added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the
+same object with the same children and is still an ``isinstance`` of its class.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from normfree.calls import is_default
 from normfree.copying import meta_copy
+from normfree.errors import UsageError
 from normfree.graph import Flow, Role
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.tracer import Tracer
 from normfree.traces import MODES, Graph
 
-__all__ = ["scaled_block_class", "why_not_scalable"]
+__all__ = ["only_default", "optional_arguments", "scaled_block_class", "why_not_scalable"]
 
 
 Places = tuple[tuple[int, int], ...]
 
 
 class _OwnForward(Tracer):
-    """Sees what a block's own forward does; its children are leaves."""
+    """Sees what a block's own forward does in its default call; its children are leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # its signature is fx's
         """Stop at every child."""
         return True
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,  # noqa: ARG002  # its signature is fx's
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,  # noqa: ARG002  # the same
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make the default call, and keep the parameters that it leaves out, with a check that nobody gives them."""
+        args: list[Any] = []
+        for parameter in inspect.signature(self.root.forward).parameters.values():
+            if parameter.default is parameter.empty:
+                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
+            else:
+                proxy = self.create_proxy("placeholder", parameter.name, (parameter.default,), {})
+                self.create_proxy("call_function", only_default, (proxy, parameter.default, parameter.name), {})
+                args.append(parameter.default)
+        return lambda: root_fn(self.root, *args), []
+
+
+def only_default(value: Any, default: Any, name: str) -> None:
+    """Refuse an argument that the rewritten forward does not know what to do with.
+
+    Raises:
+        UsageError: It is not the default.
+    """
+    if not is_default(value, default):
+        raise UsageError(f"{name} was given to a forward that was rewritten for its default; exclude its sum instead")
 
 
 def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | None:
@@ -44,13 +75,21 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | Non
     if "forward" in block.__dict__ or hasattr(block, skipinit_name(addition)):
         return f"its forward is patched, or it has an attribute {skipinit_name(addition)} of its own"
     parameters = list(inspect.signature(block.forward).parameters.values())
-    if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        return "its forward takes optional arguments"
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return "its forward takes arguments by keyword only, or any number of them"
+    if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
+        return "its forward takes optional arguments whose defaults cannot be written down"
     try:
         scaled_block_class(block, ((addition, operand),))
     except Exception as error:  # whatever the block's forward raises when it meets a proxy
         return f"its own forward cannot be traced ({type(error).__name__})"
     return None
+
+
+def optional_arguments(block: nn.Module) -> dict[str, Any]:
+    """Return the optional arguments of a block's forward with their defaults."""
+    parameters = inspect.signature(block.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
@@ -102,14 +141,14 @@ def _forwards(block: nn.Module, places: Places) -> tuple[Any, ...]:
     """Return the forward of each mode as a function of ``self`` and the block's arguments."""
     training = block.training
     try:
-        return tuple(_generate(block.train(mode == "train"), places) for mode in MODES)
+        return tuple(_generate(block.train(mode == "train"), mode, places) for mode in MODES)
     finally:
         block.train(training)
 
 
-def _generate(block: nn.Module, places: Places) -> Any:
-    tracer = _OwnForward(layers={id(module): True for module in block.modules()})
-    graph = tracer.trace(block)
+def _generate(block: nn.Module, mode: str, places: Places) -> Any:
+    tracer = _OwnForward(layers={id(module): module is not block for module in block.modules()})
+    graph = tracer.look(block, mode, {})
     flow = Flow(Graph(graph, tracer.owners, {}, tracer.calls), dict(block.named_modules(remove_duplicate=False)), ())
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
     if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(

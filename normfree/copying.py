@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["deep_copy", "meta_copy"]
+__all__ = ["deep_copy", "in_float64", "meta_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,6 +51,27 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 memo[id(value)] = OrderedDict()
     _copy_layers(model, memo, _to_meta)
     return copy.deepcopy(model, memo)
+
+
+def in_float64(model: M) -> M:
+    """Turn a model into float64 in place: its plain tensors too, which ``model.double()`` passes by."""
+    model.double()
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, (Tensor, list, tuple, dict)) and name not in ("_parameters", "_buffers", "_modules"):
+                module.__dict__[name] = _double(value)
+    return model
+
+
+def _double(value: Any) -> Any:
+    """Turn tensors into float64; lists and dicts stay the same objects, which several modules may share."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list):
+        value[:] = map(_double, value)
+    elif isinstance(value, dict):
+        value.update({key: _double(item) for key, item in value.items()})
+    return tuple(map(_double, value)) if type(value) is tuple else value
 
 
 def _own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[int, Any]:

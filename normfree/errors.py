@@ -17,6 +17,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "WrappedModelError",
+    "one_line",
 ]
 
 
@@ -70,3 +71,9 @@ class UnsupportedModelError(NormfreeError):
 
 class InternalError(NormfreeError):
     """We must act: a plan and a model disagree in a way that no user can cause. Please report it."""
+
+
+def one_line(error: Exception) -> str:
+    """Return the kind and the first line of an error."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

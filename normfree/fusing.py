@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +76,8 @@ def _bake(layer: ScaledWeight) -> None:
     The parameters are new ones: a weight that is tied to another layer's stays there what it was.
     """
     module = cast(nn.Module, layer)
-    transposed = bool(getattr(module, "transposed", False))
-    weight, bias = layer.combined(cast(Any, module).groups if transposed else None)
-    plain = next(c for c in type(module).__mro__ if not issubclass(c, ScaledWeight))
-    module.__class__ = cast(type[nn.Module], plain)
+    weight, bias = layer.combined()
+    module.__class__ = layer._normfree_original
     trains = layer.weight.requires_grad
     module._parameters["weight"] = nn.Parameter(weight.contiguous(), trains)
     module._parameters["bias"] = None if bias is None else nn.Parameter(bias, trains)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit
+from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, is_carrier
 from normfree.norms import describe, is_norm
 from normfree.roles import Role, elementwise, function_role, is_shape, method_role, module_role
 from normfree.traces import Graph
@@ -32,7 +32,7 @@ class Flow:
         graph: Where they come from.
         modules: The modules of the part by their paths in it.
         sites: Paths of the norms, or of what has taken their place.
-        shared: Identities of modules that other parts call too.
+        shared: Identities of modules that other parts call too, or that must keep their class.
         index: Position of each node in ``nodes``.
         inputs: The data inputs of each node.
         users: The data users of each node (``output`` counts).
@@ -95,6 +95,14 @@ class Flow:
         """Return the module that ``node`` calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
+    def carries(self, node: fx.Node) -> bool:
+        """Whether ``node`` calls a layer on whose weight gain and alpha can live."""
+        module = self.module(node)
+        key = ("carries", id(module))
+        if key not in self.memo:
+            self.memo[key] = module is not None and is_carrier(module)
+        return self.memo[key]
+
     def activation_in(self, node: fx.Node) -> nn.Module | None:
         """Return the activation that a norm, or what has taken its place, applies itself."""
         module = self.modules[str(node.target)]
@@ -115,10 +123,13 @@ class Flow:
             self._inner[path] = tuple(below)
         return self._inner[path]
 
+    def calls(self, path: str) -> int:
+        """Return how often a module is called; 0 if another part calls it too, or if it must stay as it is."""
+        return 0 if id(self.modules[path]) in self.shared else self.graph.calls.get(path, 0)
+
     def called_once(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls is called nowhere else, in this graph or in another part."""
-        once = self.graph.calls.get(str(node.target)) == 1
-        return once and id(self.modules[str(node.target)]) not in self.shared
+        return self.calls(str(node.target)) == 1
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":

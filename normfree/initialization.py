@@ -33,23 +33,26 @@ def draw_(layers: Sequence[tuple[nn.Module, float]]) -> None:
 
     Every layer has a generator of its own, seeded from torch's global one: so the result depends on
     ``torch.manual_seed`` alone, while the layers are drawn in parallel (torch draws with one thread, without the GIL).
+    A weight that several layers share is drawn once, for the first of them.
     """
     seeds = torch.randint(2**63 - 1, (len(layers),)).tolist()
+    drawn = reversed([(layer, gain, seed) for (layer, gain), seed in zip(layers, seeds, strict=True)])
+    once = {id(layer.weight): (layer, gain, seed) for layer, gain, seed in drawn}
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        list(pool.map(lambda drawn, seed: he_normal_(drawn[0], drawn[1], seed), layers, seeds))
+        list(pool.map(lambda job: he_normal_(*job), once.values()))
+    for layer, _ in layers:
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            bias.detach().zero_()
 
 
 def he_normal_(module: nn.Module, gain: float, seed: int) -> None:
-    """Fill the weight from ``N(0, gain^2 / fan_in)`` and zero the bias (He et al. 2015, equation 10).
+    """Fill the weight from ``N(0, gain^2 / fan_in)`` (He et al. 2015, equation 10); biases start at zero.
 
     torchvision's own fan-out initialisation keeps the scale of gradients and relies on the norm behind it for the
     scale of activations: without that norm resnet50's signal would end hundreds of times larger than it starts.
     """
-    with torch.no_grad():
-        weight = cast(torch.Tensor, module.weight)
-        if not weight.is_meta:
-            generator = torch.Generator(weight.device).manual_seed(seed)
-            weight.normal_(0, gain / math.sqrt(fan_in(module)), generator=generator)
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, torch.Tensor):
-            bias.zero_()
+    weight = cast(torch.Tensor, module.weight).detach()
+    if not weight.is_meta:
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        weight.normal_(0, gain / math.sqrt(fan_in(module)), generator=generator)

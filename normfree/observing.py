@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["NormSpy", "Recorder", "Still", "module_stack", "out_of_place", "tensors"]
+__all__ = ["NormSpy", "Recorder", "Still", "Watched", "module_stack", "out_of_place", "tensors"]
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -105,33 +107,56 @@ def out_of_place(model: nn.Module) -> Iterator[None]:
             module.inplace = True  # type: ignore[assignment]  # as it was
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What to look at when one addition runs, for the sum that it belongs to.
+
+    Attributes:
+        addition: The addition.
+        name: The sum. ``a + b + c`` is one, of two additions.
+        branches: The branches that this addition adds.
+        intact: What must still hold the values it was computed with: the skip path and where it starts, where this
+            addition adds that.
+    """
+
+    addition: fx.Node
+    name: str
+    branches: tuple[fx.Node, ...]
+    intact: tuple[fx.Node, ...]
+
+
 class Recorder(fx.Interpreter):
     """Runs a graph and looks at the operands of chosen additions at the moment they are added.
+
+    Not later: ``y += x; z + y`` writes over a branch once it has been added, and no harm is done.
 
     Args:
         module: The module the graph was traced from.
         graph: Its graph.
-        watched: For each addition its skip operand, the node where the paths split, and the branch operands.
+        watched: What to look at.
+
+    Attributes:
+        zero_branches: For each sum, how many of its branches were zero.
+        written: Sums of which a skip path had been written into.
     """
 
-    def __init__(
-        self, module: nn.Module, graph: fx.Graph, watched: dict[fx.Node, tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]
-    ) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, watched: Iterable[Watched]) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.watched = watched
-        self.kept_nodes = {node for skip, base, _ in watched.values() for node in (skip, base)}
+        self.watched: dict[fx.Node, list[Watched]] = {}
+        for watch in watched:
+            self.watched.setdefault(watch.addition, []).append(watch)
+        self.kept_nodes = {node for found in self.watched.values() for watch in found for node in watch.intact}
         self.copies: dict[fx.Node, Tensor] = {}
-        self.zero_branches: dict[fx.Node, int] = {}
-        self.intact: dict[fx.Node, bool] = {}
+        self.zero_branches: Counter[str] = Counter()
+        self.written: list[str] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, after looking at its operands if it is watched."""
-        if n in self.watched:
-            skip, base, branches = self.watched[n]
-            self.zero_branches[n] = sum(not torch.any(self.env[branch]) for branch in branches)
-            self.intact[n] = all(
-                torch.equal(self.env[node], self.copies[node]) for node in (skip, base) if node in self.copies
-            )
+        for watch in self.watched.get(n, ()):
+            self.zero_branches[watch.name] += sum(not torch.any(self.env[branch]) for branch in watch.branches)
+            kept = [node for node in watch.intact if node in self.copies]
+            if not all(torch.equal(self.env[node], self.copies[node]) for node in kept):
+                self.written.append(watch.name)
         result = super().run_node(n)
         if n in self.kept_nodes and isinstance(result, Tensor):
             self.copies[n] = result.detach().clone()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -30,45 +31,69 @@ def place_alphas(
         exclude: Patterns of sum names that get none.
         modules: The modules of the model by name.
     """
-    taken: set[str] = set()
+    scaled = [
+        branch
+        for total in sums
+        if not matches(total.name, exclude)
+        for branch in total.branches
+        if _loses_a_norm(branch, norms)
+    ]
+    ends = Counter(candidate for branch in scaled for candidate in set(branch.candidates))
+    taken: dict[str, Alpha] = {}
     edits = []
     for total in sums:
         alphas, declined, reason = [], [], total.reason
         for branch in total.branches:
-            if not any(norms[name].action != "keep" for name in branch.norms):
+            if not _loses_a_norm(branch, norms):
                 reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
                 continue
             if matches(total.name, exclude):
                 reason = f"{total.reason}; its scalar is excluded by name"
                 continue
-            alpha = _place(branch, norms, modules, taken)
+            whole = [candidate for candidate in branch.candidates if ends[candidate] >= candidate.calls]
+            alpha = _place(whole, norms, modules, taken)
             if alpha is None:
-                declined.append(branch.why or "no place takes the scalar: what ends the branch serves another sum too")
+                declined.append(branch.why or _SERVES_OTHERS)
             else:
-                taken.add(alpha.holder)
+                taken[alpha.holder] = alpha
                 alphas.append(alpha)
         edits.append(SumEdit(total.name, total.kind, reason, tuple(alphas), tuple(declined)))
     return tuple(edits)
 
 
-def _place(branch: Branch, norms: dict[str, NormEdit], modules: Modules, taken: set[str]) -> Alpha | None:
-    """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last."""
+_SERVES_OTHERS = "no place takes the scalar: what ends the branch serves something else too"
+
+
+def _loses_a_norm(branch: Branch, norms: Mapping[str, NormEdit]) -> bool:
+    return any(norms[name].action != "keep" for name in branch.norms)
+
+
+def _place(
+    candidates: Iterable[Candidate], norms: Mapping[str, NormEdit], modules: Modules, taken: Mapping[str, Alpha]
+) -> Alpha | None:
+    """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last.
+
+    A module that is called several times ends as many branches, and has one scalar for all of them.
+    """
     options = []
-    for candidate in branch.candidates:
+    for candidate in candidates:
         vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
         if candidate.place == "norm" and norms[candidate.path].action == "keep":
             candidate = replace(candidate, place="output")
         hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))
-        if vanish and not hooked and _is_free(candidate, taken):
-            options.append(candidate)
-    if not options:
-        return None
-    best = min(options, key=lambda c: ("weight", "norm", "slot", "output", "sum").index(c.place))
-    channels = _clamp(best.channels, modules[best.path])
-    return Alpha(best.path, best.place, channels, best.addition, best.operand)
+        alpha = _alpha(candidate, modules)
+        shared = candidate.calls > 1 and taken.get(alpha.holder) == alpha
+        if vanish and not hooked and (shared or _is_free(candidate, taken)):
+            options.append(alpha)
+    return min(options, key=lambda a: ("weight", "norm", "slot", "output", "sum").index(a.place), default=None)
 
 
-def _is_free(candidate: Candidate, taken: set[str]) -> bool:
+def _alpha(candidate: Candidate, modules: Modules) -> Alpha:
+    channels = _clamp(candidate.channels, modules[candidate.path])
+    return Alpha(candidate.path, candidate.place, channels, candidate.addition, candidate.operand)
+
+
+def _is_free(candidate: Candidate, taken: Mapping[str, Alpha]) -> bool:
     """One scalar a place; a block's own class can change once, for its output or for the sums in its forward."""
     if candidate.place == "sum":
         return candidate.path not in taken and f"{candidate.path}.{skipinit_name(candidate.addition)}" not in taken

@@ -113,8 +113,8 @@ class Plan:
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:
-        """Every scalar that is placed."""
-        return tuple(alpha for total in self.sums for alpha in total.alphas)
+        """Every scalar that is placed; one that several calls of a module share is one."""
+        return tuple(dict.fromkeys(alpha for total in self.sums for alpha in total.alphas))
 
     @property
     def drawn(self) -> tuple[tuple[str, float], ...]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from normfree.blocks import scaled_block_class
 from normfree.errors import InternalError
-from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_class, skipinit_name
-from normfree.norms import describe
+from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_output_class, skipinit_name
+from normfree.norms import Norm, describe
 from normfree.plans import Alpha, NormEdit, Plan
 
 __all__ = ["Carrier", "Writes", "prepare"]
@@ -66,7 +66,7 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
             else:
-                writes.outputs[alpha.path] = scalar, scaled_class(type(module))
+                writes.outputs[alpha.path] = scalar, scaled_output_class(type(module))
     writes.blocks.update(_blocks(model, plan, modules))
     for path, slot in writes.slots.items():
         slot.training = modules[path].training
@@ -97,10 +97,9 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     if edit.action in ("affine", "bias"):
         like = _like(module, model)
         affine = norm.affine() if edit.action == "affine" else (None, torch.zeros(norm.features, device=like.device))
-        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else _trains(model)
-        shift = norm.bias.requires_grad if isinstance(norm.bias, nn.Parameter) else train
+        train = _learns(norm.weight, norm, _trains(model))
         gain = None if affine[0] is None else nn.Parameter(affine[0].to(like.dtype), train)
-        bias = nn.Parameter(affine[1].to(like.dtype), shift)
+        bias = nn.Parameter(affine[1].to(like.dtype), _learns(norm.bias, norm, train))
     if alpha is not None:
         scalar = _alpha_beside(plan, module, model)
     rest = norm.drop is not None or norm.act is not None
@@ -109,6 +108,14 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
             return _skipinit(scalar, alpha.channels)
         return Copy() if edit.copy else nn.Identity()
     return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act, edit.copy)
+
+
+def _learns(value: Tensor | None, norm: Norm, otherwise: bool) -> bool:
+    """Whether what comes of a norm's scale or shift learns: as that did, and not at all where it was made of buffers.
+
+    Else an activation that is written over twice would fail in a backward pass that used to stop before it.
+    """
+    return value.requires_grad if isinstance(value, nn.Parameter) else otherwise and not norm.frozen
 
 
 def _trains(model: nn.Module) -> bool:
@@ -127,7 +134,7 @@ def _fold(layer: nn.Module, module: nn.Module) -> Carrier:
     norm = describe(module)
     weight, old = _weight(layer), layer.bias
     gain, bias = norm.affine()
-    trained = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else weight.requires_grad
+    trained = _learns(norm.weight, norm, weight.requires_grad)
     if isinstance(old, Tensor):
         bias = bias + gain * old.detach().double()
     learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or [trained]

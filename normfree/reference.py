@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.copying import deep_copy
+from normfree.copying import deep_copy, in_float64
 from normfree.errors import CheckpointError
 from normfree.observing import tensors
 
@@ -43,7 +43,7 @@ class Reference:
     def of(cls, original: nn.Module, x: Tensor) -> Reference:
         """Record what ``original`` computes for an input of the shape and dtype of ``x``."""
         noise = _noise(tuple(x.shape), x.dtype)
-        exact = _sample(deep_copy(original).double(), noise.double())
+        exact = _sample(in_float64(deep_copy(original)), noise.double())
         rounded = _sample(deep_copy(original), noise)
         scale = float(exact.abs().max())
         return cls(

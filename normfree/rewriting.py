@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normfree.errors import InternalError
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.initialization import draw_
-from normfree.layers import is_carrier, scaled_class
+from normfree.layers import is_carrier, scaled_weight_class
 from normfree.norms import is_norm
 from normfree.plans import Plan
 from normfree.preparing import Carrier, prepare
@@ -110,7 +110,7 @@ def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
         layer._parameters["bias"] = carrier.bias
     if carrier.gain is None and carrier.alpha is None:
         return
-    layer.__class__ = scaled_class(type(layer))
+    layer.__class__ = scaled_weight_class(type(layer))
     layer._parameters["gain"] = carrier.gain
     layer._parameters["alpha"] = carrier.alpha
     layer.__dict__["alpha_channels"] = carrier.channels

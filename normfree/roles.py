@@ -5,6 +5,7 @@ Types of timm and torchvision stand here by qualified name, since neither may be
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from enum import Enum, auto
@@ -168,7 +169,10 @@ VIEWS = {
 }
 
 
-def elementwise(function: Callable[[Tensor], Tensor]) -> Literal["pure", "in place"] | None:
+Effect = Literal["pure", "in place"] | None
+
+
+def elementwise(function: Callable[[Tensor], Tensor]) -> Effect:
     """Say whether a function works entry by entry, and whether it writes into its input; ``None`` if it does not.
 
     Told by what it does: shuffling the entries must shuffle the result. Pools, softmax and filters fail. A module of
@@ -185,10 +189,17 @@ def elementwise(function: Callable[[Tensor], Tensor]) -> Literal["pure", "in pla
     return found.pop() if len(found) == 1 else None
 
 
-def _probe(function: Callable[[Tensor], Tensor]) -> Literal["pure", "in place"] | None:
-    x = torch.linspace(-3.0, 3.0, 96).reshape(2, 3, 4, 4)
-    # 29 has no factor in common with 96, so this visits every entry once and keeps none in its row or channel.
-    order = torch.arange(96) * 29 % 96
+def _probe(function: Callable[[Tensor], Tensor]) -> Effect:
+    """Probe at two shapes: at one alone, what resizes to just that shape would pass for the identity."""
+    found = _probe_at(function, (2, 3, 4, 4))
+    return found if found is not None and found == _probe_at(function, (3, 4, 5, 7)) else None
+
+
+def _probe_at(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Effect:
+    count = math.prod(shape)
+    x = torch.linspace(-3.0, 3.0, count).reshape(shape)
+    # 29 has no factor in common with the count, so this visits every entry once and keeps none in its row or channel.
+    order = torch.arange(count) * 29 % count
     given = x.clone()
     try:
         with torch.no_grad():

@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from normfree.activations import Activation, as_activation
 from normfree.graph import Flow, Role, is_inplace, writes_unannounced
-from normfree.layers import is_carrier
 from normfree.norms import describe
 from normfree.roles import VIEWS
 
@@ -80,8 +79,8 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
         return None, _called_often(flow, node, "the norm")
     if module is None or flow.roles[source] is not Role.CONV:
         return None, "not fed by a convolution or linear"
-    if not is_carrier(module):
-        return None, f"fed by {type(module).__name__}, whose forward or weight is not torch's own"
+    if not flow.carries(source):
+        return None, f"fed by {type(module).__name__}, whose output may not be linear in its weight"
     if not flow.called_once(source):
         return None, _called_often(flow, source, str(source.target))
     others = [user.name for user in flow.users[source] if user is not node]
@@ -97,15 +96,16 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
     while flow.roles[source] is Role.RESHAPE:
         source = flow.inputs[source][0]
-    module = flow.module(source)
-    if flow.roles[source] is not Role.CONV or (module is not None and is_carrier(module)):
+    if flow.roles[source] is not Role.CONV or flow.carries(source):
         return False
-    return getattr(module, "bias", None) is None
+    return getattr(flow.module(source), "bias", None) is None
 
 
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
     calls = flow.graph.calls[str(node.target)]
-    return f"{what} is called {calls} times" if calls > 1 else f"{what} is called by another part of the model too"
+    if calls > 1:
+        return f"{what} is called {calls} times"
+    return f"{what} is called by another part of the model too, or a forward asks for its class"
 
 
 def _features(module: nn.Module) -> int:
@@ -133,8 +133,7 @@ def _is_matrix(flow: Flow, node: fx.Node) -> bool:
 
 def _feeds(flow: Flow, node: fx.Node) -> Iterator[str]:
     for user in flow.users[node]:
-        module = flow.module(user)
-        if module is not None and is_carrier(module):
+        if flow.carries(user):
             yield str(user.target)
         elif flow.roles[user] in (Role.PASS, Role.PAD) or as_activation(flow, user) is not None:
             yield from _feeds(flow, user)
@@ -213,9 +212,8 @@ def _is_alias(flow: Flow, node: fx.Node) -> bool:
 
 def _is_fresh(flow: Flow, source: fx.Node) -> bool:
     """Whether ``source`` is a tensor of its own that its operation did not keep for backward."""
-    module = flow.module(source)
-    if module is not None:
-        return is_carrier(module)
+    if source.op == "call_module":
+        return flow.carries(source)
     return flow.roles[source] in (Role.CONV, Role.CAT) or source.target in (torch.add, operator.add)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 
 from normfree.activations import as_activation
-from normfree.blocks import why_not_scalable
+from normfree.blocks import optional_arguments, why_not_scalable
 from normfree.graph import Flow, Role
-from normfree.layers import Channels, is_carrier, scaled_class
+from normfree.layers import Channels, scaled_output_class
 
 __all__ = ["Candidate", "Place", "find_candidates"]
 
@@ -36,6 +36,7 @@ class Candidate:
         channels: The range of the module's channels that goes into the sum, or all of them.
         addition: Which of the additions in the module's own forward, for ``sum``.
         operand: Which operand of it, for ``sum``.
+        calls: How often the module is called: every call must end such a branch.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Candidate:
     channels: Channels = None
     addition: int = 0
     operand: int = 0
+    calls: int = 1
 
 
 def find_candidates(
@@ -58,11 +60,11 @@ def find_candidates(
         whole: Whether the graph is that of the whole model and not of a part: the model itself keeps its class.
     """
     found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
-    if found:
+    if any(candidate.calls == 1 for candidate in found):
         return found, ""
     own, why = _own_forward(flow, branch, addition, whole)
-    if own is not None:
-        return (own,), ""
+    if own is not None or found:  # whether every call of what was found ends a branch is not known here
+        return found if own is None else (*found, own), ""
     others = [u.name for u in flow.users[branch] if u is not addition]
     if others:
         return (), f"the branch's output is also used by {', '.join(others)}"
@@ -70,18 +72,23 @@ def find_candidates(
 
 
 def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node, whole: bool) -> tuple[Candidate | None, str]:
-    """The module whose own forward adds: its forward can be rewritten, if it is not the root and called once."""
+    """The module whose own forward adds: its forward can be rewritten, if it is not the root."""
     owner = flow.graph.owners[addition]
     if not owner and whole:
         return None, "the addition stands in the root's own forward, and the root keeps its class"
-    if flow.graph.calls.get(owner, 1) != 1 or id(flow.modules[owner]) in flow.shared:
-        return None, f"{owner} is called more than once"
+    calls = flow.calls(owner) if owner else 1
+    if not calls:
+        return None, f"another part of the model calls {owner} too, or a forward asks for its class"
+    if optional_arguments(flow.modules[owner]) and (not owner or owner in flow.graph.optional):
+        return None, f"{owner or 'the block'} is given more than the defaults of its optional arguments, or may be"
     own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
-    number, operand = own.index(addition), addition.args.index(branch)
+    if len(own) % calls:
+        return None, f"{owner} adds in one of its calls and not in another"
+    number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     problem = why_not_scalable(flow.modules[owner], number, operand)
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
-    return Candidate(owner, "sum", addition=number, operand=operand), ""
+    return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
 
 
 def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:
@@ -89,24 +96,24 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
     if not _only_user(flow, node, user):
         return
     role = flow.roles[node]
-    once = node.op == "call_module" and flow.called_once(node)
     path = str(node.target)
+    calls = flow.calls(path) if node.op == "call_module" else 0
     module = flow.module(node)
     above: Iterator[Candidate] = iter(())
     if role is Role.NORM and module is not None:
-        if once:
-            yield replace(so_far, path=path, place="norm")
+        if calls:
+            yield replace(so_far, path=path, place="norm", calls=calls)
         if flow.activation_in(node) is None:
             above = _walk(flow, flow.inputs[node][0], node, replace(so_far, through=(*so_far.through, path)))
     elif module is not None and role is not Role.PASS:
         # The features of a linear are its last dimension, and channels the second: the same only for a matrix.
-        if once and is_carrier(module) and (so_far.channels is None or not isinstance(module, nn.Linear)):
-            yield replace(so_far, path=path, place="weight")
-        elif once and so_far.channels is None and _can_scale_output(module):
-            yield replace(so_far, path=path, place="output")
+        if calls and flow.carries(node) and (so_far.channels is None or not isinstance(module, nn.Linear)):
+            yield replace(so_far, path=path, place="weight", calls=calls)
+        elif calls and so_far.channels is None and _can_scale_output(module):
+            yield replace(so_far, path=path, place="output", calls=calls)
     elif role is Role.PASS or (role is Role.RESHAPE and so_far.channels is None):
-        if once and type(module) is nn.Identity:
-            yield replace(so_far, path=path, place="slot")
+        if calls and type(module) is nn.Identity:
+            yield replace(so_far, path=path, place="slot", calls=calls)
         above = _walk(flow, flow.inputs[node][0], node, so_far)
     elif role is Role.MUL and so_far.channels is None:
         above = (c for factor in reversed(flow.inputs[node]) for c in _walk(flow, factor, node, so_far))
@@ -123,17 +130,16 @@ def _exits(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Itera
     """A traced module that returns ``node``: its own output can be scaled, whatever happens inside."""
     inside = f"{flow.graph.owners[user]}."
     for path in flow.graph.exits.get(node, ()):
-        once = flow.graph.calls[path] == 1 and id(flow.modules[path]) not in flow.shared
-        outside = once and not inside.startswith(f"{path}.")
-        if outside and _can_scale_output(flow.modules[path]):
-            yield replace(so_far, path=path, place="output")
+        outside = not inside.startswith(f"{path}.")
+        if outside and flow.calls(path) and _can_scale_output(flow.modules[path]):
+            yield replace(so_far, path=path, place="output", calls=flow.calls(path))
 
 
 def _can_scale_output(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
     try:
-        scaled_class(type(module))
+        scaled_output_class(type(module))
     except TypeError:  # a class that may not be derived
         return False
     return not hasattr(module, "alpha") or not module.state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -25,6 +25,8 @@ class Graph:
         exits: For each node, the paths of the traced modules that return it, innermost first.
         calls: How often each module was called.
         read: Norms of which a forward reads a tensor, each with the first that it reads.
+        optional: Modules that are called with more than their defaults.
+        kinds: Modules of whose class a forward asks.
     """
 
     nodes: fx.Graph
@@ -32,6 +34,8 @@ class Graph:
     exits: Mapping[fx.Node, tuple[str, ...]]
     calls: Mapping[str, int]
     read: Mapping[str, str] = field(default_factory=dict)
+    optional: Container[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
 
     def spelled(self) -> list[tuple[object, ...]]:
         """Return what the graph does to its inputs, in a form that can be compared.
@@ -85,3 +89,9 @@ class Trace:
 
     parts: tuple[Part, ...]
     opaque: Mapping[str, str]
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Modules of whose class some forward asks."""
+        graphs = ((part.path, graph) for part in self.parts for graph in part.graphs.values())
+        return frozenset(f"{path}.{name}".strip(".") for path, graph in graphs for name in graph.kinds)

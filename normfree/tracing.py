@@ -2,8 +2,8 @@
 
 The graphs are taken from a copy whose tensors live on the meta device, because tracing runs the module's own Python:
 in train mode that updates buffers for real. Both modes are traced, since auxiliary heads and distillation make them
-differ. A module whose forward cannot be traced (it loops over data, or branches on shapes) is found by its error,
-treated as opaque together with every other module of its type, and its children are traced as parts of their own.
+differ. A module whose forward cannot be traced (it loops over data, or branches on shapes) is found by its error and
+stepped over, and its children are traced as parts of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normfree.tracer import Tracer, calls_batch_norm, is_layer, untraceable_functions
+from normfree.errors import one_line
+from normfree.leaves import calls_batch_norm, is_layer, untraceable_functions
+from normfree.tracer import Tracer
 from normfree.traces import MODES, Graph, Part, Trace
 
 __all__ = ["trace"]
@@ -26,33 +28,36 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def _trace_part(
-    model: nn.Module, sites: frozenset[str], opaque: dict[type[nn.Module], str], arguments: Mapping[str, Any] | None
-) -> dict[str, Graph] | None:
-    """Trace one module in both modes; ``None`` if its own forward cannot be traced.
+    model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None, inputs: Callable[[str], type | None]
+) -> tuple[dict[str, Graph], Mapping[str, str]]:
+    """Trace one module in both modes; return the graphs, and what could not be looked into with the reason.
 
-    ``opaque`` collects the types found to be untraceable, with the reason.
+    There are no graphs if its own forward cannot be traced. ``inputs`` tells the type of an argument by its name.
     """
-    if "forward" in model.__dict__:
-        opaque[type(model)] = "its forward is patched on the instance"  # torch.fx would trace the class's
-        return None
+    if "forward" in model.__dict__:  # torch.fx would trace the class's
+        return {}, {"": "its forward is patched on the instance"}
     layers = {id(module): is_layer(module) for module in model.modules()}
     # In a converted model the norms are gone, but what held them is looked into as before.
     layers.update((id(m), False) for m in _holders(model, sites) if not type(m).__module__.startswith("torch.nn"))
-    constants = _constants(model, arguments)
-    make = functools.partial(Tracer, sites, functions=untraceable_functions(model))
-    while True:
-        try:
-            tracer = make(set(opaque), layers)
-            evaluating = _one_graph(model, MODES[0], tracer, constants)
-            if _same_in_both_modes(model, tracer.asked, functools.partial(make, set(opaque)), layers, constants):
-                return dict.fromkeys(MODES, evaluating)
-            tracer = make(set(opaque), layers)
-            return dict(zip(MODES, (evaluating, _one_graph(model, MODES[1], tracer, constants)), strict=True))
-        except Exception as error:  # whatever the user's forward raises when it meets a proxy
-            if tracer.failed is None:
-                opaque[type(model)] = _one_line(error)
-                return None
-            opaque[type(model.get_submodule(tracer.failed))] = _one_line(error)
+    make = functools.partial(Tracer, sites, functions=untraceable_functions(model), inputs=inputs)
+    opaque: Mapping[str, str] = {}
+    try:
+        constants = _constants(model, arguments)
+        while True:
+            tracer = make(opaque, layers)
+            graphs = {MODES[0]: _one_graph(model, MODES[0], tracer, constants)}
+            opaque = tracer.opaque
+            if tracer.again:
+                continue
+            if _same_in_both_modes(model, tracer, functools.partial(make, opaque), layers, constants):
+                return dict.fromkeys(MODES, graphs[MODES[0]]), opaque
+            tracer = make(opaque, layers)
+            graphs[MODES[1]] = _one_graph(model, MODES[1], tracer, constants)
+            if not tracer.again and len(tracer.opaque) == len(opaque):
+                return graphs, opaque
+            opaque = tracer.opaque
+    except Exception as error:  # whatever the user's forward raises when it meets a proxy
+        return {}, {"": one_line(error)}
 
 
 def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
@@ -64,13 +69,13 @@ def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
 
 def _one_graph(model: nn.Module, mode: str, tracer: Tracer, constants: dict[str, Any]) -> Graph:
     graph = tracer.look(model, mode, constants)
-    exits = {node: tuple(paths) for node, paths in tracer.exits.items()}
-    return Graph(graph, tracer.owners, exits, tracer.calls, tracer.read)
+    optional = frozenset(tracer.optional)
+    return Graph(graph, tracer.owners, tracer.exits, tracer.calls, tracer.read, optional, tracer.kinds)
 
 
 def _same_in_both_modes(
     model: nn.Module,
-    asked: set[str],
+    tracer: Tracer,
     make: Callable[[dict[int, bool]], Tracer],
     layers: dict[int, bool],
     constants: dict[str, Any],
@@ -80,19 +85,20 @@ def _same_in_both_modes(
     What asked for it is known from the trace in eval mode. Where that is little, two traces that stop everywhere else
     are cheaper than a second one of everything.
     """
-    if not asked:
+    if not tracer.asked:
         return True
-    steps = (path.split(".") for path in asked)
+    steps = (path.split(".") for path in tracer.asked)
     above = {".".join(names[:i]) for names in steps for i in range(len(names) + 1)}
     asking = {id(model.get_submodule(path)) for path in above}
     if 2 * len(asking) > sum(not layer for layer in layers.values()):
         return False
     coarse = {key: layer or key not in asking for key, layer in layers.items()}
+    coarsely = [make(coarse) for _ in MODES]
     try:
-        first, second = (_one_graph(model, mode, make(coarse), constants).spelled() for mode in MODES)
+        first, second = (_one_graph(model, m, t, constants).spelled() for m, t in zip(MODES, coarsely, strict=True))
     except Exception:  # what the train mode raises is seen when it is traced in full
         return False
-    return first == second
+    return first == second and all(len(coarse.opaque) == len(tracer.opaque) for coarse in coarsely)
 
 
 def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -109,14 +115,11 @@ def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[st
         }
     given = inspect.signature(model.forward).parameters.values()
     parameters = [p for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    options: dict[str, Any] = {p.name: {} for p in given if p.kind is p.VAR_KEYWORD}
+    options |= {p.name: () for p in given if p.kind is p.VAR_POSITIONAL and parameters}
     if parameters and all(p.default is not p.empty for p in parameters):
         parameters = parameters[1:]  # one of them must be the input
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+    return options | {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def trace(model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None = None) -> Trace:
@@ -130,9 +133,8 @@ def trace(model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] 
     """
     parts: list[Part] = []
     opaque: dict[str, str] = {}
-    types: dict[type[nn.Module], str] = {}
     for path in _roots(model, sites, ""):
-        _collect(model, path, sites, types, parts, opaque, arguments)
+        _collect(model, path, sites, parts, opaque, arguments)
     return Trace(tuple(parts), opaque)
 
 
@@ -140,30 +142,29 @@ def _collect(
     model: nn.Module,
     path: str,
     sites: frozenset[str],
-    types: dict[type[nn.Module], str],
     parts: list[Part],
     opaque: dict[str, str],
     arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    module = model.get_submodule(path)
     prefix = f"{path}." if path else ""
     below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
-    graphs = None if type(module) in types else _trace_part(module, below, types, arguments)
-    unseen = [""] if graphs is None else _opaque_calls(module, graphs, set(types))
-    if graphs is not None:
+    graphs, unseen = _trace_part(
+        model.get_submodule(path), below, arguments, functools.partial(_input, path, arguments)
+    )
+    if graphs:
         parts.append(Part(path, graphs))
-    for name in unseen:
+    for name, reason in unseen.items():
         inner = f"{prefix}{name}" if name else path
-        opaque[inner] = types[type(model.get_submodule(inner))]
+        opaque[inner] = reason
         for child in _roots(model, sites, inner, descend=True):
-            _collect(model, child, sites, types, parts, opaque)
+            _collect(model, child, sites, parts, opaque)
 
 
-def _opaque_calls(module: nn.Module, graphs: Mapping[str, Graph], types: set[type[nn.Module]]) -> list[str]:
-    if not types:
-        return []
-    called = dict.fromkeys(name for graph in graphs.values() for name in graph.calls)
-    return [name for name in called if type(module.get_submodule(name)) in types]
+def _input(path: str, arguments: Mapping[str, Any] | None, name: str) -> type | None:
+    """The root is given tensors; what cannot be traced may give its parts anything."""
+    if arguments is not None:
+        return type(arguments[name]) if name in arguments else None
+    return None if path else Tensor
 
 
 def _roots(model: nn.Module, sites: frozenset[str], path: str, descend: bool = False) -> Iterator[str]:

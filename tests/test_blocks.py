@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from harness import alphas, assert_close, assert_preserved, noise, plan_of, prov
 from torch import Tensor, nn
 
 import normfree
+from normfree.errors import UsageError
 
 
 class Gated(nn.Module):
@@ -35,9 +37,35 @@ class Gated(nn.Module):
 
 
 class Optional(Gated):
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: Tensor | None = None, scale: float = 1.0) -> Tensor:
         y = torch.relu(self.bn(self.conv(x)))
-        return x + y * torch.sigmoid(self.fc(y))
+        y = y if state is None else y * state
+        return x + y * torch.sigmoid(self.fc(y * scale))
+
+
+class Keyword(Gated):
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return x + y * torch.sigmoid(self.fc(y * scale))
+
+
+class Listing(Gated):
+    def forward(self, x: Tensor, scales: tuple[float, ...] = (1.0,)) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return x + y * torch.sigmoid(self.fc(y * scales[0]))
+
+
+class Giving(nn.Module):
+    """Gives the block more than its default, or the default itself."""
+
+    def __init__(self, scale: float, looks: bool = False) -> None:
+        super().__init__()
+        self.stem, self.block, self.scale, self.looks = nn.Conv2d(3, 4, 1), Optional(), scale, looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.looks and x.mean() > 1e6:
+            return x
+        return self.block(self.stem(x), None, scale=self.scale)
 
 
 class Root(Gated):
@@ -137,10 +165,55 @@ def test_rewritten_blocks_survive_copies_compile_and_files(tmp_path: Path) -> No
     assert list(converted.state_dict()) == list(pickled.state_dict())
 
 
+@pytest.mark.parametrize("init", ["skipinit", "preserve"])
+@pytest.mark.parametrize(
+    "make", [lambda: net(Optional), lambda: randomise(Giving(float("1")))], ids=["left out", "given"]
+)
+def test_optional_arguments_may_be_left_out_and_are_refused_where_they_are_not(make: Any, init: str) -> None:
+    converted = prove(make(), X, init=init)
+    assert len(alphas(converted)) == len([m for m in converted.modules() if isinstance(m, Optional)])
+    assert_preserved(make(), X)
+    for same in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):  # noqa: S301  # our own
+        block = next(m for m in same.modules() if isinstance(m, Optional))
+        x = noise(2, 4, 6, 6)
+        assert torch.equal(block(x), block(x, None, scale=1.0))
+        with pytest.raises(UsageError, match="state was given to a forward that was rewritten for its default"):
+            block(x, state=torch.ones(2, 4, 6, 6))
+        with pytest.raises(UsageError, match="scale was given"):
+            block(x, None, 0.5)
+    compiled = torch.compile(copy.deepcopy(converted), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), converted(X))
+
+
+class Asking(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return x + y * (torch.sigmoid(self.fc(y)) if isinstance(y, Tensor) and torch.is_tensor(y) else 2)
+
+
+class AskingInput(Gated):
+    """Takes a tensor, or several: the forward itself does not say which."""
+
+    def forward(self, x: Any) -> Any:
+        x = x if isinstance(x, Tensor) else sum(x)
+        y = torch.relu(self.bn(self.conv(x)))
+        return x + y * torch.sigmoid(self.fc(y))
+
+
+def test_rewritten_forward_goes_the_way_of_a_tensor() -> None:
+    converted = prove(net(Asking), X, init="preserve")
+    assert alphas(converted) == ["1.skipinit_0", "2.skipinit_0"]
+    assert_preserved(net(Asking), X)
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (lambda: net(Optional), "forward of 1 cannot be rewritten: its forward takes optional arguments"),
+        (lambda: net(Keyword), "forward of 1 cannot be rewritten: its forward takes arguments by keyword only"),
+        (lambda: net(AskingInput), "forward of 1 cannot be rewritten: its own forward cannot be traced"),
+        (lambda: net(Listing), "optional arguments whose defaults cannot be written down"),
+        (lambda: randomise(Giving(0.5)), "block is given more than the defaults of its optional arguments"),
+        (lambda: randomise(Giving(1.0, looks=True)), "the block is given more than the defaults"),
         (lambda: randomise(Root()), "in the root's own forward, and the root keeps its class"),
     ],
 )

@@ -179,22 +179,32 @@ def test_force_replaces(tmp_path: Path) -> None:
     assert out.stat().st_size > 1000
 
 
-def test_help_imports_no_torch() -> None:
-    code = (
-        "import sys; from normfree.cli import app; app(['--help'], standalone_mode=False); "
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+def imported(code: str, after: str = "pass") -> set[str]:
+    """Return the names of the modules that ``code`` imports in a new process in which ``after`` has run."""
+    whole = f"import sys; {after}; before = set(sys.modules); {code}; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
 
 
-def test_import_needs_neither_timm_nor_torchvision() -> None:
-    code = (
-        "import sys, torch, normfree; normfree.convert; normfree.load; normfree.verify; "
-        "print(sorted({'timm', 'torchvision'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def libraries(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+
+
+def test_help_imports_what_prints_and_no_torch() -> None:
+    found = libraries(imported("from normfree.cli import app; app(['--help'], standalone_mode=False)"))
+    assert {"normfree", "typer"} <= found
+    assert not found & {"torch", "torchvision", "timm", "safetensors", "numpy"}
+
+
+def test_import_alone_imports_nothing_else() -> None:
+    assert libraries(imported("import normfree")) == {"normfree"}
+
+
+def test_library_needs_torch_and_safetensors_only() -> None:
+    found = imported("import normfree; normfree.convert; normfree.load; normfree.verify", after="import torch")
+    assert libraries(found) - {"torch"} == {"normfree", "safetensors"}
+    slow = {"torch._dynamo", "torch._inductor", "torch._export", "torch.onnx", "torch.distributed"}
+    assert not found & slow
 
 
 def test_the_console_script_is_installed() -> None:

@@ -55,8 +55,9 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 
 
 LAYERS = (
-    "errors",
-    "norms layers initialization roles copying",
+    "errors copying",
+    "norms layers initialization roles",
+    "calls asking proxies leaves",
     "tracer traces optim",
     "tracing",
     "graph",
@@ -65,7 +66,8 @@ LAYERS = (
     "tails sites",
     "analysis plans",
     "guards selecting observing preparing",
-    "placing",
+    "placing kinds",
+    "deciding",
     "planning rewriting reference files",
     "conversion fusing calibration proofs checkpoint zoo",
     "bench verifying printing",

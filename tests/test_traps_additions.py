@@ -9,6 +9,8 @@ import torch
 from harness import alphas, assert_preserved, both, noise, prove, randomise
 from torch import Tensor, nn
 
+import normfree
+
 ADDITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plus": lambda x, y: x + y,
     "swapped": lambda x, y: y + x,
@@ -40,3 +42,28 @@ def test_residual_sum_is_found_however_it_is_written(how: str, init: str) -> Non
     converted = prove(model, noise(2, 3, 6, 6), init=init)
     assert alphas(converted) == ["1.body.3"]
     assert_preserved(model, noise(2, 3, 6, 6))
+
+
+class AddedTo(nn.Module):
+    """One sum of two additions, the first of them in place: it writes over a branch that has been added already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Adding("plus").body, Adding("plus").body
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        y += x
+        return self.two(x) + y
+
+
+@both
+def test_branch_is_proved_zero_where_it_is_added(init: str) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), AddedTo()))
+    converted = prove(model, noise(2, 3, 6, 6), init=init)
+    assert alphas(converted) == ["1.one.3", "1.two.3"]
+    report = normfree.verify(converted, model, noise(2, 3, 6, 6))
+    assert report.proofs[3].detail.startswith("2 branches exactly zero")
+    converted[1].two[3].__class__ = nn.Conv2d  # the second branch forgets its alpha
+    report = normfree.verify(converted, model, noise(2, 3, 6, 6))
+    assert report.proofs[3].detail == "branch not zero at 1.add_1"

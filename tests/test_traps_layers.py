@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import actions, assert_close, assert_preserved, both, noise, prove, randomise
+import torch.nn.functional as F
+from harness import actions, assert_close, assert_preserved, both, noise, plan_of, prove, randomise
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 PRODUCERS: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]]] = {
     "bias": (lambda: nn.Conv2d(4, 6, 3, bias=True), nn.BatchNorm2d, (6, 6)),
@@ -68,7 +69,7 @@ def test_output_size_of_a_transposed_convolution_still_counts(init: str) -> None
     assert converted(x).shape == (2, 6, 12, 12)
     assert_preserved(model, x)
     if init == "preserve":
-        assert type(converted.up) is scaled_class(nn.ConvTranspose2d)
+        assert type(converted.up) is scaled_weight_class(nn.ConvTranspose2d)
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -122,7 +123,7 @@ def test_linear_behind_flatten_folds(init: str) -> None:
     assert actions(converted) == {"2": "fold"}
     assert_preserved(model, noise(4, 3, 2, 2))
     if init == "preserve":
-        assert type(converted[1]) is scaled_class(nn.Linear)
+        assert type(converted[1]) is scaled_weight_class(nn.Linear)
 
 
 @both
@@ -204,5 +205,19 @@ def test_conv_whose_weight_is_computed_is_not_folded_into(wrap: Callable[[nn.Mod
 @pytest.mark.parametrize("init", ["preserve"])
 def test_scaled_layers_say_what_they_carry(init: str) -> None:
     converted = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), init=init)
-    assert type(converted[0]) is scaled_class(nn.Conv2d)
+    assert type(converted[0]) is scaled_weight_class(nn.Conv2d)
     assert repr(converted[0]).endswith("gain)")
+
+
+class Resize(nn.Module):
+    """At 4 x 4 it is the identity, and at no other size is it an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(4, 4))
+
+
+@both
+def test_resize_to_one_size_is_no_activation(init: str) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Resize(), nn.ReLU(), nn.Conv2d(4, 2, 1)]
+    converted = prove(randomise(nn.Sequential(*layers)), noise(2, 3, 8, 8), init=init)
+    assert plan_of(converted).weights == (() if init == "preserve" else (("0", 1.0),))

@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import normfree
 from normfree.errors import UnsupportedModelError
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
     "act": lambda: tl.BatchNormAct2d(4),
@@ -81,6 +81,27 @@ def test_torchvision_frozen_norm_folds(init: str) -> None:
     assert actions(converted) == {"1": "fold"}
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in converted.modules())
     assert_preserved(model, noise(2, 3, 6, 6))
+
+
+class WrittenTwice(nn.Module):
+    """An in-place activation on the output of another: autograd refuses it where anything before it learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = tl.FrozenBatchNormAct2d(3), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.bn(x).relu_())
+
+
+@both
+def test_affine_of_buffers_stays_frozen(init: str) -> None:
+    model = randomise(WrittenTwice())
+    converted = prove(model, noise(2, 3, 6, 6), init=init)
+    assert [name for name, p in converted.named_parameters() if p.requires_grad] == ["conv.weight", "conv.bias"]
+    converted(noise(2, 3, 6, 6)).sum().backward()
+    folded = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4)), init="preserve")[0]
+    assert {name for name, p in folded.named_parameters() if p.requires_grad} == {"weight", "bias"}
 
 
 def test_frozen_norm_makes_auto_preserve() -> None:
@@ -167,7 +188,7 @@ def test_per_sample_norms_stay_as_they_are(init: str) -> None:
     converted = normfree.convert(model, init=init)
     assert actions(converted) == {"1": "fold"}
     assert [type(m) for m in converted] == [
-        scaled_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
+        scaled_weight_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
         nn.Identity,
         nn.InstanceNorm2d,
         nn.GroupNorm,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from harness import actions, assert_close, assert_preserved, both, noise, norms, plan_of, prove, randomise
 from torch import Tensor, nn
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 
 class SharedConv(nn.Module):
@@ -120,7 +122,7 @@ def test_conv_reached_by_two_names_is_one_producer() -> None:
     model = randomise(Aliased())
     converted = prove(model, noise(2, 3, 6, 6), init="preserve")
     assert converted.conv is converted.layers[0]
-    assert type(converted.conv) is scaled_class(nn.Conv2d)
+    assert type(converted.conv) is scaled_weight_class(nn.Conv2d)
     assert_preserved(model, noise(2, 3, 6, 6))
 
 
@@ -159,3 +161,60 @@ def test_frozen_norm_in_a_training_model_keeps_every_training_flag(init: str, fr
     assert flags["bn"] is not frozen
     if init == "preserve":
         assert isinstance(converted.bn, ChannelAffine)
+
+
+class Alias(nn.Module):
+    """Registers the parameters of its convolution as its own, as wrappers for padding do."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class TiedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.two.bias = self.one.bias
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.bn(self.one(x))))
+
+
+class ReadBias(TiedBias):
+    """Adds the bias a second time, by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.one(x)) + self.one.bias.reshape(-1, 1, 1)
+
+
+BIASES: dict[str, Callable[[], nn.Module]] = {
+    "alias": lambda: nn.Sequential(Alias(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)),
+    "tied": TiedBias,
+    "read": ReadBias,
+}
+
+
+@both
+@pytest.mark.parametrize("how", BIASES)
+def test_bias_that_is_used_elsewhere_too_stays(how: str, init: str) -> None:
+    model = randomise(BIASES[how]())
+    converted = prove(model, noise(2, 3, 6, 6), init=init)
+    assert list(actions(converted).values()) == ["affine" if init == "preserve" else "fold"]
+    assert_preserved(model, noise(2, 3, 6, 6))
+
+
+def test_weight_that_two_layers_share_is_drawn_for_the_first_of_them() -> None:
+    layers = [nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)]
+    layers[3].weight = layers[0].weight
+    torch.nn.init.ones_(layers[3].bias)
+    converted = normfree.convert(nn.Sequential(*layers), init="skipinit")
+    assert plan_of(converted).weights == (("0", pytest.approx(2**0.5, abs=1e-4)), ("3", 1.0))
+    assert converted[0].weight is converted[3].weight
+    assert float(converted[0].weight.detach().square().mean()) == pytest.approx(2 / 64, rel=0.1)
+    assert not converted[3].bias.any()

@@ -9,44 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from endings import Block, X, converted, ends, make
 from harness import alphas, assert_close, both, noise, prove, randomise, set_alphas
 from torch import Tensor, nn
-from torchvision.ops import SqueezeExcitation
 
 import normfree
-from normfree.layers import ChannelAffine, scaled_class
-
-
-class Block(nn.Module):
-    def __init__(self, end: nn.Module) -> None:
-        super().__init__()
-        self.pre = nn.BatchNorm2d(4)
-        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.end = end
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.end(torch.relu(self.bn(self.conv(torch.relu(self.pre(x))))))
-
-
-ENDS = {
-    "weight": lambda: nn.Conv2d(4, 4, 1, bias=False),
-    "output": lambda: SqueezeExcitation(4, 2),
-    "gate": nn.Sigmoid,
-    "norm": lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(4)),
-}
-ends = pytest.mark.parametrize("end", ENDS)
-X = (2, 4, 6, 6)
-
-
-def make(end: str) -> nn.Module:
-    return randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Block(ENDS[end]())))
-
-
-def converted(end: str, init: str) -> nn.Module:
-    """Convert with a scalar that is neither 0 nor 1."""
-    model = normfree.convert(make(end), init=init)
-    assert len(alphas(model)) == 1
-    return set_alphas(model, 0.7).eval()
+from normfree.layers import ChannelAffine, scaled_weight_class
 
 
 def by_pickle(model: nn.Module) -> nn.Module:
@@ -229,7 +197,7 @@ def test_model_on_the_meta_device_converts_without_memory(init: str) -> None:
 
 def test_optimizer_step_moves_every_parameter_of_a_converted_model() -> None:
     model = normfree.convert(make("weight"), init="preserve").train()
-    assert isinstance(model[0], scaled_class(nn.Conv2d))
+    assert isinstance(model[0], scaled_weight_class(nn.Conv2d))
     assert isinstance(model[2].pre, ChannelAffine)
     before = copy.deepcopy(dict(model.named_parameters()))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

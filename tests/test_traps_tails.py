@@ -9,7 +9,7 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from normfree.layers import scaled_class
+from normfree.layers import scaled_weight_class
 
 
 class Branch(nn.Module):
@@ -160,7 +160,7 @@ def test_alpha_scales_only_the_slice_that_is_added(kind: type[nn.Module], init: 
     assert plan_of(converted).declined == ()
     (alpha,) = plan_of(converted).alphas
     assert (alpha.path, alpha.channels) == ("1.conv2", (0, 4))
-    assert isinstance(converted[1].conv2, scaled_class(nn.Conv2d))
+    assert isinstance(converted[1].conv2, scaled_weight_class(nn.Conv2d))
     assert_preserved(model, x)
     half, full, zero = (set_alphas(converted, value)(x) for value in (0.5, 1.0, 0.0))
     skip = converted[0](x)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from normfree.layers.carriers import ScaledOutput, ScaledSum, ScaledWeight, is_carrier, scaled_class, skipinit_name
+from normfree.layers.carriers import (
+    ScaledOutput,
+    ScaledSum,
+    ScaledWeight,
+    scaled_output_class,
+    scaled_weight_class,
+    skipinit_name,
+)
+from normfree.layers.linearity import is_carrier
 from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
 
 __all__ = [
@@ -18,7 +26,8 @@ __all__ = [
     "alpha_scale",
     "is_carrier",
     "is_normfree",
-    "scaled_class",
+    "scaled_output_class",
+    "scaled_weight_class",
     "skipinit_name",
 ]
 

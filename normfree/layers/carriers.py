@@ -2,17 +2,18 @@
 
 ``alpha * (gain * conv(x; W) + bias) == conv(x; alpha * gain * W) + alpha * bias``: on the weight the scalar costs
 nothing per image, on the activation it costs one saved activation per block. So a convolution or linear layer
-that ends a residual branch, or that fed a norm, becomes the ``Scaled`` class of its own type (its ``weight`` keeps
-its key and its values); any other module that ends a branch scales its output.
+that ends a residual branch, or that fed a norm, becomes the :class:`ScaledWeight` of its own class (its ``weight``
+keeps its key and its values); any other module that ends a branch becomes a :class:`ScaledOutput`. An instance
+becomes one by assignment to ``__class__``: same object, same keys, same hooks, and still an ``isinstance`` of what
+it was.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.layers.slots import Channels, alpha_scale
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
-__all__ = ["ScaledOutput", "ScaledSum", "ScaledWeight", "is_carrier", "scaled_class", "skipinit_name"]
+__all__ = ["ScaledOutput", "ScaledSum", "ScaledWeight", "Seen", "scaled_output_class", "scaled_weight_class"]
+__all__ += ["skipinit_name"]
 
 
 @torch.fx.wrap
@@ -54,9 +56,35 @@ def scaled_bias(bias: Tensor | None, alpha: Tensor | None, channels: Channels) -
     return bias * alpha_scale(alpha, channels, bias.shape[0])
 
 
-class ScaledWeight(_Module):
+class Seen:
+    """A layer as its forward is to see it: with another weight and another bias, and all else its own."""
+
+    def __init__(self, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        self._normfree_layer = layer  # a name that no layer has for something else
+        self.weight = weight
+        self.bias = bias
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._normfree_layer, name)
+
+
+class _Scaled(_Module):
+    """Part of both mixins: their classes are made at run time, one for each original class."""
+
+    _normfree_original: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        if "_normfree_original" not in vars(type(self)):  # somebody derived from the class that was made
+            return reduced
+        mixin, original = type(self).__bases__
+        return _empty, (mixin, original), *reduced[2:]
+
+
+class ScaledWeight(_Scaled):
     """Mixin for a layer whose weight is multiplied by gain and alpha on the fly.
 
+    It runs the forward of its original class, which sees the product in place of the weight.
     ``gain``: per output channel, ``(C,)``, or ``None``. ``alpha``: ``(1,)``, or ``None``.
     """
 
@@ -66,10 +94,16 @@ class ScaledWeight(_Module):
     weight: Any
     bias: Any
 
-    def combined(self, groups: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def combined(self) -> tuple[Tensor, Tensor | None]:
         """Return ``(alpha * gain * weight, alpha * bias)``, differentiably."""
+        groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
         weight = scaled_weight(self.weight, self.gain, self.alpha, self.alpha_channels, groups)
         return weight, scaled_bias(self.bias, self.alpha, self.alpha_channels)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the original class does with the combined weight and bias."""
+        seen = Seen(cast(nn.Module, self), *self.combined())
+        return cast(Tensor, cast(Any, self._normfree_original).forward(seen, *args, **kwargs))
 
     def extra_repr(self) -> str:
         """Say what is carried."""
@@ -77,70 +111,7 @@ class ScaledWeight(_Module):
         return ", ".join([super().extra_repr(), *carried])
 
 
-class ScaledLinear(ScaledWeight, nn.Linear):
-    """``nn.Linear`` that carries gain and alpha; ``(*, H_in)`` to ``(*, H_out)``."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``(*, H_out)`` for ``(*, H_in)``."""
-        return F.linear(input, *self.combined())
-
-
-class _ScaledConv(ScaledWeight):
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``(N, C_out, *)`` for ``(N, C_in, *)``."""
-        # _conv_forward applies the padding mode as the parent class does.
-        return cast(Tensor, cast(Any, self)._conv_forward(input, *self.combined()))
-
-
-class ScaledConv1d(_ScaledConv, nn.Conv1d):
-    """``nn.Conv1d`` that carries gain and alpha; ``(N, C, L)``."""
-
-
-class ScaledConv2d(_ScaledConv, nn.Conv2d):
-    """``nn.Conv2d`` that carries gain and alpha; ``(N, C, H, W)``."""
-
-
-class ScaledConv3d(_ScaledConv, nn.Conv3d):
-    """``nn.Conv3d`` that carries gain and alpha; ``(N, C, D, H, W)``."""
-
-
-class _ScaledConvTranspose(ScaledWeight):
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Return ``(N, C_out, *)`` for ``(N, C_in, *)``, of ``output_size`` where it is given."""
-        conv: Any = self
-        weight, bias = self.combined(conv.groups)
-        dims = len(conv.kernel_size)
-        padding = conv._output_padding(
-            input, output_size, conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation
-        )
-        function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
-        return function(input, weight, bias, conv.stride, conv.padding, padding, conv.groups, conv.dilation)
-
-
-class ScaledConvTranspose1d(_ScaledConvTranspose, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` that carries gain and alpha; ``(N, C, L)``."""
-
-
-class ScaledConvTranspose2d(_ScaledConvTranspose, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` that carries gain and alpha; ``(N, C, H, W)``."""
-
-
-class ScaledConvTranspose3d(_ScaledConvTranspose, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` that carries gain and alpha; ``(N, C, D, H, W)``."""
-
-
-_CARRIERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: ScaledLinear,
-    nn.Conv1d: ScaledConv1d,
-    nn.Conv2d: ScaledConv2d,
-    nn.Conv3d: ScaledConv3d,
-    nn.ConvTranspose1d: ScaledConvTranspose1d,
-    nn.ConvTranspose2d: ScaledConvTranspose2d,
-    nn.ConvTranspose3d: ScaledConvTranspose3d,
-}
-
-
-class ScaledOutput(_Module):
+class ScaledOutput(_Scaled):
     """Mixin for any other module that ends a branch: alpha times its output."""
 
     alpha: nn.Parameter
@@ -148,15 +119,6 @@ class ScaledOutput(_Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return alpha times what the original class returns."""
         return cast(Tensor, super().forward(*args, **kwargs) * self.alpha.reshape(()))
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time: pickle and deepcopy rebuild it from the original class.
-        return _new_scaled, (type(self).__mro__[2],), self.__dict__
-
-
-def _new_scaled(original: type[nn.Module]) -> nn.Module:
-    cls = scaled_class(original)
-    return cls.__new__(cls)
 
 
 class ScaledSum(_Module):
@@ -168,27 +130,36 @@ def skipinit_name(addition: int) -> str:
     return f"skipinit_{addition}"
 
 
-def scaled_class(original: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of ``original`` that carries alpha (and, for a conv or linear, gain) on its weight.
+def scaled_weight_class(original: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a layer's class that carries gain and alpha on the weight; see :func:`is_carrier`.
 
-    An instance becomes one by assignment to ``__class__``: same object, same keys, same hooks, and still an
-    ``isinstance`` of ``original``.
+    Raises:
+        TypeError: No class may be derived from ``original``.
     """
-    known = _CARRIERS.get(original) or _MADE.get(original)
+    return _made(ScaledWeight, original)
+
+
+def scaled_output_class(original: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of ``original`` that scales its output.
+
+    Raises:
+        TypeError: No class may be derived from ``original``.
+    """
+    return _made(ScaledOutput, original)
+
+
+def _made(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
+    known = _MADE.get((mixin, original))
     if known is not None:
         return known
-    made = type(f"Scaled{original.__name__}", (ScaledOutput, original), {"__module__": original.__module__})
-    return _MADE.setdefault(original, made)  # one class for each, whichever thread comes first
+    members = {"__module__": original.__module__, "_normfree_original": original}
+    made = type(f"Scaled{original.__name__}", (mixin, original), members)
+    return _MADE.setdefault((mixin, original), made)  # one class for each, whichever thread comes first
 
 
-_MADE: dict[type[nn.Module], type[nn.Module]] = {}
+_MADE: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
 
 
-def is_carrier(module: nn.Module) -> bool:
-    """Whether gain and alpha can live on the weight: an exact torch type whose weight is a plain parameter.
-
-    A subclass may compute its weight (weight standardisation), old-style ``weight_norm`` replaces the parameter, and
-    a parametrised layer has a class of its own: in none of them is the output linear in a stored weight.
-    """
-    plain = type(module) in _CARRIERS and "forward" not in module.__dict__
-    return plain and isinstance(module._parameters.get("weight"), nn.Parameter)
+def _empty(mixin: type, original: type[nn.Module]) -> nn.Module:
+    cls = _made(mixin, original)
+    return cls.__new__(cls)

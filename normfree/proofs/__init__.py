@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from normfree.proofs.batch import batch_independent
 from normfree.proofs.branches import branches_vanish
 from normfree.proofs.case import Case, Proof
-from normfree.proofs.forward import batch_independent, no_norm_runs, same_function
+from normfree.proofs.forward import no_norm_runs, same_function
 from normfree.proofs.learning import everything_learns
 from normfree.proofs.state import clean_state
 

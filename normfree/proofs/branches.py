@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from normfree.analysis import flows
-from normfree.observing import Recorder, Still, out_of_place
+from normfree.graph import Flow
+from normfree.observing import Recorder, Still, Watched, out_of_place
 from normfree.plans import Alpha
-from normfree.proofs.case import TOLERANCE, Case, Proof, alpha_of, error_between, some
-from normfree.sums import find_sums, sum_names
+from normfree.proofs.case import Case, Proof, alpha_of, error_between, some
+from normfree.sums import additions_of, find_sums, sum_names
 from normfree.tracing import trace
 
 __all__ = ["branches_vanish"]
@@ -25,26 +26,26 @@ __all__ = ["branches_vanish"]
 @torch.no_grad()
 def branches_vanish(case: Case) -> Proof:
     """4: alpha = 0 makes every scaled branch exactly zero, and nothing writes into a skip path."""
-    model = case.double(case.model, training=False)
+    model = case.exact(case.model, training=False)
     scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
     for alpha in case.plan.alphas:
         alpha_of(model, alpha.holder).zero_()
     zero, written, ran = _watch(case, model, set(scaled))
     blamed = written
     if written and case.structure is not None:
-        theirs = _watch(case, case.double(case.structure, training=False), set(scaled))[1]
+        theirs = _watch(case, case.exact(case.structure, training=False), set(scaled))[1]
         blamed = [name for name in written if name not in theirs]
     alive = [name for name in scaled if name in ran and zero.get(name, 0) < scaled[name]]
     apart = [name for name in scaled if name not in ran]
     unseen = _alive_tails(case, model, apart)
-    moved = _inplace_error(case, model)
-    if moved > TOLERANCE and case.structure is not None:
-        moved = 0.0 if _inplace_error(case, case.double(case.structure, training=False)) else moved
+    moved, tolerance = _inplace_error(case, model), case.tolerance(model)
+    if moved > tolerance and case.structure is not None:
+        moved = 0.0 if _inplace_error(case, case.exact(case.structure, training=False)) else moved
     problems = [
         *([f"branch not zero at {some(alive)}"] if alive else []),
         *([f"not reached: {some(unseen)}"] if unseen else []),
         *([f"skip path overwritten at {some(blamed)}"] if blamed else []),
-        *([f"in-place activations change the output by {moved:.1e}"] if moved > TOLERANCE else []),
+        *([f"in-place activations change the output by {moved:.1e}"] if moved > tolerance else []),
     ]
     total = sum(scaled.values())
     tails = f" ({len(apart)} sums seen at their tails only)" if apart else ""
@@ -72,24 +73,29 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
         whole = replace(traced, parts=tuple(p for p in traced.parts if not p.path))
         for _, mode, flow in flows(module, whole, below):
             module.train(mode == "train")
-            names_here = {node: prefix + name for node, name in sum_names(flow).items()}
-            watched = {
-                s.node: (s.skip, s.base, s.branches)
-                for s in find_sums(flow)
-                if names_here[s.node] in names and s.skip is not None and s.base is not None
-            }
-            recorder = Recorder(module, flow.graph.nodes, watched)
+            recorder = Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
             try:
                 with Still():
-                    recorder.run(*(_clone(value) for value in arguments.values()))
+                    recorder.run(*_clone(_in_order(module, arguments)))
             except (TypeError, KeyError, IndexError, RuntimeError):
                 continue  # arguments that a graph cannot take, such as ``*levels``: their tails are looked at instead
-            for node, count in recorder.zero_branches.items():
-                name = names_here[node]
+            for name, count in recorder.zero_branches.items():
                 zero[name] = min(count, zero.get(name, count))
-                if not recorder.intact[node]:
-                    written.append(name)
+            written += recorder.written
     return zero, list(dict.fromkeys(written)), set(zero)
+
+
+def _watched(flow: Flow, prefix: str, names: set[str]) -> Iterator[Watched]:
+    """Yield what to look at: the branches and the skip paths of these sums, each where it is added."""
+    named = sum_names(flow)
+    for found in find_sums(flow):
+        name = prefix + named[found.node]
+        if name not in names or found.skip is None or found.base is None:
+            continue
+        for addition in additions_of(flow, found.node):
+            operands = flow.inputs[addition]
+            intact = (found.skip, found.base) if found.skip in operands else ()
+            yield Watched(addition, name, tuple(b for b in found.branches if b in operands), intact)
 
 
 def _alive_tails(case: Case, model: nn.Module, names: list[str]) -> list[str]:
@@ -130,6 +136,15 @@ def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> dict[str, 
     finally:
         handle.remove()
     return captured[0] if captured else None
+
+
+def _in_order(part: nn.Module, arguments: dict[str, Any]) -> list[Any]:
+    """Return the arguments one by one, as a graph takes them."""
+    kinds = {name: p.kind for name, p in inspect.signature(part.forward).parameters.items()}
+    spread = (
+        value if kinds[name] is inspect.Parameter.VAR_POSITIONAL else [value] for name, value in arguments.items()
+    )
+    return [value for values in spread for value in values]
 
 
 def _clone(x: Any) -> Any:

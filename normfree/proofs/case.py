@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from normfree.copying import deep_copy
+from normfree.copying import deep_copy, in_float64
 from normfree.errors import UsageError
 from normfree.observing import Still, tensors
 from normfree.plans import Plan
 from normfree.reference import Reference
 
-__all__ = ["TOLERANCE", "Case", "Proof", "alpha_of", "error_between", "some"]
+__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between", "some"]
 
 TOLERANCE = 1e-9
 """Relative to the largest output, in float64."""
+ROUNDINGS = 8
+"""Of the error that rounding makes, how much more the same function in another order of operations may show."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Case:
         plan: The plan that was applied.
         args: Arguments of a forward pass.
         kwargs: Keyword arguments of it.
+        dtype: What the models are run in: float64, or their own type where they cannot run in that.
     """
 
     model: nn.Module
@@ -62,15 +65,27 @@ class Case:
     plan: Plan
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    dtype: torch.dtype = torch.float64
 
     @functools.cached_property
     def kept(self) -> frozenset[str]:
         """Norms that the plan leaves in place."""
         return frozenset(edit.name for edit in self.plan.norms if edit.action == "keep")
 
-    def double(self, model: nn.Module, training: bool) -> nn.Module:
-        """Return a copy of ``model`` in float64, without the user's hooks."""
-        return self.copy(model, training).double()
+    @functools.cached_property
+    def own_dtype(self) -> torch.dtype:
+        """The type of the model's own parameters."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float64)
+
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        return next(x.shape[0] for x in tensors((self.args, self.kwargs)) if x.dim() > 0)
+
+    def exact(self, model: nn.Module, training: bool) -> nn.Module:
+        """Return a copy of ``model`` in :attr:`dtype`, without the user's hooks."""
+        copied = self.copy(model, training)
+        return in_float64(copied) if self.dtype == torch.float64 else copied
 
     def copy(self, model: nn.Module, training: bool) -> nn.Module:
         """Return a copy of ``model`` as it is, without the user's hooks."""
@@ -78,26 +93,48 @@ class Case:
         _strip_hooks(copied)
         return copied.train(training)
 
-    def run(self, model: nn.Module, sample: int | None = None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """Run ``model`` with dropout off, on everything or on one sample, and return its output tensors."""
-        args, kwargs = self.inputs(sample, dtype)
+    def run(
+        self, model: nn.Module, samples: slice | Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """Run ``model`` with dropout off, on everything or on some samples, and return its output tensors."""
+        args, kwargs = self.inputs(samples, dtype)
         with Still():
             outputs = tensors(model(*args, **kwargs))
         if not outputs:
             raise UsageError(f"the output of this {type(model).__name__} holds no tensors: nothing can be compared")
         return outputs
 
-    def inputs(self, sample: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[list[Any], dict[str, Any]]:
+    def inputs(
+        self, samples: slice | Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[list[Any], dict[str, Any]]:
         """Return fresh arguments: a model may write into its input."""
+        size = self.size
 
         def pick(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            x = x.detach().to(dtype) if x.is_floating_point() else x.detach()
-            return (x if sample is None else x[sample : sample + 1]).clone()
+            x = x.detach().to(dtype or self.dtype) if x.is_floating_point() else x.detach()
+            return (x if samples is None or x.dim() == 0 or x.shape[0] != size else x[samples]).clone()
 
         args, kwargs = tree_map(pick, (list(self.args), self.kwargs))
         return args, kwargs
+
+    @torch.no_grad()
+    def tolerance(self, model: nn.Module) -> float:
+        """Return the relative error that a right answer of ``model``, as :meth:`exact` made it, may have.
+
+        Outside of float64 that is :data:`ROUNDINGS` times what its output moves by when every weight is rounded once
+        more, to a neighbouring number: so it follows the depth and the condition of the model.
+        """
+        if self.dtype == torch.float64:
+            return TOLERANCE
+        generator, step = torch.Generator().manual_seed(0), torch.finfo(self.dtype).eps
+        rounded = deep_copy(model)
+        for parameter in rounded.parameters():
+            if parameter.is_floating_point():
+                sign = torch.randint(2, parameter.shape, generator=generator).to(parameter) * 2 - 1
+                parameter.mul_(1 + step * sign)
+        return ROUNDINGS * max(error_between(self.run(deep_copy(model)), self.run(rounded)), step)
 
 
 def _strip_hooks(model: nn.Module) -> None:

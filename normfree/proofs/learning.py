@@ -13,7 +13,7 @@ __all__ = ["everything_learns"]
 def everything_learns(case: Case) -> Proof:
     """5: what got a gradient before gets one now, and every alpha gets a finite one that is not zero."""
     name = "everything learns"
-    model = case.double(case.model, training=True)
+    model = case.exact(case.model, training=True)
     alphas = {alpha.holder: alpha_of(model, alpha.holder) for alpha in case.plan.alphas}
     expected = _expected(case)
     try:
@@ -51,7 +51,7 @@ def _gradients(case: Case, model: nn.Module) -> dict[str, Tensor | None]:
     model.zero_grad(set_to_none=True)
     outputs = [x for x in case.run(model) if x.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    loss = [(x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)).sum() for x in outputs]
+    loss = [(x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in outputs]
     if loss:
         torch.stack(loss).sum().backward()  # type: ignore[no-untyped-call]  # torch's own stub
     return {name: p.grad for name, p in model.named_parameters()}
@@ -65,7 +65,7 @@ def _expected(case: Case) -> list[str] | None:
     if case.structure is None:
         return [name for name, p in case.model.named_parameters() if p.requires_grad and not name.endswith("alpha")]
     try:
-        grads = _gradients(case, case.double(case.structure, training=True))
+        grads = _gradients(case, case.exact(case.structure, training=True))
     except RuntimeError:
         return None
     return [name for name, grad in grads.items() if grad is not None]
