@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -68,3 +71,68 @@ def test_training_cost_counts_without_a_clock(tmp_path: Path) -> None:
     saved = [row.split(",")[header.split(",").index("saved_mib_per_image")] for row in rows]
     assert len(saved) == 4, "two arms from two starting points"
     assert len(set(saved)) == 1
+
+
+def _grows_once(tmp_path: Path, name: str, runs: int, *arguments: object) -> list[str]:
+    """Run a script on "experiment.py" twice: the second time there is nothing left to do. Return its table."""
+    table = tmp_path / "table.csv"
+    said = []
+    for _ in range(2):
+        _run(name, *arguments, "--csv", table)
+        said.append(table.read_text())
+    assert said[0] == said[1]
+    lines = said[0].splitlines()
+    assert lines[0].endswith("seed,validation,test,seconds,curve,status")
+    assert len(lines) == 1 + runs
+    return lines[1:]
+
+
+def test_find_recipe_writes_its_page(tmp_path: Path) -> None:
+    names = ("bn", "nothing")  # of "recipe.py"
+    lines = _grows_once(tmp_path, "find_recipe.py", 8, *names, "--rates", 0.125, 65536, "--epochs", 1)  # by "recipe.py"
+    assert [line.rpartition(",")[2] for line in lines if ",nothing," in line] == ["trained", "diverged"] * 2
+    _run("find_recipe.py", "--render", "--csv", tmp_path / "table.csv")
+    assert (tmp_path / "table.md").read_text().count("| nothing | 1 |") == 2
+
+
+def test_trainable_depth_writes_its_page_and_its_plot(tmp_path: Path) -> None:
+    short = ("--depths", 8, "--arms", "bn", "skipinit", "sqrt2", "--rates", 0.125, "--seeds", 2, "--epochs", 1)
+    lines = _grows_once(tmp_path, "trainable_depth.py", 12, *short)
+    assert {line.rpartition(",")[2] for line in lines} == {"trained"}
+    _run("trainable_depth.py", "--render", "--csv", tmp_path / "table.csv")
+    page = (tmp_path / "table.md").read_text()
+    assert len(re.findall(r"\| SkipInit, alpha = 0 \| [0-9.]+ ± [0-9.]+ \(2\^-3\) \|", page)) == 2
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trainable_depth_takes_a_folder_of_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for i in range(80):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(0, 100, (24, 24, 3), dtype=torch.uint8) + 100 * (i % 2)
+        Image.fromarray(noise.numpy()).save(path)
+    images = ("--images", tmp_path / "images", "--size", 8, "--batch", 8)
+    short = ("--depths", 8, "--arms", "bn", "--rates", 0.125, "--seeds", 1, "--epochs", 4)
+    lines = _grows_once(tmp_path, "trainable_depth.py", 2, *images, *short)
+    assert [float(line.split(",")[8]) for line in lines] == [1.0, 1.0], "dark and bright images are told apart"
+
+
+def test_learning_rate_regimes_shares_its_work(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    short = ("--batches", 32, 512, "--rates", 0.125, "--seeds", 1, "--epochs", 1, "--csv", table)
+    for shard in ("0/2", "1/2"):
+        _run("learning_rate_regimes.py", *short, "--shard", shard)
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    assert sorted((row[2], row[4]) for row in rows) == [(a, b) for a in ("bn", "skipinit") for b in ("32", "512")]
+    _run("learning_rate_regimes.py", "--render", "--csv", table)
+    assert table.with_suffix(".md").read_text().count("(2^-3)") == 4
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_from_scratch_on_photographs(tmp_path: Path) -> None:
+    short = ("--networks", "torchvision:resnet18", "--size", 32, "--rates", 0.03125, "--seeds", 1, "--epochs", 1)
+    lines = _grows_once(tmp_path, "train_from_scratch.py", 3, *short)
+    assert all(0.5 < float(line.split(",")[8]) < 0.9 for line in lines), "the larger class is 69 %"
+    _run("train_from_scratch.py", "--render", "--csv", tmp_path / "table.csv")
+    assert "| torchvision:resnet18 | 32 | 1 |" in (tmp_path / "table.md").read_text()

@@ -1,0 +1,223 @@
+"""What the training experiments share: images with a fixed split, a table that survives being killed, and its page.
+
+A run is one row of a CSV: what was asked for (the settings), and what came of it. A row that is there is not measured
+again, so a run that is killed loses only itself, and two processes with `--shard 0/2` and `--shard 1/2` fill one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+STATUSES = ("trained", "diverged")
+Row = dict[str, str]
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images `(N, C, H, W)` and their classes `(N,)`."""
+
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: str) -> Part:
+        """Return the part on a device."""
+        return Part(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled images in three parts; `mirror` says that a mirrored image is as good."""
+
+    train: Part
+    validation: Part
+    test: Part
+    classes: int
+    mirror: bool = False
+
+    def to(self, device: str) -> Data:
+        """Return the data on a device."""
+        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **parts)
+
+
+def split(x: Tensor, y: Tensor, shares: tuple[float, float] = (0.6, 0.2), mirror: bool = False) -> Data:
+    """Split images in three parts, always in the same way, and give them zero mean and unit variance.
+
+    Args:
+        x: Images `(N, C, H, W)`.
+        y: Classes `(N,)`.
+        shares: Of the images for training and for validation; the rest is for the test.
+        mirror: Whether training may mirror them.
+    """
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(y)))  # the same with every version of numpy
+    first, second = round(shares[0] * len(y)), round((shares[0] + shares[1]) * len(y))
+    mean, std = x[order[:first]].mean(), x[order[:first]].std()
+    train, validation, test = (
+        Part((x[i] - mean) / std, y[i]) for i in (order[:first], order[first:second], order[second:])
+    )
+    return Data(train, validation, test, int(y.max()) + 1, mirror)
+
+
+def digits() -> Data:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels in grey: 1,078 / 359 / 360."""
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    return split(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(classes))
+
+
+def folder(path: Path, size: int) -> Data:
+    """Read a folder with one folder of images a class, in colour, scaled to `size` x `size`."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    steps = [v2.ToImage(), v2.Resize((size, size), antialias=True), v2.ToDtype(torch.float32, scale=True)]
+    images = list(ImageFolder(str(path), v2.Compose(steps)))
+    return split(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
+
+
+def solar_cells(size: int) -> Data:
+    """Photographs of 2,624 solar cells, sound or likely defective (31 %): 1,574 / 525 / 525 (elpv-dataset on PyPI)."""
+    from elpv_dataset.utils import load_dataset
+    from torchvision.transforms.v2 import functional as tv
+
+    images, probability, _ = load_dataset()
+    cells = torch.cat(
+        [tv.resize(part, [size, size], antialias=True) for part in torch.tensor(images)[:, None].split(64)]
+    )
+    return split(cells.float().expand(-1, 3, -1, -1), torch.tensor(probability > 0.5).long(), mirror=True)
+
+
+def rows(path: Path) -> list[Row]:
+    """Read a table; a line that a killed process left unfinished lacks its last cell, the status: it does not count."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["status"] in STATUSES]
+
+
+def find(path: Path, settings: Settings) -> Row | None:
+    """Return the run with these settings, if the table has it."""
+    wanted = {key: str(value) for key, value in settings.items()}
+    return next((row for row in rows(path) if wanted.items() <= row.items()), None)
+
+
+def measured(path: Path, settings: Settings, run: Callable[[], Any]) -> Row:
+    """Return the row of these settings: the one that the table has, or a new one, which is added to it.
+
+    Args:
+        path: The CSV.
+        settings: What tells this run from every other, by column.
+        run: Does it, and returns a dataclass with the other columns.
+    """
+    known = find(path, settings)
+    if known is not None:
+        return known
+    row = {key: str(value) for key, value in {**settings, **asdict(run())}.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_bytes() if path.exists() else b""
+    text = io.StringIO("\n" if old and not old.endswith(b"\n") else "")
+    text.seek(0, io.SEEK_END)
+    csv.writer(text, lineterminator="\n").writerows([row.values()] if old else [row.keys(), row.values()])
+    with path.open("a", newline="") as file:  # one short write, so that two processes can share the file
+        file.write(text.getvalue())
+    return row
+
+
+def study(
+    path: Path,
+    settings: Settings,
+    rates: Sequence[float],
+    seeds: int,
+    run: Callable[[float, int], Any],
+) -> None:
+    """Try every learning rate with seed 0, and the one that validates best with the other seeds.
+
+    Args:
+        path: The CSV.
+        settings: What tells this study from every other.
+        rates: Learning rates.
+        seeds: How many seeds the best gets.
+        run: Trains with a rate and a seed.
+    """
+    tried = {lr: measured(path, {**settings, "lr": lr, "seed": 0}, lambda lr=lr: run(lr, 0)) for lr in rates}
+    best = max(tried, key=lambda lr: accuracy(tried[lr], "validation"))
+    if tried[best]["status"] == "trained":
+        for seed in range(1, seeds):
+            measured(path, {**settings, "lr": best, "seed": seed}, lambda seed=seed: run(best, seed))
+
+
+def accuracy(row: Row, part: str) -> float:
+    """Return an accuracy in percent; what diverged has none, and is worth zero where it is compared."""
+    return 100 * float(row[part]) if row["status"] == "trained" else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a study: the rate that validated best and the test accuracy of its seeds, in percent."""
+
+    lr: float
+    test: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """Show mean, spread and rate as the paper's table does."""
+        if not self.test:
+            return "diverges"
+        spread = f" ± {statistics.stdev(self.test):.1f}" if len(self.test) > 1 else ""
+        return f"{statistics.mean(self.test):.1f}{spread} ({power(self.lr)})"
+
+
+def summary(table: Sequence[Row], settings: Settings) -> Summary | None:
+    """Summarise a study, or return nothing if no run of it is there."""
+    wanted = {key: str(value) for key, value in settings.items()}
+    mine = [row for row in table if wanted.items() <= row.items()]
+    if not mine:
+        return None
+    first = [row for row in mine if row["seed"] == "0"]
+    best = max(first, key=lambda row: accuracy(row, "validation"))["lr"]
+    done = [row for row in mine if row["lr"] == best and row["status"] == "trained"]
+    return Summary(float(best), tuple(accuracy(row, "test") for row in done))
+
+
+def power(lr: float) -> str:
+    """Write a rate as a power of two."""
+    return f"2^{math.log2(lr):g}"
+
+
+def markdown(header: Sequence[object], body: Iterable[Sequence[object]]) -> str:
+    """Write a table."""
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def shard(work: Sequence[Any], which: str) -> Iterator[Any]:
+    """Go through one part of the work, `0/2` or `1/2`, with a progress bar."""
+    number, of = map(int, which.split("/"))
+    yield from track(work[number::of], description=which, console=Console(stderr=True))
+
+
+def parser(description: str, table: str) -> argparse.ArgumentParser:
+    """Return the options that every experiment has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--csv", type=Path, default=RESULTS / table, help="the table: what it holds is not run again")
+    made.add_argument("--render", action="store_true", help="run nothing; write the page and the plot of the table")
+    made.add_argument("--shard", default="0/1", help="which part of how many, for processes side by side")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--threads", type=int, default=1)
+    return made

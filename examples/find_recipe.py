@@ -1,0 +1,110 @@
+"""What a network without normalisation needs to train as easily as one with it: the measurement behind `RECIPE`.
+
+Pre- and post-activation networks of 18 layers on scikit-learn's digits, with batch norm and converted, at learning
+rates that are powers of two, under a list of recipes. What counts is how wide the range of rates is that end within a
+point of the best on the validation images, beside batch norm's, and the test accuracy at the rate that validates best.
+
+Run: python examples/find_recipe.py [--shard 0/2] [--seeds 3] [NAME ...]
+     python examples/find_recipe.py --render
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from experiment import Data, Row, accuracy, digits, markdown, measured, parser, power, rows, shard
+from recipe import Outcome, Recipe, train
+from trainable_depth import KINDS, arm, network
+
+DEPTH, BATCH = 18, 64
+RATES = tuple(2.0**power for power in range(-6, 2))
+BN = {"bn": Recipe(), "bn + warm-up": Recipe(warmup=0.1), "bn + warm-up + norm 1": Recipe(0.1, "norm:1")}
+ALONE = {
+    "nothing": Recipe(),
+    "warm-up": Recipe(warmup=0.1),
+    "norm 1": Recipe(clip="norm:1"),
+    "agc 0.1": Recipe(clip="agc:0.1"),
+}
+TOGETHER = {
+    f"warm-up + {clip.replace(':', ' ')} + scalars {name}": Recipe(0.1, clip, rate)
+    for clip in ("norm:1", "agc:0.1", "agc:0.03")
+    for name, rate in {"1": 1.0, "1/3": 1 / 3, "1/10": 0.1}.items()
+}
+RECIPES = BN | ALONE | TOGETHER
+
+
+def run(kind: str, name: str, data: Data, epochs: int, lr: float, seed: int) -> Outcome:
+    """Train one network with one recipe."""
+    torch.manual_seed(seed)
+    model = arm("bn" if name in BN else "skipinit", network(kind, DEPTH, data))
+    return train(model, data, RECIPES[name], lr=lr, epochs=epochs, batch=BATCH, seed=seed)
+
+
+def within_a_point(mean: dict[float, float]) -> list[float]:
+    """The rates around the best whose accuracy is within a point of it, without a gap."""
+    rates = sorted(mean)
+    best = max(rates, key=mean.__getitem__)
+    good = [mean[best] - mean[lr] <= 1 for lr in rates]
+    first = last = rates.index(best)
+    while first > 0 and good[first - 1]:
+        first -= 1
+    while last < len(rates) - 1 and good[last + 1]:
+        last += 1
+    return rates[first : last + 1]
+
+
+def line(table: list[Row], kind: str, name: str) -> Iterator[object]:
+    """One line of the page: a recipe on a kind of network."""
+    mine = [row for row in table if (row["network"], row["recipe"]) == (kind, name)]
+    by_rate = {lr: [row for row in mine if float(row["lr"]) == lr] for lr in RATES}
+    mean = {lr: statistics.mean(accuracy(row, "validation") for row in at) for lr, at in by_rate.items() if at}
+    good, best = within_a_point(mean), max(mean, key=mean.__getitem__)
+    yield from (name, len({row["seed"] for row in mine}))
+    yield from (f"{mean[lr]:.1f}" if lr in mean else None for lr in RATES)
+    yield f"{power(good[0])} .. {power(good[-1])}"
+    yield f"{good[-1] / good[0]:g}"
+    yield f"{statistics.mean(accuracy(row, 'test') for row in by_rate[best]):.1f} ({power(best)})"
+
+
+def page(table: list[Row]) -> str:
+    """Write validation accuracy against learning rate, the usable range, and the test accuracy at the best rate."""
+    parts = []
+    for kind in KINDS:
+        names = [name for name in RECIPES if any((r["network"], r["recipe"]) == (kind, name) for r in table)]
+        header = ["recipe", "seeds", *map(power, RATES), "within a point", "factor", "test"]
+        parts.append(f"{kind}:\n\n" + markdown(header, [list(line(table, kind, name)) for name in names]))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Parse and go."""
+    made = parser(__doc__.splitlines()[0], "recipe.csv")
+    made.add_argument("names", nargs="*", help=f"recipes; all without: {'; '.join(RECIPES)}")
+    made.add_argument("--rates", type=float, nargs="+", default=RATES)
+    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--epochs", type=int, default=16)
+    options = made.parse_args()
+    if options.render:
+        options.csv.with_suffix(".md").write_text(page(rows(options.csv)))
+        return
+    torch.set_num_threads(options.threads)
+    data = digits()
+    work = [
+        (kind, name, lr, seed)
+        for seed in range(options.seeds)
+        for kind in KINDS
+        for name in options.names or RECIPES
+        for lr in options.rates
+    ]
+    for kind, name, lr, seed in shard(work, options.shard):
+        settings = {"network": kind, "depth": DEPTH, "recipe": name, "epochs": options.epochs, "batch": BATCH}
+        measured(
+            options.csv, {**settings, "lr": lr, "seed": seed}, partial(run, kind, name, data, options.epochs, lr, seed)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Which learning rate is best at which batch size, with batch norm and without, at a fixed number of epochs.
+
+De & Smith (NeurIPS 2020) find that both want the same rate at a small batch, and batch norm a larger one only at a
+large batch. Pre-activation networks of 18 layers on scikit-learn's digits show whether that is so here.
+
+Run: python examples/learning_rate_regimes.py [--shard 0/2]
+     python examples/learning_rate_regimes.py --render
+"""
+
+from __future__ import annotations
+
+import statistics
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from experiment import Data, Row, digits, markdown, parser, rows, shard, study, summary
+from recipe import BN_RECIPE, RECIPE, Outcome, train
+from trainable_depth import KINDS, arm, network
+
+DEPTH = 18
+ARMS = {"bn": "Batch normalization", "skipinit": "SkipInit, alpha = 0"}
+BATCHES = (4, 8, 16, 32, 64, 128, 256, 512)
+RATES = tuple(2.0**power for power in range(-9, 2))
+
+
+def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: int) -> Outcome:
+    """Build one network and train it."""
+    torch.manual_seed(seed)
+    model = arm(name, network(options.network, DEPTH, data))
+    recipe = BN_RECIPE if name == "bn" else RECIPE
+    return train(model, data, recipe, lr=lr, epochs=options.epochs, batch=batch, seed=seed, device=options.device)
+
+
+def page(table: list[Row]) -> str:
+    """Write test accuracy, spread and best learning rate of both arms at every batch size."""
+    parts = []
+    for kind in [kind for kind in KINDS if any(row["network"] == kind for row in table)]:
+        sizes = sorted({int(row["batch"]) for row in table if row["network"] == kind})
+        cells = [[summary(table, {"network": kind, "arm": name, "batch": size}) for name in ARMS] for size in sizes]
+        body = [[size, *line] for size, line in zip(sizes, cells, strict=True)]
+        parts.append(f"{kind}:\n\n" + markdown(["batch", *ARMS.values()], body))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(table: list[Row], path: Path) -> None:
+    """Draw the best rate, and the accuracy it reaches, against the batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind, style in zip(KINDS, ("-", "--"), strict=True):
+        for name, title in ARMS.items():
+            found = {size: summary(table, {"network": kind, "arm": name, "batch": size}) for size in BATCHES}
+            best = {size: it for size, it in found.items() if it is not None and it.test}
+            label = f"{title}, {kind}" if best else None
+            left.plot(list(best), [it.lr for it in best.values()], style, marker="o", label=label)
+            right.plot(list(best), [statistics.mean(it.test) for it in best.values()], style, marker="o", label=label)
+    left.set_xscale("log", base=2)
+    left.set_yscale("log", base=2)
+    right.set_xscale("log", base=2)
+    left.set_ylabel("best learning rate")
+    right.set_ylabel("test accuracy, %")
+    right.legend(fontsize=7)
+    figure.supxlabel("batch size")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parse and go."""
+    made = parser(__doc__.splitlines()[0], "learning_rate_regimes.csv")
+    made.add_argument("--network", choices=KINDS, default=KINDS[0])
+    made.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    made.add_argument("--rates", type=float, nargs="+", default=RATES)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--epochs", type=int, default=64)
+    options = made.parse_args()
+    if options.render:
+        options.csv.with_suffix(".md").write_text(page(rows(options.csv)))
+        plot(rows(options.csv), options.csv.with_suffix(".png"))
+        return
+    torch.set_num_threads(options.threads)
+    data = digits()
+    for batch, name in shard([(batch, name) for batch in options.batches for name in ARMS], options.shard):
+        settings = {"network": options.network, "depth": DEPTH, "arm": name, "epochs": options.epochs, "batch": batch}
+        study(options.csv, settings, options.rates, options.seeds, partial(run, name, batch, data, options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The training loop behind every table here, and the recipe it uses by default.
+
+A network without normalisation trains with the same optimizer and schedule as one with it. What it needs beside them is
+found by `find_recipe.py`, on small networks; `RECIPE` is the outcome.
+
+    model = normfree.convert(model)
+    outcome = train(model, data, RECIPE, lr=0.5, epochs=16, batch=64, seed=0)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from experiment import Data, Part
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normfree
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: all but the learning rate, which every table chooses on held-out images.
+
+    Attributes:
+        warmup: Share of the steps in which the learning rate grows from zero; a cosine takes it back to zero.
+        clip: `"none"`, `"norm:1"` (the norm of the whole gradient) or `"agc:0.1"` (adaptive, unit by unit).
+        scalar_rate: Learning rate of the alphas over that of the weights.
+        weight_decay: Of weights; vectors and scalars get none.
+        momentum: Of SGD, in Nesterov's form.
+    """
+
+    warmup: float = 0.0
+    clip: str = "none"
+    scalar_rate: float = 1.0
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+
+    def clipper(self) -> Callable[[nn.Module], object]:
+        """Return what clips the gradients of a model."""
+        kind, _, value = self.clip.partition(":")
+        if kind == "norm":
+            return lambda model: nn.utils.clip_grad_norm_(model.parameters(), float(value))
+        if kind == "agc":
+            return lambda model: normfree.clip_grad(model, clip_factor=float(value))
+        if kind == "none":
+            return lambda _: None
+        raise ValueError(f"clip is none, norm:NUMBER or agc:NUMBER, not {self.clip}")
+
+
+RECIPE = Recipe(warmup=0.1, clip="norm:1", scalar_rate=0.1)
+BN_RECIPE = Recipe(warmup=0.1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run.
+
+    Attributes:
+        validation: Accuracy on the images that choose the learning rate; nothing if it diverged.
+        test: Accuracy on the images that choose nothing.
+        seconds: How long it took.
+        curve: The mean training loss of each epoch.
+        status: `"trained"`, or `"diverged"` if a loss or a logit was not finite.
+    """
+
+    validation: float | None
+    test: float | None
+    seconds: float
+    curve: str
+    status: str
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    lr: float,
+    epochs: int,
+    batch: int,
+    seed: int,
+    device: str = "cpu",
+) -> Outcome:
+    """Train `model` in place and return what came of it; the same seed gives the same outcome on the same machine."""
+    torch.manual_seed(seed)
+    start, data, clip = time.perf_counter(), data.to(device), recipe.clipper()
+    model.to(device).train()
+    groups = normfree.param_groups(model, lr=lr, weight_decay=recipe.weight_decay, scalar_lr=lr * recipe.scalar_rate)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=True)
+    each = len(data.train.y) // batch  # an incomplete batch is dropped
+    schedule = cosine(optimizer, recipe.warmup, epochs * each)
+    curve: list[float] = []
+    for epoch in range(epochs):
+        total = torch.zeros((), device=device)
+        for i, (x, y) in enumerate(batches(data, batch)):
+            schedule.step_update(epoch * each + i + 1)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            clip(model)
+            optimizer.step()
+            total += loss.detach()
+            if not math.isfinite(total):
+                return Outcome(None, None, since(start), written([*curve, math.nan]), "diverged")
+        curve.append(total.item() / each)
+    validation, test = accuracy(model, data.validation), accuracy(model, data.test)
+    status = "diverged" if validation is None or test is None else "trained"
+    return Outcome(validation, test, since(start), written(curve), status)
+
+
+def cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> CosineLRScheduler:
+    """Linear from zero in the first steps, then a cosine to zero: no step of 1 .. `steps` has a rate of zero."""
+    first = round(warmup * steps)
+    return CosineLRScheduler(
+        optimizer, t_initial=steps + 1 - first, warmup_t=first, warmup_prefix=True, t_in_epochs=False
+    )
+
+
+def batches(data: Data, size: int) -> list[tuple[Tensor, Tensor]]:
+    """One epoch in random order; mirrored at random where the data allow it."""
+    order = torch.randperm(len(data.train.y)).to(data.train.y.device)
+    whole = order[: len(order) // size * size].split(size)
+    return [(mirrored(data.train.x[i]) if data.mirror else data.train.x[i], data.train.y[i]) for i in whole]
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """Flip each image with even odds, along its width and along its height."""
+    for dim in (2, 3):
+        flip = torch.rand(len(x), 1, 1, 1).to(x.device) < 0.5
+        x = torch.where(flip, x.flip(dim), x)
+    return x
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, part: Part) -> float | None:
+    """Return the share of images named rightly in eval mode, or nothing if a logit is not finite."""
+    logits = torch.cat([model.eval()(x) for x in part.x.split(256)])
+    return round((logits.argmax(1) == part.y).float().mean().item(), 5) if logits.isfinite().all() else None
+
+
+def since(start: float) -> float:
+    """Return the seconds since a moment."""
+    return round(time.perf_counter() - start, 1)
+
+
+def written(curve: list[float]) -> str:
+    """Put a curve into one cell of a table."""
+    return " ".join(f"{loss:.4g}" for loss in curve)

@@ -1,0 +1,164 @@
+"""How deep a network may be before it no longer trains: the first table of De & Smith (NeurIPS 2020), by `convert`.
+
+Networks of 16, 100 and 1,000 layers, pre-activation (timm's blocks) and post-activation (torchvision's), on
+scikit-learn's digits or on a folder of images. The learning rate of every cell is the power of two that validates best.
+
+Run: python examples/trainable_depth.py [--shard 0/2] [--device cuda] [--images FOLDER --size 32]
+     python examples/trainable_depth.py --render
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import Data, Row, digits, folder, markdown, parser, rows, shard, study, summary
+from recipe import BN_RECIPE, RECIPE, Outcome, train
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models.resnetv2 import ResNetV2
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+import normfree
+
+KINDS = ("pre-activation", "post-activation")
+DEPTHS = (16, 100, 1000)
+ARMS = {
+    "bn": "Batch normalization",
+    "rsqrt_depth": "SkipInit, alpha = 1/sqrt(d)",
+    "skipinit": "SkipInit, alpha = 0",
+    "deleted": "BN deleted (alpha fixed at 1)",
+    "sqrt2": "Blocks divided by sqrt(2)",
+}
+RATES = tuple(2.0**power for power in range(-8, 2))
+
+
+def network(kind: str, depth: int, data: Data, width: int = 8) -> nn.Module:
+    """Build a batch-norm network of `depth` layers: a stem, blocks of two layers in two stages, and a classifier."""
+    channels = data.train.x.shape[1]
+    blocks = (depth - 2) // 2
+    first, second = blocks - blocks // 2, blocks // 2
+    stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+    if kind == "pre-activation":
+        model = ResNetV2(
+            [first, second],
+            (width, 2 * width),
+            num_classes=data.classes,
+            stem_chs=width,
+            basic=True,
+            bottle_ratio=1.0,
+            norm_layer=BatchNormAct2d,
+            conv_layer=create_conv2d,
+        )
+        model.stem = stem  # timm's own takes a quarter of the pixels of each side away: too many of eight
+        return model
+    shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, stride=2, bias=False), nn.BatchNorm2d(2 * width))
+    stages = [
+        *(BasicBlock(width, width) for _ in range(first)),
+        BasicBlock(width, 2 * width, 2, shortcut),
+        *(BasicBlock(2 * width, 2 * width) for _ in range(second - 1)),
+    ]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, data.classes))
+    return nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU(), *stages, *head)
+
+
+def arm(name: str, model: nn.Module) -> nn.Module:
+    """Turn a batch-norm network into what a row of the table is about."""
+    if name == "bn":
+        return model
+    if name == "skipinit":
+        return normfree.convert(model, init="skipinit")
+    if name == "rsqrt_depth":
+        return normfree.convert(model, init="skipinit", alpha="rsqrt_depth")
+    plan = normfree.plan(model, init="skipinit")
+    model = normfree.convert(model, init="skipinit", alpha=1.0)
+    for key, parameter in model.named_parameters():
+        if key.endswith("alpha"):
+            parameter.requires_grad_(False)
+    if name == "sqrt2":
+        for total in plan.sums:  # named block.add; a block returns its sum, or the ReLU of it, which a factor passes
+            model.get_submodule(total.name.rpartition(".")[0]).register_forward_hook(divide)
+    return model
+
+
+def divide(_block: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """Divide what a block returns by the square root of two."""
+    return output / 2**0.5
+
+
+def run(kind: str, depth: int, name: str, data: Data, options: Namespace, lr: float, seed: int) -> Outcome:
+    """Build one network and train it."""
+    torch.manual_seed(seed)
+    model = arm(name, network(kind, depth, data, options.width))
+    recipe = BN_RECIPE if name == "bn" else RECIPE
+    return train(
+        model, data, recipe, lr=lr, epochs=options.epochs, batch=options.batch, seed=seed, device=options.device
+    )
+
+
+def page(table: list[Row]) -> str:
+    """Write the table in the form of the paper's: test accuracy in percent, its spread, and the best learning rate."""
+    parts = []
+    depths = sorted({int(row["depth"]) for row in table})
+    for kind in KINDS:
+        body = []
+        for name, title in ARMS.items():
+            cells = [summary(table, {"network": kind, "depth": depth, "arm": name}) for depth in depths]
+            body.append([title, *cells])
+        parts.append(f"{kind}:\n\n" + markdown(["", *(f"{depth} layers" for depth in depths)], body))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(table: list[Row], path: Path) -> None:
+    """Draw the training curve of every cell at its best learning rate, seed 0."""
+    from matplotlib.figure import Figure
+
+    depths = sorted({int(row["depth"]) for row in table})
+    figure = Figure(figsize=(3.5 * len(depths), 6), layout="constrained")
+    grid = figure.subplots(len(KINDS), len(depths), sharex=True, sharey=True, squeeze=False)
+    for axes, kind in zip(grid, KINDS, strict=True):
+        for ax, depth in zip(axes, depths, strict=True):
+            ax.set_title(f"{kind}, {depth} layers", fontsize=9)
+            for name, title in ARMS.items():
+                best = summary(table, {"network": kind, "depth": depth, "arm": name})
+                for row in table:
+                    key = (row["network"], row["depth"], row["arm"], row["lr"], row["seed"])
+                    if best and key == (kind, str(depth), name, str(best.lr), "0"):
+                        ax.plot([float(loss) for loss in row["curve"].split()], label=title)
+    grid[0][0].legend(fontsize=7)
+    figure.supxlabel("epoch")
+    figure.supylabel("training loss")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parse and go."""
+    made = parser(__doc__.splitlines()[0], "trainable_depth.csv")
+    made.add_argument("--images", type=Path, help="a folder with one folder a class; scikit-learn's digits without")
+    made.add_argument("--size", type=int, default=16, help="pixels of a side that they are scaled to")
+    made.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    made.add_argument("--rates", type=float, nargs="+", default=RATES)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--width", type=int, default=8)
+    made.add_argument("--epochs", type=int, default=16)
+    made.add_argument("--batch", type=int, default=64)
+    options = made.parse_args()
+    if options.render:
+        table = rows(options.csv)
+        options.csv.with_suffix(".md").write_text(page(table))
+        plot(table, options.csv.with_suffix(".png"))
+        return
+    torch.set_num_threads(options.threads)
+    data = folder(options.images, options.size) if options.images else digits()
+    cells = [(kind, depth, name) for depth in options.depths for kind in KINDS for name in options.arms]
+    for kind, depth, name in shard(cells, options.shard):
+        settings = {"network": kind, "depth": depth, "arm": name, "epochs": options.epochs, "batch": options.batch}
+        study(options.csv, settings, options.rates, options.seeds, partial(run, kind, depth, name, data, options))
+
+
+if __name__ == "__main__":
+    main()

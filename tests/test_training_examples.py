@@ -1,0 +1,229 @@
+"""The experiments measure what they say: same seed, same result; what diverged is said to; a table goes on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import experiment
+import find_recipe
+import pytest
+import recipe
+import torch
+import train_from_scratch
+import trainable_depth
+from experiment import Data, Part
+from harness import noise
+from recipe import Outcome, Recipe
+from torch import nn
+
+import normfree
+from normfree import zoo
+
+DATA = experiment.digits()
+SMALL = replace(DATA, train=Part(DATA.train.x[:128], DATA.train.y[:128]))
+OUTCOME = Outcome(0.5, 0.25, 1.0, "2 1", "trained")
+LOST = Outcome(None, None, 1.0, "nan", "diverged")
+
+
+def trained(lr: float = 0.1, seed: int = 0, with_recipe: Recipe = recipe.RECIPE) -> Outcome:
+    torch.manual_seed(seed)
+    model = trainable_depth.arm("skipinit", trainable_depth.network("post-activation", 8, SMALL))
+    return recipe.train(model, SMALL, with_recipe, lr=lr, epochs=2, batch=32, seed=seed)
+
+
+def test_same_seed_same_result() -> None:
+    one, same, other = trained(), trained(), trained(seed=1)
+    assert (one.curve, one.validation, one.test) == (same.curve, same.validation, same.test)
+    assert one.curve != other.curve
+    assert one.status == "trained"
+
+
+def test_a_run_that_is_not_finite_is_stopped_and_has_diverged() -> None:
+    lost = trained(lr=1e12, with_recipe=Recipe())
+    assert (lost.status, lost.validation, lost.test) == ("diverged", None, None)
+    assert math.isnan(float(lost.curve.split()[-1]))
+
+
+def test_training_learns() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    outcome = recipe.train(model, DATA, recipe.BN_RECIPE, lr=0.1, epochs=4, batch=64, seed=0)
+    assert outcome.test is not None
+    assert outcome.test > 0.9
+    first, last = (float(outcome.curve.split()[i]) for i in (0, -1))
+    assert last < first / 2
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_learning_rate_rises_and_falls(warmup: float) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, rates = recipe.cosine(optimizer, warmup, 20), []
+    for step in range(1, 21):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    top = round(20 * warmup)
+    assert rates[:top] == pytest.approx([2.0 * i / top for i in range(1, top)] + [2.0] * (top > 0))
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
+    assert max(rates) <= 2.0
+
+
+@pytest.mark.parametrize(("clip", "norm"), [("none", 10.0), ("norm:1", 1.0), ("agc:0.1", 1.0)])
+def test_clipping(clip: str, norm: float) -> None:
+    model = nn.Conv2d(1, 1, 10, bias=False)
+    assert model.weight.grad is None
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    model.weight.grad = torch.ones_like(model.weight)
+    Recipe(clip=clip).clipper()(model)
+    assert model.weight.grad.norm().item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_unknown_clipping_is_refused() -> None:
+    with pytest.raises(ValueError, match="clip is none, norm:NUMBER or agc:NUMBER, not value:1"):
+        Recipe(clip="value:1").clipper()
+
+
+def test_parts_share_no_image_and_are_always_the_same() -> None:
+    x, y = torch.arange(100.0).reshape(-1, 1, 1, 1), torch.arange(100)
+    one, same = experiment.split(x, y), experiment.split(x, y)
+    parts = [part.y.tolist() for part in (one.train, one.validation, one.test)]
+    assert list(map(len, parts)) == [60, 20, 20]
+    assert sorted(i for part in parts for i in part) == list(range(100))
+    assert parts[0][:3] == [26, 86, 2], "the published split"
+    assert same.train.y.tolist() == parts[0]
+    assert one.train.x.mean().abs() < 1e-5
+    assert one.train.x.std() == pytest.approx(1.0)
+
+
+def test_mirroring_moves_pixels_within_their_image() -> None:
+    torch.manual_seed(0)
+    x = noise(64, 1, 4, 4)
+    y = recipe.mirrored(x)
+    kinds = [x, x.flip(2), x.flip(3), x.flip(2, 3)]
+    counts = [sum(torch.equal(a, b) for a, b in zip(y, kind, strict=True)) for kind in kinds]
+    assert sum(counts) == 64
+    assert min(counts) > 4
+
+
+def test_table_goes_on_where_it_was(tmp_path: Path) -> None:
+    calls: list[object] = []
+
+    def run() -> Outcome:
+        calls.append(1)
+        return OUTCOME
+
+    path = tmp_path / "deep" / "table.csv"
+    settings = {"arm": "a, b", "lr": 0.5}
+    row = experiment.measured(path, settings, run)
+    assert experiment.measured(path, settings, run) == row == experiment.rows(path)[0]
+    assert calls == [1]
+    assert row["arm"] == "a, b"
+    assert (experiment.accuracy(row, "validation"), experiment.accuracy(row, "test")) == (50.0, 25.0)
+
+
+def test_a_killed_process_loses_only_its_own_run(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    for lr in (1.0, 2.0):
+        experiment.measured(path, {"lr": lr}, lambda: OUTCOME)
+    path.write_text(path.read_text()[:-12])
+    assert [row["lr"] for row in experiment.rows(path)] == ["1.0"]
+    for lr in (1.0, 2.0):
+        experiment.measured(path, {"lr": lr}, lambda: OUTCOME)
+    assert [row["lr"] for row in experiment.rows(path)] == ["1.0", "2.0"]
+
+
+def test_study_repeats_the_rate_that_validates_best(tmp_path: Path) -> None:
+    good = {1.0: 0.5, 2.0: 0.75}
+
+    def run(lr: float, seed: int) -> Outcome:
+        return replace(OUTCOME, validation=good[lr], test=good[lr] - seed / 10) if lr in good else LOST
+
+    path = tmp_path / "table.csv"
+    experiment.study(path, {"arm": "bn"}, [1.0, 2.0, 4.0], 3, run)
+    table = experiment.rows(path)
+    assert [(row["lr"], row["seed"]) for row in table] == [
+        ("1.0", "0"),
+        ("2.0", "0"),
+        ("4.0", "0"),
+        ("2.0", "1"),
+        ("2.0", "2"),
+    ]
+    assert [row["status"] for row in table] == ["trained", "trained", "diverged", "trained", "trained"]
+    assert str(experiment.summary(table, {"arm": "bn"})) == "65.0 ± 10.0 (2^1)"
+    assert experiment.summary(table, {"arm": "other"}) is None
+
+
+def test_what_diverges_at_every_rate_is_said_to(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    experiment.study(path, {"arm": "deleted"}, [1.0, 2.0], 3, lambda lr, seed: LOST)
+    table = experiment.rows(path)
+    assert len(table) == 2, "no more seeds"
+    assert str(experiment.summary(table, {"arm": "deleted"})) == "diverges"
+
+
+@pytest.mark.parametrize("kind", trainable_depth.KINDS)
+def test_networks_have_the_depth_they_say(kind: str) -> None:
+    for depth in (16, 18, 100):
+        model = trainable_depth.network(kind, depth, DATA)
+        layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.shape[-1] != 1]
+        on_the_way = [m for m in layers if isinstance(m, nn.Conv2d)]
+        assert len(on_the_way) == depth - 1, "3 x 3 convolutions: all layers but the classifier"
+
+
+@pytest.mark.parametrize("kind", trainable_depth.KINDS)
+def test_arms_are_what_they_say(kind: str) -> None:
+    x = noise(4, 1, 8, 8)
+    models: dict[str, Any] = {}
+    for name in trainable_depth.ARMS:
+        torch.manual_seed(0)
+        models[name] = trainable_depth.arm(name, trainable_depth.network(kind, 16, DATA)).eval()
+    alphas = {
+        name: [(p.item(), p.requires_grad) for key, p in model.named_parameters() if key.endswith("alpha")]
+        for name, model in models.items()
+    }
+    assert alphas["bn"] == []
+    assert alphas["skipinit"] == [(0.0, True)] * 7
+    assert alphas["rsqrt_depth"] == [(pytest.approx(7**-0.5), True)] * 7
+    assert alphas["deleted"] == alphas["sqrt2"] == [(1.0, False)] * 7
+    shrunk, deleted = models["sqrt2"], models["deleted"]
+    assert not torch.allclose(shrunk(x), deleted(x))
+    with torch.no_grad():
+        blocks = [m for m in deleted.modules() if type(m).__name__ in ("PreActBasic", "BasicBlock")]
+        for block in blocks:
+            block.register_forward_hook(lambda module, args, output: output / 2**0.5)
+    assert len(blocks) == 7
+    assert torch.allclose(shrunk(x), deleted(x)), "every block is divided, once"
+
+
+def test_range_is_around_the_best_and_has_no_gap() -> None:
+    assert find_recipe.within_a_point({1.0: 99, 2.0: 97, 4.0: 99, 8.0: 98, 16.0: 98.5, 32.0: 90}) == [1.0]
+    assert find_recipe.within_a_point({1.0: 97, 2.0: 98.5, 4.0: 99, 8.0: 98, 16.0: 90}) == [2.0, 4.0, 8.0]
+
+
+def test_arms_from_scratch() -> None:
+    data = Data(Part(noise(64, 3, 32, 32), torch.zeros(64)), DATA.validation, DATA.test, 2)
+    source = zoo.find("torchvision:vgg11_bn")
+    torch.manual_seed(0)
+    kinds = {
+        arm: {type(m).__name__ for m in train_from_scratch.network(source, arm, data).modules()}
+        for arm in train_from_scratch.ARMS
+    }
+    assert {arm: {k for k in found if "Norm" in k} for arm, found in kinds.items()} == {
+        "bn": {"BatchNorm2d"},
+        "groupnorm": {"GroupNorm"},
+        "normfree": set(),
+    }
+    model = train_from_scratch.network(source, "normfree", data)
+    assert model.features[:4](data.train.x).square().mean() < 4
+    assert normfree.plan(zoo.build(source)).norms
+
+
+def test_page_of_the_recipes_is_written_from_their_table() -> None:
+    path = experiment.RESULTS / "recipe.csv"
+    table = experiment.rows(path)
+    assert len(table) > 10
+    assert path.with_suffix(".md").read_text() == find_recipe.page(table)
