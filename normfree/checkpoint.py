@@ -65,7 +65,7 @@ def save(
         overwrite: Replace an existing file.
 
     Raises:
-        UsageError: The model carries no plan.
+        UsageError: The model carries no plan, or is fused.
         OutputError: The file exists, or cannot be written.
 
     Example:
@@ -78,6 +78,8 @@ def save(
     plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    if plan.fused:
+        raise UsageError("a fused model cannot be loaded again: save the converted one, and fuse it after loading")
     out = check_output(path, overwrite=overwrite)
     header = {
         "format": FORMAT,

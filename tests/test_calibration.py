@@ -79,6 +79,15 @@ def test_second_moment_is_near_one_at_every_former_norm(name: str) -> None:
     assert outside == {}
 
 
+def test_identity_branches_of_repvgg_are_not_held_yet() -> None:
+    """A limit that the README names: nothing is left there that could take the mean away."""
+    x = photographs()
+    moments = former_sites(normfree.calibrate(normfree.convert(build("timm:repvgg_a0")), x), x)
+    outside = {site for site, moment in moments.items() if not 0.25 <= moment <= 4}
+    assert outside
+    assert all(site.endswith(".identity") for site in outside)
+
+
 def test_layers_have_unit_variance_and_zero_mean_in_one_sweep() -> None:
     model = normfree.convert(torchvision.models.vgg11_bn(num_classes=3))
     x = 5 + 3 * noise(8, 3, 32, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -116,3 +117,12 @@ def test_nothing_to_fuse_is_an_error() -> None:
     assert norms(fused) == []
     with pytest.raises(normfree.errors.UsageError, match="convert it first"):
         normfree.fuse(fused)
+
+
+def test_fused_model_is_neither_verified_nor_saved(tmp_path: Path) -> None:
+    fused = normfree.fuse(normfree.convert(torchvision.models.resnet18()))
+    with pytest.raises(normfree.errors.UsageError, match=r"this ResNet is fused.*verify it before normfree\.fuse"):
+        normfree.verify(fused, None, noise(2, 3, 32, 32))
+    with pytest.raises(normfree.errors.UsageError, match="save the converted one, and fuse it after loading"):
+        normfree.save(fused, tmp_path / "fused.safetensors")
+    assert list(tmp_path.iterdir()) == []
