@@ -129,7 +129,7 @@ def measured(path: Path, settings: Settings, run: Callable[[], Any]) -> Row:
     known = find(path, settings)
     if known is not None:
         return known
-    row = {key: str(value) for key, value in {**settings, **asdict(run())}.items()}
+    row = {key: "" if value is None else str(value) for key, value in {**settings, **asdict(run())}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes() if path.exists() else b""
     text = io.StringIO("\n" if old and not old.endswith(b"\n") else "")

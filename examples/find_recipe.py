@@ -20,7 +20,7 @@ from recipe import Outcome, Recipe, train
 from trainable_depth import KINDS, arm, network
 
 DEPTH, BATCH = 18, 64
-RATES = tuple(2.0**power for power in range(-6, 2))
+RATES = tuple(2.0**power for power in range(-6, 4))
 BN = {"bn": Recipe(), "bn + warm-up": Recipe(warmup=0.1), "bn + warm-up + norm 1": Recipe(0.1, "norm:1")}
 ALONE = {
     "nothing": Recipe(),
@@ -28,10 +28,17 @@ ALONE = {
     "norm 1": Recipe(clip="norm:1"),
     "agc 0.1": Recipe(clip="agc:0.1"),
 }
+SCALARS = {"10": 10.0, "3": 3.0, "1": 1.0, "1/3": 1 / 3, "1/10": 0.1}
 TOGETHER = {
-    f"warm-up + {clip.replace(':', ' ')} + scalars {name}": Recipe(0.1, clip, rate)
-    for clip in ("norm:1", "agc:0.1", "agc:0.03")
-    for name, rate in {"1": 1.0, "1/3": 1 / 3, "1/10": 0.1}.items()
+    f"warm-up + {clip.replace(':', ' ')} + scalars {name}": Recipe(0.1, clip, SCALARS[name])
+    for clip, names in {
+        "norm:1": ("3", "1", "1/3", "1/10"),
+        "norm:0.3": ("3", "1", "1/3"),
+        "norm:0.1": ("10", "3", "1", "1/3"),
+        "agc:0.1": ("1", "1/3", "1/10"),
+        "agc:0.03": ("1", "1/3", "1/10"),
+    }.items()
+    for name in names
 }
 RECIPES = BN | ALONE | TOGETHER
 

@@ -72,6 +72,15 @@ def test_convert_as_json(tmp_path: Path, checkpoint: Path) -> None:
     assert isinstance(normfree.load(out).bn1, torch.nn.BatchNorm2d)
 
 
+def test_no_reset_keeps_the_weights_of_the_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    out = tmp_path / "r.safetensors"
+    options = ("--checkpoint", checkpoint, "--num-classes", 5, "--init", "skipinit", "--no-reset")
+    done = run("convert", "timm:resnet18", "-o", out, *options)
+    assert done.exit_code == 0, done.output
+    original = timm.create_model("resnet18", num_classes=5, checkpoint_path=str(checkpoint))
+    assert torch.equal(normfree.load(out).layer1[0].conv1.weight, original.layer1[0].conv1.weight)
+
+
 def test_verify_uses_the_recorded_reference(converted: Path) -> None:
     done = run("verify", converted, "--json")
     assert done.exit_code == 0, done.output

@@ -47,6 +47,7 @@ def convert(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
+    reset: Annotated[bool, typer.Option("--reset/--no-reset", help="skipinit: draw rescaled weights anew.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     proofs: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the conversion before writing.")] = True,
     as_json: JsonOption = False,
@@ -67,7 +68,7 @@ def convert(
 
             name, original = build_original(source, step, checkpoint, pretrained, num_classes)
             step("converting")
-            options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
+            options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
             model = conversion.convert(original, include=include or (), exclude=exclude or (), **options)
             plan: Plan = getattr(model, PLAN_ATTRIBUTE)
             done: list[Proof] = []
