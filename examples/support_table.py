@@ -256,7 +256,7 @@ def page(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{len(rows)} networks with batch normalisation, all planned; {len(checked)} converted from both starting"
     yield f"points and verified on white noise with random statistics, {len(good)} of them with every proof."
     smaller = sum(row["gains"] not in ("", "1.0") for row in rows)
-    yield f"In {smaller} the gains were drawn smaller: the original itself amplified rounding until nothing else was left."
+    yield f"In {smaller} the gains were drawn smaller: the original itself amplified rounding beyond use."
     yield f"{VERSIONS}."
     yield "Written by `python examples/support_table.py --render`; the figures are in `support.csv`.\n"
     yield "| file | models | verified | norms | residual | parallel | merge | alpha | declined |"
