@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import fx
 
+from normfree.decoders import is_only_a_gate, rising_step
 from normfree.graph import Flow, Role
-from normfree.resolution import rising_step
 
 __all__ = ["Kind", "SumNode", "additions_of", "find_sums", "sum_names"]
 
@@ -225,6 +225,8 @@ def _not_a_branch(flow: Flow, position: _Position, operand: fx.Node, found: Mapp
     rise = rising_step(flow, path, operand, owner=flow.graph.owners[flow.users[operand][0]])
     if rise is not None:
         return f"the branch changes resolution upwards ({rise.name})"
+    if is_only_a_gate(flow, position.node, operand):
+        return "the skip path only gates what comes from elsewhere"
     if position.preactivated and sum(flow.roles[node] is Role.CONV for node in path) < 2:
         return "both paths are one convolution deep"
     return None

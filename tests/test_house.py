@@ -61,7 +61,7 @@ LAYERS = (
     "tracer traces optim",
     "tracing",
     "graph",
-    "activations resolution blocks",
+    "activations decoders blocks",
     "sums",
     "tails sites",
     "analysis plans",

@@ -144,10 +144,41 @@ class FPN(nn.Module):
         return self.lateral(low) + F.interpolate(high, size=low.shape[-2:], mode="nearest")
 
 
+class GatedUp(FPN):
+    """A pyramid attention network's way up: what is pooled of the coarse level gates the fine one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn(4, 4, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.low(x)
+        high = self.high(low)
+        return F.interpolate(high, size=low.shape[-2:], mode="nearest") + self.lateral(low) * self.gate(high)
+
+
+class TwoSquared(nn.Module):
+    """A branch that multiplies two of its own features, of which one is pooled, stays a residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.pool = conv_bn(4, 4), conv_bn(4, 4, 1), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x) * torch.sigmoid(self.b(self.pool(x)))
+
+
 @both
 @pytest.mark.parametrize(
     ("block", "kind"),
-    [(RepVGG, "parallel"), (MobileOne, "parallel"), (UNet, "merge"), (TransposedUNet, "merge"), (FPN, "merge")],
+    [
+        (RepVGG, "parallel"),
+        (MobileOne, "parallel"),
+        (UNet, "merge"),
+        (TransposedUNet, "merge"),
+        (FPN, "merge"),
+        (GatedUp, "merge"),
+    ],
 )
 def test_sum_that_is_no_residual_gets_no_alpha(block: type[nn.Module], kind: str, init: str) -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), block()))
@@ -157,6 +188,13 @@ def test_sum_that_is_no_residual_gets_no_alpha(block: type[nn.Module], kind: str
     assert alphas(converted) == []
     assert plan_of(converted).declined == ()
     assert_preserved(model, x)
+
+
+@both
+def test_gate_on_the_branch_itself_makes_no_merge(init: str) -> None:
+    converted = prove(randomise(nn.Sequential(nn.Conv2d(3, 4, 1), TwoSquared())), noise(2, 3, 8, 8), init=init)
+    assert kinds(converted) == ["residual"]
+    assert len(alphas(converted)) == 1
 
 
 class Res2Net(nn.Module):

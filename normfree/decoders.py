@@ -1,6 +1,6 @@
-"""Whether a branch ends at a higher resolution than it starts with: a decoder's path, and no residual branch.
+"""What tells a decoder's path from a residual branch: it rises to a higher resolution, or it comes from elsewhere.
 
-Two kinds of upward steps are none: one in the gate of a product, whose other factor has the resolution already, and
+Two kinds of upward steps do not count: one in the gate of a product, whose other factor has the resolution already, and
 one that takes back a downward step of the same module (attention on a coarser grid).
 """
 
@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from normfree.graph import Flow, Role
 
-__all__ = ["rising_step"]
+__all__ = ["is_only_a_gate", "rising_step"]
 
 
 def rising_step(flow: Flow, path: Sequence[fx.Node], operand: fx.Node, owner: str) -> fx.Node | None:
@@ -38,6 +38,16 @@ def rising_step(flow: Flow, path: Sequence[fx.Node], operand: fx.Node, owner: st
             earlier = []  # the other factor is at this resolution without any step
         rises[node] = next((rise for rise in earlier if rise is not None), own)
     return rises[operand]
+
+
+def is_only_a_gate(flow: Flow, base: fx.Node, operand: fx.Node) -> bool:
+    """Whether ``operand`` is another feature map times a gate pooled from ``base``: attention between two levels."""
+    while flow.roles[operand] is not Role.MUL and len(flow.inputs[operand]) == 1:
+        operand = flow.inputs[operand][0]
+    if flow.roles[operand] is not Role.MUL or len(flow.inputs[operand]) != 2:
+        return False
+    fed = [factor for factor in flow.inputs[operand] if factor is base or flow.feeds(base, factor)]
+    return len(fed) == 1 and any(flow.roles[node] is Role.POOL for node in flow.between(base, fed[0]))
 
 
 def _operations(flow: Flow, node: fx.Node, owner: str) -> set[str]:
