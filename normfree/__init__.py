@@ -16,6 +16,7 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
     "optim": ["clip_grad", "param_groups"],
     "planning": ["plan"],
     "plans": ["Plan"],
+    "propagation": ["Signals", "signals"],
     "verifying": ["Report", "verify"],
 }
 __all__ = ["errors", *(name for names in _HOMES.values() for name in names)]

@@ -12,6 +12,8 @@ from normfree.optim import clip_grad as clip_grad
 from normfree.optim import param_groups as param_groups
 from normfree.planning import plan as plan
 from normfree.plans import Plan as Plan
+from normfree.propagation import Signals as Signals
+from normfree.propagation import signals as signals
 from normfree.verifying import Report as Report
 from normfree.verifying import verify as verify
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from normfree.norms import describe
 from normfree.roles import VIEWS
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
+
+# What hands a signal on without weights: a product is one with a gate.
+_TRANSPARENT = {Role.NORM, Role.PASS, Role.RESHAPE, Role.POOL, Role.PAD, Role.UPSAMPLE, Role.SLICE, Role.SPLIT}
+_TRANSPARENT |= {Role.ADD, Role.MUL, Role.CAT}
 
 
 @dataclass(frozen=True)
@@ -154,21 +159,20 @@ def rescaled_layers(flow: Flow) -> Iterator[tuple[str, Activation | None]]:
 
 
 def _activation(flow: Flow, node: fx.Node) -> Activation | None:
-    """Return the first activation behind ``node``, seen through norms and what else keeps the distribution."""
-    while True:
-        for user in flow.users[node]:
-            function = as_activation(flow, user)
+    """Return the nearest activation behind ``node``, seen through norms, sums and whatever else computes no weights.
+
+    The last convolution of a residual branch is followed by what follows the sum, at once or in the next block.
+    """
+    reached, seen = deque([node]), {node}
+    while reached:
+        for user in flow.users[reached.popleft()]:
+            function = flow.activation_in(user) if flow.roles[user] is Role.NORM else as_activation(flow, user)
             if function is not None:
                 return function
-        if len(flow.users[node]) != 1:
-            return None
-        node = flow.users[node][0]
-        if flow.roles[node] is Role.NORM:
-            act = flow.activation_in(node)
-            if act is not None:
-                return act
-        elif flow.roles[node] not in (Role.PASS, Role.RESHAPE):
-            return None
+            if user not in seen and flow.roles[user] in _TRANSPARENT:
+                seen.add(user)
+                reached.append(user)
+    return None
 
 
 def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:

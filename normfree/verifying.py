@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normfree.copying import deep_copy
 from normfree.errors import UsageError
 from normfree.guards import PLAN_ATTRIBUTE
+from normfree.inputs import Inputs, arguments, example_input
 from normfree.observing import tensors
 from normfree.plans import Plan
 from normfree.proofs import PROOFS, Case, Proof
 from normfree.reference import Reference
 
-__all__ = ["Inputs", "Proof", "Report", "each_proof", "example_input", "verify"]
-
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+__all__ = ["Proof", "Report", "each_proof", "verify"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def each_proof(
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
     if plan.fused:
         raise UsageError(f"this {type(model).__name__} is fused: its alphas are gone; verify it before normfree.fuse")
-    args, kwargs = _arguments(example_input(model) if inputs is None else inputs)
+    args, kwargs = arguments(example_input(model) if inputs is None else inputs)
     sizes = {x.shape[0] for x in tensors((args, kwargs)) if x.dim() > 0}
     if not sizes or min(sizes) < 2:
         raise UsageError("verify needs a batch of at least two: with one sample nothing can depend on the others")
@@ -124,52 +121,3 @@ def each_proof(
             case = replace(case, dtype=case.own_dtype)
             done, note = proof(case), f" (in {str(case.dtype)[6:]}: in float64 it raises {type(error).__name__})"
         yield replace(done, detail=done.detail + note)
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-
-def example_input(model: nn.Module, batch: int = 2) -> Tensor:
-    """Return white noise ``(N, C, *)`` of the smallest of a few shapes that the model takes.
-
-    The number of channels and the largest size come from its timm configuration or its first layer.
-
-    Raises:
-        UsageError: Neither says anything, or the model takes none of the shapes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    like = next(model.parameters())
-    probe = deep_copy(model)
-    errors = []
-    for shape in _shapes(model):
-        x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
-        try:
-            with torch.no_grad():
-                probe.train()(x.clone())
-                probe.eval()(x.clone())
-        except Exception as error:  # whatever the model raises for a shape it does not take
-            errors.append(f"{tuple(x.shape)}: {type(error).__name__}: {error}"[:200])
-        else:
-            return x
-    tried = "; ".join(errors) or "no layer tells the shape"
-    raise UsageError(f"no input shape is known for {type(model).__name__}: pass inputs= ({tried})")
-
-
-def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("input_size"):
-        channels, *native = config["input_size"]
-        return [(channels, *size) for size in ((64, 64), (128, 128), tuple(native))]
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            return [(module.in_features,)]
-        if isinstance(module, nn.Conv1d):
-            return [(module.in_channels, 256)]
-        if isinstance(module, nn.Conv2d):
-            return [(module.in_channels, size, size) for size in (64, 128, 224, 299)]
-        if isinstance(module, nn.Conv3d):
-            return [(module.in_channels, 8, size, size) for size in (64, 112)]
-    return []

@@ -65,12 +65,12 @@ LAYERS = (
     "sums",
     "tails sites",
     "analysis plans",
-    "guards selecting observing preparing",
-    "placing kinds",
+    "guards selecting observing preparing inputs",
+    "placing kinds replaying",
     "deciding",
     "planning rewriting reference files",
     "conversion fusing calibration proofs checkpoint zoo",
-    "bench verifying printing",
+    "bench verifying printing propagation",
     "cli",
 )
 

@@ -64,6 +64,7 @@ def convert(
             from normfree import conversion, verifying
             from normfree.checkpoint import save
             from normfree.guards import PLAN_ATTRIBUTE
+            from normfree.inputs import example_input
             from normfree.reference import Reference
 
             name, original = build_original(source, step, checkpoint, pretrained, num_classes)
@@ -74,7 +75,7 @@ def convert(
             done: list[Proof] = []
             reference = None
             if proofs:
-                x = verifying.example_input(model)
+                x = example_input(model)
                 for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
                     done.append(proof)
                     step(f"proof {number} of 6")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
-from normfree.analysis import flows
 from normfree.graph import Flow
-from normfree.observing import Recorder, Still, Watched, out_of_place
+from normfree.observing import Recorder, Watched, out_of_place
 from normfree.plans import Alpha
 from normfree.proofs.case import Case, Proof, alpha_of, error_between, some
+from normfree.replaying import replay
 from normfree.sums import additions_of, find_sums, sum_names
-from normfree.tracing import trace
 
 __all__ = ["branches_vanish"]
 
@@ -58,30 +54,14 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
     sites = frozenset(name for edit in case.plan.norms for name in (edit.name, *edit.aliases))
     zero: dict[str, int] = {}
     written: list[str] = []
-    paths = [part.path for part in trace(model, sites).parts]
-    while paths:
-        path = paths.pop(0)
-        module = model.get_submodule(path)
-        arguments = _part_arguments(case, model, module)
-        prefix = f"{path}." if path else ""
-        if arguments is None:  # the model never calls it with these inputs, but may call what it holds
-            paths += [prefix + child for child, held in module.named_children() if any(True for _ in held.children())]
-            continue
-        below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
-        # Again, with what this call really passes: flags and optional tensors decide which way the forward goes.
-        traced = trace(module, below, arguments)
-        whole = replace(traced, parts=tuple(p for p in traced.parts if not p.path))
-        for _, mode, flow in flows(module, whole, below):
-            module.train(mode == "train")
-            recorder = Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
-            try:
-                with Still():
-                    recorder.run(*_clone(_in_order(module, arguments)))
-            except (TypeError, KeyError, IndexError, RuntimeError):
-                continue  # arguments that a graph cannot take, such as ``*levels``: their tails are looked at instead
-            for name, count in recorder.zero_branches.items():
-                zero[name] = min(count, zero.get(name, count))
-            written += recorder.written
+
+    def recorder(module: nn.Module, flow: Flow, prefix: str) -> Recorder:
+        return Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
+
+    for done in replay(model, sites, case.inputs, recorder):
+        for name, count in done.zero_branches.items():
+            zero[name] = min(count, zero.get(name, count))
+        written += done.written
     return zero, list(dict.fromkeys(written)), set(zero)
 
 
@@ -117,38 +97,6 @@ def _alive_tails(case: Case, model: nn.Module, names: list[str]) -> list[str]:
     for handle in handles:
         handle.remove()
     return [name for name, found in holders.items() if not all(zero.get(alpha.holder, False) for alpha in found)]
-
-
-def _part_arguments(case: Case, model: nn.Module, part: nn.Module) -> dict[str, Any] | None:
-    """Return what ``part`` is called with when the whole model runs, by name; ``None`` if it is not called."""
-    args, kwargs = case.inputs()
-    captured: list[dict[str, Any]] = []
-
-    def keep(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
-        bound = inspect.signature(part.forward).bind(*a, **k)
-        bound.apply_defaults()
-        captured.append({name: _clone(value) for name, value in bound.arguments.items()})
-
-    handle = part.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with Still():
-            model(*args, **kwargs)
-    finally:
-        handle.remove()
-    return captured[0] if captured else None
-
-
-def _in_order(part: nn.Module, arguments: dict[str, Any]) -> list[Any]:
-    """Return the arguments one by one, as a graph takes them."""
-    kinds = {name: p.kind for name, p in inspect.signature(part.forward).parameters.items()}
-    spread = (
-        value if kinds[name] is inspect.Parameter.VAR_POSITIONAL else [value] for name, value in arguments.items()
-    )
-    return [value for values in spread for value in values]
-
-
-def _clone(x: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, x)
 
 
 def _inplace_error(case: Case, model: nn.Module) -> float:

@@ -1,0 +1,79 @@
+"""``normfree signals``: what arrives at every residual sum, before the conversion and after it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from normfree.cli.options import (
+    CheckpointOption,
+    InitOption,
+    JsonOption,
+    PretrainedOption,
+    SourceArgument,
+    app,
+    build_original,
+)
+from normfree.printing import print_json, print_out, progress, reporting, table
+
+if TYPE_CHECKING:
+    from normfree.propagation import Signal, Signals
+
+__all__ = ["signals"]
+
+
+@app.command()
+def signals(
+    source: SourceArgument,
+    checkpoint: CheckpointOption = None,
+    pretrained: PretrainedOption = False,
+    init: InitOption = "auto",
+    batch: Annotated[int, typer.Option(min=2, help="Images of white noise.")] = 16,
+    size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how large skip path, residual branch and sum are at every residual sum, in train mode.
+
+    Three times: with the norms, with the norms deleted (alpha = 1), and converted. From scratch (`skipinit`) all three
+    have the same weights, as the conversion draws them.
+    """
+    with reporting(as_json):
+        with progress(7) as step:
+            step("importing torch")
+            from normfree import propagation
+            from normfree.inputs import example_input
+
+            name, model = build_original(source, step, checkpoint, pretrained)
+            x, chosen = example_input(model, batch, size), cast(Any, init)
+            measured = {}
+            for title, arm in propagation.before_and_after(model, chosen):
+                step(title)
+                measured[title] = propagation.signals(arm, x)
+            if plot is not None:
+                step("drawing")
+                propagation.plot(measured, plot, name)
+        if as_json:
+            rows = {
+                title: [asdict(row) | {"share": row.share} for row in found.rows] for title, found in measured.items()
+            }
+            print_json({"ok": True, "source": name, "signals": rows})
+        else:
+            for title, found in measured.items():
+                print_out(title)
+                print_out(_table(found))
+
+
+def _flat(row: Signal) -> dict[str, Any]:
+    return asdict(row) | {"share": row.share if row.total.second else None}  # JSON knows no NaN
+
+
+def _table(found: Signals) -> Any:
+    shown = table("sum", "skip x²", "mean²", "var", "branch x²", "mean²", "var", "sum x²", "mean²", "var", "share")
+    for row in found.rows:
+        moments = [n for m in (row.skip, row.branch, row.total) for n in (m.second, m.mean, m.variance)]
+        shown.add_row(row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}")
+    return shown
