@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch import Tensor, fx, nn
 from normfree.graph import Flow, Role
 from normfree.roles import elementwise
 
-__all__ = ["Activation", "as_activation", "gain_of"]
+__all__ = ["Activation", "as_activation", "following", "gain_of"]
 
 Activation = Callable[[Tensor], Tensor]
+# What hands a signal on without weights: a product is one with a gate.
+_TRANSPARENT = {Role.NORM, Role.PASS, Role.RESHAPE, Role.POOL, Role.PAD, Role.UPSAMPLE, Role.SLICE, Role.SPLIT}
+_TRANSPARENT |= {Role.ADD, Role.MUL, Role.CAT}
 
 
 def as_activation(flow: Flow, node: fx.Node) -> Activation | None:
@@ -53,6 +57,23 @@ def _acts_elementwise(flow: Flow, node: fx.Node, function: Activation) -> bool:
     if key not in flow.memo:
         flow.memo[key] = elementwise(function) is not None
     return flow.memo[key]
+
+
+def following(flow: Flow, node: fx.Node) -> Activation | None:
+    """Return the nearest activation behind ``node``, seen through norms, sums and whatever else computes no weights.
+
+    The last convolution of a residual branch is followed by what follows the sum, at once or in the next block.
+    """
+    reached, seen = deque([node]), {node}
+    while reached:
+        for user in flow.users[reached.popleft()]:
+            function = flow.activation_in(user) if flow.roles[user] is Role.NORM else as_activation(flow, user)
+            if function is not None:
+                return function
+            if user not in seen and flow.roles[user] in _TRANSPARENT:
+                seen.add(user)
+                reached.append(user)
+    return None
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normfree.copying import deep_copy
 from normfree.errors import UsageError
 from normfree.guards import PLAN_ATTRIBUTE
-from normfree.layers import ScaledWeight, alpha_scale
+from normfree.layers import ChannelAffine, ScaledWeight, alpha_scale
 from normfree.observing import Still
 from normfree.plans import Plan
 
@@ -100,7 +100,8 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
         raise UsageError(
             "calibration sets the scale of untrained weights: convert with init='skipinit', and do not fuse before"
         )
-    return {path: model.get_submodule(path) for path, _ in plan.weights}
+    paths = [path for path, _ in plan.weights] + [edit.name for edit in plan.norms if edit.action in ("bias", "affine")]
+    return {path: model.get_submodule(path) for path in paths}
 
 
 @contextlib.contextmanager
@@ -127,6 +128,9 @@ def _sweep(layers: Mapping[str, nn.Module], number: int, reached: set[str]) -> I
     handles = []
     for name, layer in layers.items():
         hooks = _Calibrator(name, number, reached)
+        if isinstance(layer, ChannelAffine):
+            handles.append(layer.register_forward_pre_hook(hooks.standardize))
+            continue
         handles += [layer.register_forward_pre_hook(hooks.before), layer.register_forward_hook(hooks.after)]
     try:
         yield
@@ -147,6 +151,24 @@ class _Calibrator:
         """Take alpha out of the way: what it scales is looked at as if it were one."""
         if isinstance(layer, ScaledWeight):
             self.alpha, layer.alpha = layer.alpha, None
+
+    def standardize(self, slot: nn.Module, args: tuple[Tensor]) -> None:
+        """Set the bias, and the gain if there is one, that a norm left behind in its slot, from what comes in."""
+        bias, gain = (slot._parameters[name] for name in ("bias", "gain"))
+        if bias is None or self.done:
+            return
+        self.done = True
+        values = args[0].float().movedim(1, 0).flatten(1)
+        factor = torch.ones_like(bias) if gain is None else gain
+        mean = values.mean(1) * factor + bias
+        moment = float((values * factor[:, None]).var(1, unbiased=False).mean())
+        if not bool(torch.isfinite(mean).all()):
+            raise UsageError(f"{self.name}: its input is not finite on batch {self.number}")
+        self.reached.add(self.name)
+        bias.sub_((mean / self.number).to(bias.dtype))
+        if gain is not None and moment > _SMALLEST:
+            gain.mul_(moment ** (-0.5 / self.number))
+            bias.mul_(moment ** (-0.5 / self.number))
 
     def after(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
         """Set scale and bias from the output, and return what the layer returns with them."""

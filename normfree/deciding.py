@@ -112,7 +112,7 @@ def _norm_edit(
     if site.producer is not None and obstacle is None:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
         return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
-    action = "affine" if init == "preserve" else ("bias" if site.biasless else "delete")
+    action = "affine" if init == "preserve" or site.scaleless else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
     copy = site.input_written or (not site.fresh and site.unsafe_write and not has_act)
     copy = copy and action == "delete"

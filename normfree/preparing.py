@@ -96,7 +96,8 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     gain = bias = scalar = None
     if edit.action in ("affine", "bias"):
         like = _like(module, model)
-        affine = norm.affine() if edit.action == "affine" else (None, torch.zeros(norm.features, device=like.device))
+        fresh = torch.zeros(norm.features, device=like.device)
+        affine = norm.affine() if plan.init == "preserve" else (fresh + 1 if edit.action == "affine" else None, fresh)
         train = _learns(norm.weight, norm, _trains(model))
         gain = None if affine[0] is None else nn.Parameter(affine[0].to(like.dtype), train)
         bias = nn.Parameter(affine[1].to(like.dtype), _learns(norm.bias, norm, train))

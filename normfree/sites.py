@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from normfree.activations import Activation, as_activation
+from normfree.activations import Activation, as_activation, following
 from normfree.graph import Flow, Role, is_inplace, writes_unannounced
 from normfree.norms import describe
 from normfree.roles import VIEWS
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
-
-# What hands a signal on without weights: a product is one with a gate.
-_TRANSPARENT = {Role.NORM, Role.PASS, Role.RESHAPE, Role.POOL, Role.PAD, Role.UPSAMPLE, Role.SLICE, Role.SPLIT}
-_TRANSPARENT |= {Role.ADD, Role.MUL, Role.CAT}
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,9 @@ class Site:
         producer: The conv or linear that feeds it and nothing else, if both are called once; else ``None``.
         why: Why there is no producer.
         feeds: Convolutions and linears that its output reaches through activations.
-        biasless: It is fed by a convolution or linear that has no bias and that we cannot give one.
+        biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
+            that we cannot give one, or neither fed by any nor feeding any.
+        scaleless: Nor can anything take its scale: it is the identity branch of a parallel sum, or ends a branch alike.
         fresh: Its input is a new tensor that nobody else reads, so writing into it is harmless.
         input_written: Somebody else writes into its input in place, later.
         writers: Modules that write into its output in place, and so into its input once it is gone.
@@ -45,6 +42,7 @@ class Site:
     why: str
     feeds: tuple[str, ...]
     biasless: bool
+    scaleless: bool
     fresh: bool
     input_written: bool
     writers: tuple[str, ...]
@@ -56,13 +54,16 @@ def find_site(flow: Flow, node: fx.Node, prefix: str) -> Site:
     source = flow.inputs[node][0]
     producer, why = _producer(flow, node, source)
     writers, unsafe = _writers(flow, node)
+    feeds = tuple(prefix + path for path in dict.fromkeys(_feeds(flow, node)))
+    alone = not feeds and not _is_weighted(flow, source)
     return Site(
         name=prefix + str(node.target),
         feed=_feed(flow, source, prefix),
         producer=None if producer is None else prefix + producer,
         why=why,
-        feeds=tuple(prefix + path for path in dict.fromkeys(_feeds(flow, node))),
-        biasless=_is_biasless(flow, source),
+        feeds=feeds,
+        biasless=_is_biasless(flow, source) or alone,
+        scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
         fresh=_is_fresh(flow, source) and flow.users[source] == [node],
         input_written=_input_is_written_later(flow, node, source),
         writers=tuple(prefix + path for path in writers),
@@ -104,6 +105,13 @@ def _is_biasless(flow: Flow, source: fx.Node) -> bool:
     if flow.roles[source] is not Role.CONV or flow.carries(source):
         return False
     return getattr(flow.module(source), "bias", None) is None
+
+
+def _is_weighted(flow: Flow, source: fx.Node) -> bool:
+    """Whether a convolution or linear computes ``source``, seen through what only moves or pools its values."""
+    while flow.roles[source] in (Role.RESHAPE, Role.PASS, Role.POOL, Role.SLICE, Role.UPSAMPLE, Role.NORM):
+        source = flow.inputs[source][0]
+    return flow.roles[source] is Role.CONV
 
 
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
@@ -155,24 +163,7 @@ def rescaled_layers(flow: Flow) -> Iterator[tuple[str, Activation | None]]:
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             continue  # weight normalisation and parametrisations compute it from something else
         if str(node.target) in fed or any(flow.roles[user] is Role.NORM for user in flow.users[node]):
-            yield str(node.target), _activation(flow, node)
-
-
-def _activation(flow: Flow, node: fx.Node) -> Activation | None:
-    """Return the nearest activation behind ``node``, seen through norms, sums and whatever else computes no weights.
-
-    The last convolution of a residual branch is followed by what follows the sum, at once or in the next block.
-    """
-    reached, seen = deque([node]), {node}
-    while reached:
-        for user in flow.users[reached.popleft()]:
-            function = flow.activation_in(user) if flow.roles[user] is Role.NORM else as_activation(flow, user)
-            if function is not None:
-                return function
-            if user not in seen and flow.roles[user] in _TRANSPARENT:
-                seen.add(user)
-                reached.append(user)
-    return None
+            yield str(node.target), following(flow, node)
 
 
 def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
@@ -233,6 +224,7 @@ def agree(known: Site | None, site: Site) -> Site:
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
         feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
         biasless=known.biasless or site.biasless,
+        scaleless=known.scaleless or site.scaleless,
         fresh=known.fresh and site.fresh,
         input_written=known.input_written or site.input_written,
         writers=tuple(dict.fromkeys(known.writers + site.writers)),

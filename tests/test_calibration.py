@@ -40,7 +40,7 @@ def photographs() -> Tensor:
     return (crops - crops.mean()) / crops.std()
 
 
-NETWORKS = ["vgg16_bn", "densenet121", "googlenet", "mobilenet_v2", "efficientnet_b0"]
+NETWORKS = ["vgg16_bn", "densenet121", "googlenet", "mobilenet_v2", "efficientnet_b0", "timm:repvgg_a0"]
 
 
 def build(name: str) -> nn.Module:
@@ -79,13 +79,18 @@ def test_second_moment_is_near_one_at_every_former_norm(name: str) -> None:
     assert outside == {}
 
 
-def test_identity_branches_of_repvgg_are_not_held_yet() -> None:
-    """A limit that the README names: nothing is left there that could take the mean away."""
+def test_identity_branch_of_a_parallel_sum_is_standardised() -> None:
     x = photographs()
-    moments = former_sites(normfree.calibrate(normfree.convert(build("timm:repvgg_a0")), x), x)
-    outside = {site for site, moment in moments.items() if not 0.25 <= moment <= 4}
-    assert outside
-    assert all(site.endswith(".identity") for site in outside)
+    model = normfree.calibrate(normfree.convert(build("timm:repvgg_a0")), x)
+    slot = model.get_submodule("stages.2.3.identity")
+    assert sorted(dict(slot.named_parameters())) == ["bias", "gain"]
+    seen: list[Tensor] = []
+    slot.register_forward_hook(lambda _, args, y: seen.extend((args[0], y)))
+    with torch.no_grad():
+        model.train()(x)
+    assert float(seen[0].mean()) > 0.3
+    assert float(seen[1].mean((0, 2, 3)).abs().max()) < 1e-4
+    assert float(seen[1].var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1, rel=1e-3)
 
 
 def test_layers_have_unit_variance_and_zero_mean_in_one_sweep() -> None:

@@ -121,7 +121,9 @@ def _bare(subject: Subject) -> Arm:
     model = deep_copy(subject.model)
     full = plan(model, init="skipinit")
     sums = tuple(replace(total, alphas=(), declined=()) for total in full.sums)
-    norms = tuple(replace(edit, action="delete" if edit.action == "bias" else edit.action) for edit in full.norms)
+    norms = tuple(
+        replace(edit, action="delete" if edit.action in ("bias", "affine") else edit.action) for edit in full.norms
+    )
     rewrite(model, replace(full, sums=sums, norms=norms, biases=()))
     return Arm(model)
 
