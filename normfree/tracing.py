@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ from normfree.traces import MODES, Graph, Part, Trace
 __all__ = ["trace"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+# torch.fx replaces methods of nn.Module while it traces, and so do we with names in the modules of the forwards.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def _trace_part(
@@ -133,8 +136,9 @@ def trace(model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] 
     """
     parts: list[Part] = []
     opaque: dict[str, str] = {}
-    for path in _roots(model, sites, ""):
-        _collect(model, path, sites, parts, opaque, arguments)
+    with _ONE_AT_A_TIME:
+        for path in _roots(model, sites, ""):
+            _collect(model, path, sites, parts, opaque, arguments)
     return Trace(tuple(parts), opaque)
 
 

@@ -6,10 +6,12 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
+import torchvision
 from harness import assert_close, noise, randomise
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -151,3 +153,11 @@ def test_autocast_stays_in_low_precision_through_every_block(model: ResNet, dtyp
         watched(X)
     assert len(dtypes) == 16
     assert set(dtypes.values()) == {dtype}
+
+
+def test_several_threads_plan_what_one_does() -> None:
+    models = [torchvision.models.resnet18(), torchvision.models.shufflenet_v2_x0_5(), timm.create_model("levit_128s")]
+    expected = [normfree.plan(model).to_json() for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [normfree.plan(model).to_json() for model in models], range(4)))
+    assert found == [expected] * 4
