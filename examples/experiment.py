@@ -42,13 +42,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Data:
-    """Labelled images in three parts; `mirror` says that a mirrored image is as good."""
+    """Labelled images in three parts; training may mirror them, or shift them by up to `shift` pixels."""
 
     train: Part
     validation: Part
     test: Part
     classes: int
     mirror: bool = False
+    shift: int = 0
 
     def to(self, device: str) -> Data:
         """Return the data on a device."""
@@ -75,11 +76,12 @@ def split(x: Tensor, y: Tensor, shares: tuple[float, float] = (0.6, 0.2), mirror
 
 
 def digits() -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels in grey: 1,078 / 359 / 360."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels in grey: 1,078 / 359 / 360; shifted by a pixel at most."""
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
-    return split(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(classes))
+    data = split(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(classes))
+    return replace(data, shift=1)
 
 
 def folder(path: Path, size: int) -> Data:

@@ -28,19 +28,18 @@ ALONE = {
     "norm 1": Recipe(clip="norm:1"),
     "agc 0.1": Recipe(clip="agc:0.1"),
 }
-SCALARS = {"10": 10.0, "3": 3.0, "1": 1.0, "1/3": 1 / 3, "1/10": 0.1}
-TOGETHER = {
-    f"warm-up + {clip.replace(':', ' ')} + scalars {name}": Recipe(0.1, clip, SCALARS[name])
-    for clip, names in {
-        "norm:1": ("3", "1", "1/3", "1/10"),
-        "norm:0.3": ("3", "1", "1/3"),
-        "norm:0.1": ("10", "3", "1", "1/3"),
-        "agc:0.1": ("1", "1/3", "1/10"),
-        "agc:0.03": ("1", "1/3", "1/10"),
-    }.items()
-    for name in names
+CLIPS = ("norm:1", "norm:0.5", "norm:0.3", "agc:0.1", "agc:0.03", "agc:0.01")
+RELATIVE = {
+    f"warm-up + {clip.replace(':', ' ')} + scalars lr{name}": Recipe(0.1, clip, rate)
+    for clip in CLIPS
+    for name, rate in {"": 1.0, "/10": 0.1}.items()
 }
-RECIPES = BN | ALONE | TOGETHER
+FIXED = {
+    f"warm-up + {clip.replace(':', ' ')} + scalars {rate}": Recipe(0.1, clip, scalar_lr=rate)
+    for clip in CLIPS
+    for rate in (1.0, 0.3, 0.1)
+}
+RECIPES = BN | ALONE | RELATIVE | FIXED
 
 
 def run(kind: str, name: str, data: Data, epochs: int, lr: float, seed: int) -> Outcome:
@@ -92,7 +91,7 @@ def main() -> None:
     made.add_argument("names", nargs="*", help=f"recipes; all without: {'; '.join(RECIPES)}")
     made.add_argument("--rates", type=float, nargs="+", default=RATES)
     made.add_argument("--seeds", type=int, default=1)
-    made.add_argument("--epochs", type=int, default=16)
+    made.add_argument("--epochs", type=int, default=48)
     options = made.parse_args()
     if options.render:
         options.csv.with_suffix(".md").write_text(page(rows(options.csv)))

@@ -31,6 +31,7 @@ class Recipe:
         warmup: Share of the steps in which the learning rate grows from zero; a cosine takes it back to zero.
         clip: `"none"`, `"norm:1"` (the norm of the whole gradient) or `"agc:0.1"` (adaptive, unit by unit).
         scalar_rate: Learning rate of the alphas over that of the weights.
+        scalar_lr: Learning rate of the alphas, whatever that of the weights is; instead of `scalar_rate`.
         weight_decay: Of weights; vectors and scalars get none.
         momentum: Of SGD, in Nesterov's form.
     """
@@ -38,6 +39,7 @@ class Recipe:
     warmup: float = 0.0
     clip: str = "none"
     scalar_rate: float = 1.0
+    scalar_lr: float | None = None
     weight_decay: float = 5e-4
     momentum: float = 0.9
 
@@ -53,7 +55,7 @@ class Recipe:
         raise ValueError(f"clip is none, norm:NUMBER or agc:NUMBER, not {self.clip}")
 
 
-RECIPE = Recipe(warmup=0.1, clip="norm:1", scalar_rate=0.1)
+RECIPE = Recipe(warmup=0.1, clip="norm:0.5", scalar_lr=0.3)
 BN_RECIPE = Recipe(warmup=0.1)
 
 
@@ -91,7 +93,8 @@ def train(
     torch.manual_seed(seed)
     start, data, clip = time.perf_counter(), data.to(device), recipe.clipper()
     model.to(device).train()
-    groups = normfree.param_groups(model, lr=lr, weight_decay=recipe.weight_decay, scalar_lr=lr * recipe.scalar_rate)
+    scalar_lr = lr * recipe.scalar_rate if recipe.scalar_lr is None else recipe.scalar_lr
+    groups = normfree.param_groups(model, lr=lr, weight_decay=recipe.weight_decay, scalar_lr=scalar_lr)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=True)
     each = len(data.train.y) // batch  # an incomplete batch is dropped
     schedule = cosine(optimizer, recipe.warmup, epochs * each)
@@ -123,10 +126,16 @@ def cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> Cosin
 
 
 def batches(data: Data, size: int) -> list[tuple[Tensor, Tensor]]:
-    """One epoch in random order; mirrored at random where the data allow it."""
+    """One epoch in random order; mirrored and shifted at random where the data allow it."""
     order = torch.randperm(len(data.train.y)).to(data.train.y.device)
     whole = order[: len(order) // size * size].split(size)
-    return [(mirrored(data.train.x[i]) if data.mirror else data.train.x[i], data.train.y[i]) for i in whole]
+    return [(varied(data.train.x[i], data), data.train.y[i]) for i in whole]
+
+
+def varied(x: Tensor, data: Data) -> Tensor:
+    """Change each image in the ways that the data allow."""
+    x = mirrored(x) if data.mirror else x
+    return shifted(x, data.shift) if data.shift else x
 
 
 def mirrored(x: Tensor) -> Tensor:
@@ -135,6 +144,16 @@ def mirrored(x: Tensor) -> Tensor:
         flip = torch.rand(len(x), 1, 1, 1).to(x.device) < 0.5
         x = torch.where(flip, x.flip(dim), x)
     return x
+
+
+def shifted(x: Tensor, most: int) -> Tensor:
+    """Move each image by up to so many pixels in each direction, with the background (the least value) behind it."""
+    padded = F.pad(x, (most,) * 4, value=x.min().item())
+    rows, columns = (
+        (torch.randint(2 * most + 1, (len(x), 1)) + torch.arange(size)).to(x.device) for size in x.shape[2:]
+    )
+    each = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

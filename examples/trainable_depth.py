@@ -33,7 +33,7 @@ ARMS = {
     "deleted": "BN deleted (alpha fixed at 1)",
     "sqrt2": "Blocks divided by sqrt(2)",
 }
-RATES = tuple(2.0**power for power in range(-8, 2))
+RATES = tuple(2.0**power for power in range(-7, 3))
 
 
 def network(kind: str, depth: int, data: Data, width: int = 8) -> nn.Module:
@@ -144,7 +144,7 @@ def main() -> None:
     made.add_argument("--rates", type=float, nargs="+", default=RATES)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--width", type=int, default=8)
-    made.add_argument("--epochs", type=int, default=16)
+    made.add_argument("--epochs", type=int, default=48)
     made.add_argument("--batch", type=int, default=64)
     options = made.parse_args()
     if options.render:

@@ -13,7 +13,7 @@ from normfree.layers import is_normfree
 __all__ = ["SCALAR_RATE", "clip_grad", "clipped_parameters", "param_groups"]
 
 SCALAR_RATE = 0.1
-"""Learning rate of the scalars over that of the weights (a tenth, as Fixup's authors use: ICLR 2019)."""
+"""Learning rate of the scalars over that of the weights by default (a tenth, as Fixup's authors use: ICLR 2019)."""
 
 
 def param_groups(
@@ -28,7 +28,8 @@ def param_groups(
         model: A converted model. Any other model works too: it has no scalars.
         lr: Learning rate of weights, gains and biases.
         weight_decay: Weight decay of the weights; biases, gains and every other vector get none.
-        scalar_lr: Learning rate of the alphas; ``lr`` times :data:`SCALAR_RATE` by default.
+        scalar_lr: Learning rate of the alphas; ``lr`` times :data:`SCALAR_RATE` by default. From alpha = 0 with SGD,
+            0.3 whatever ``lr`` is trained in a wider range of learning rates (``examples/results/recipe.md``).
 
     Returns:
         Up to three groups, named by their key ``name``: ``weights``, ``vectors`` and ``scalars``. Parameters that

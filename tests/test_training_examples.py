@@ -50,7 +50,7 @@ def test_a_run_that_is_not_finite_is_stopped_and_has_diverged() -> None:
 def test_training_learns() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    outcome = recipe.train(model, DATA, recipe.BN_RECIPE, lr=0.1, epochs=4, batch=64, seed=0)
+    outcome = recipe.train(model, replace(DATA, shift=0), recipe.BN_RECIPE, lr=0.1, epochs=4, batch=64, seed=0)
     assert outcome.test is not None
     assert outcome.test > 0.9
     first, last = (float(outcome.curve.split()[i]) for i in (0, -1))
@@ -97,6 +97,17 @@ def test_parts_share_no_image_and_are_always_the_same() -> None:
     assert same.train.y.tolist() == parts[0]
     assert one.train.x.mean().abs() < 1e-5
     assert one.train.x.std() == pytest.approx(1.0)
+
+
+def test_shifting_moves_whole_images_by_a_pixel_at_most() -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(200, 2, 5, 6)
+    x[:, 0, 2, 3], x[:, 1, 2, 3] = 1.0, 2.0
+    y = recipe.shifted(x, 1)
+    assert y.shape == x.shape
+    places = {tuple(image.nonzero().flatten().tolist()) for image in y[:, 0]}
+    assert places == {(row, column) for row in (1, 2, 3) for column in (2, 3, 4)}
+    assert torch.equal(y[:, 1], 2 * y[:, 0])
 
 
 def test_mirroring_moves_pixels_within_their_image() -> None:
