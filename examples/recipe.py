@@ -55,7 +55,7 @@ class Recipe:
         raise ValueError(f"clip is none, norm:NUMBER or agc:NUMBER, not {self.clip}")
 
 
-RECIPE = Recipe(warmup=0.1, clip="norm:0.5", scalar_lr=0.3)
+RECIPE = Recipe(warmup=0.1, clip="norm:0.3", scalar_lr=0.3)
 BN_RECIPE = Recipe(warmup=0.1)
 
 
