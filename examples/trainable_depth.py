@@ -122,12 +122,14 @@ def plot(table: list[Row], path: Path) -> None:
     for axes, kind in zip(grid, KINDS, strict=True):
         for ax, depth in zip(axes, depths, strict=True):
             ax.set_title(f"{kind}, {depth} layers", fontsize=9)
-            for name, title in ARMS.items():
+            ax.set_yscale("log")
+            ax.set_ylim(5e-4, 10)  # what was deleted starts with losses of hundreds
+            for color, (name, title) in enumerate(ARMS.items()):
                 best = summary(table, {"network": kind, "depth": depth, "arm": name})
                 for row in table:
                     key = (row["network"], row["depth"], row["arm"], row["lr"], row["seed"])
                     if best and key == (kind, str(depth), name, str(best.lr), "0"):
-                        ax.plot([float(loss) for loss in row["curve"].split()], label=title)
+                        ax.plot([float(loss) for loss in row["curve"].split()], f"C{color}", label=title)
     grid[0][0].legend(fontsize=7)
     figure.supxlabel("epoch")
     figure.supylabel("training loss")

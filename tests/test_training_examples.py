@@ -233,8 +233,9 @@ def test_arms_from_scratch() -> None:
     assert normfree.plan(zoo.build(source)).norms
 
 
-def test_page_of_the_recipes_is_written_from_their_table() -> None:
-    path = experiment.RESULTS / "recipe.csv"
+@pytest.mark.parametrize(("name", "module"), [("recipe", find_recipe), ("trainable_depth", trainable_depth)])
+def test_page_is_written_from_its_table(name: str, module: Any) -> None:
+    path = experiment.RESULTS / f"{name}.csv"
     table = experiment.rows(path)
     assert len(table) > 10
-    assert path.with_suffix(".md").read_text() == find_recipe.page(table)
+    assert path.with_suffix(".md").read_text() == module.page(table)
