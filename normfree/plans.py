@@ -127,6 +127,11 @@ class Plan:
         return tuple(edit for edit in self.norms if edit.action != "keep")
 
     @property
+    def sites(self) -> frozenset[str]:
+        """Every name of every norm."""
+        return frozenset(name for edit in self.norms for name in (edit.name, *edit.aliases))
+
+    @property
     def declined(self) -> tuple[str, ...]:
         """Residual branches that get no scalar, each with the reason."""
         return tuple(f"{total.name}: {reason}" for total in self.sums for reason in total.declined)

@@ -128,11 +128,7 @@ def signals(model: nn.Module, x: Inputs | None = None) -> Signals:
         (8, 0.0)
     """
     plan: Plan | None = getattr(model, PLAN_ATTRIBUTE, None)
-    sites = (
-        frozenset(find_norms(model))
-        if plan is None
-        else frozenset(name for edit in plan.norms for name in (edit.name, *edit.aliases))
-    )
+    sites = frozenset(find_norms(model)) if plan is None else plan.sites
     args, kwargs = arguments(example_input(model, batch=16) if x is None else x)
     found: dict[str, Signal] = {}
     copied = deep_copy(model)

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import normfree
 from normfree.cli import app
+from normfree.cli.signals import _flat
 from normfree.copying import deep_copy
 from normfree.errors import UsageError
-from normfree.propagation import Moments, before_and_after, plot
+from normfree.propagation import Moments, Signal, before_and_after, plot
 
 STAGES = (3, 4, 6, 3)
 
@@ -119,6 +120,11 @@ def test_table_and_plot(measured: dict[str, normfree.Signals], tmp_path: Path) -
     plot(measured, tmp_path / "three.svg", "timm:resnetv2_50")
     one, three = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "three"))
     assert three.count('id="axes_') == 3 * one.count('id="axes_') == 6
+
+
+def test_a_sum_of_zero_has_no_share_in_json() -> None:
+    nothing = Moments(0.0, 0.0, 0.0)
+    assert json.dumps(_flat(Signal("add", nothing, nothing, nothing)), allow_nan=False).endswith('"share": null}')
 
 
 def test_command_draws_before_and_after(tmp_path: Path) -> None:

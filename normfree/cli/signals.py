@@ -17,10 +17,10 @@ from normfree.cli.options import (
     app,
     build_original,
 )
-from normfree.printing import print_json, print_out, progress, reporting, table
+from normfree.printing import print_json, print_out, progress, reporting
 
 if TYPE_CHECKING:
-    from normfree.propagation import Signal, Signals
+    from normfree.propagation import Signal
 
 __all__ = ["signals"]
 
@@ -57,23 +57,13 @@ def signals(
                 step("drawing")
                 propagation.plot(measured, plot, name)
         if as_json:
-            rows = {
-                title: [asdict(row) | {"share": row.share} for row in found.rows] for title, found in measured.items()
-            }
+            rows = {title: list(map(_flat, found.rows)) for title, found in measured.items()}
             print_json({"ok": True, "source": name, "signals": rows})
         else:
             for title, found in measured.items():
                 print_out(title)
-                print_out(_table(found))
+                print_out(str(found))
 
 
 def _flat(row: Signal) -> dict[str, Any]:
     return asdict(row) | {"share": row.share if row.total.second else None}  # JSON knows no NaN
-
-
-def _table(found: Signals) -> Any:
-    shown = table("sum", "skip x²", "mean²", "var", "branch x²", "mean²", "var", "sum x²", "mean²", "var", "share")
-    for row in found.rows:
-        moments = [n for m in (row.skip, row.branch, row.total) for n in (m.second, m.mean, m.variance)]
-        shown.add_row(row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}")
-    return shown

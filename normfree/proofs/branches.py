@@ -51,14 +51,13 @@ def branches_vanish(case: Case) -> Proof:
 
 def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int], list[str], set[str]]:
     """Return how many branches are zero at each sum, where a skip path was overwritten, and which sums ran."""
-    sites = frozenset(name for edit in case.plan.norms for name in (edit.name, *edit.aliases))
     zero: dict[str, int] = {}
     written: list[str] = []
 
     def recorder(module: nn.Module, flow: Flow, prefix: str) -> Recorder:
         return Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
 
-    for done in replay(model, sites, case.inputs, recorder):
+    for done in replay(model, case.plan.sites, case.inputs, recorder):
         for name, count in done.zero_branches.items():
             zero[name] = min(count, zero.get(name, count))
         written += done.written
