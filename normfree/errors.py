@@ -6,6 +6,8 @@ are collected before anything is raised, so that one run shows all of them.
 
 from __future__ import annotations
 
+import importlib.util
+
 __all__ = [
     "AlreadyConvertedError",
     "CheckpointError",
@@ -77,3 +79,13 @@ def one_line(error: Exception) -> str:
     """Return the kind and the first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def require(package: str, extra: str) -> None:
+    """Refuse, before any work is done, what needs a package that an extra of normfree would bring.
+
+    Raises:
+        UsageError: The package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"this needs {package}: pip install 'normfree[{extra}]'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from normfree.conversion import convert
 from normfree.copying import deep_copy
-from normfree.errors import UsageError
+from normfree.errors import UsageError, require
 from normfree.graph import Flow
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.initialization import draw_
@@ -201,8 +200,7 @@ def plot(panels: Mapping[str, Signals], path: str | Path, title: str = "") -> No
     Raises:
         UsageError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a plot needs matplotlib: pip install 'normfree[plot]'")
+    require("matplotlib", "plot")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(panels), 6), layout="constrained")

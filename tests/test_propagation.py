@@ -139,3 +139,11 @@ def test_command_draws_before_and_after(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, arguments[:6])
     assert shown.exit_code == 0
     assert shown.stdout.count("stages.0.blocks.0.add") == 3
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    for command in ("signals", "bench"):
+        done = CliRunner().invoke(app, [command, "no such model", "--plot", "x.png"])
+        assert done.exit_code == 2
+        assert "needs matplotlib: pip install 'normfree[plot]'" in done.output

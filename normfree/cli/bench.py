@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normfree.cli.options import JsonOption, SourceArgument, app, build_original
-from normfree.errors import UsageError
+from normfree.errors import require
 from normfree.printing import print_json, print_out, progress, reporting, table
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ def bench(
     `normfree`: what convert makes. `bare`: norms deleted and nothing in their place. `nf`: timm's nf_ model.
     """
     with reporting(as_json):
-        if plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("--plot needs matplotlib: pip install 'normfree[plot]'")
+        if plot is not None:
+            require("matplotlib", "plot")
         with progress() as step:
             step("importing torch")
             from normfree.bench import Setting, arm_names, run

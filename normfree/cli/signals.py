@@ -17,6 +17,7 @@ from normfree.cli.options import (
     app,
     build_original,
 )
+from normfree.errors import require
 from normfree.printing import print_json, print_out, progress, reporting
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def signals(
     have the same weights, as the conversion draws them.
     """
     with reporting(as_json):
+        if plot is not None:
+            require("matplotlib", "plot")
         with progress(7) as step:
             step("importing torch")
             from normfree import propagation
