@@ -63,7 +63,7 @@ def test_alpha_on_the_weight_touches_no_activation() -> None:
 
 def test_every_arm_computes_what_it_says() -> None:
     arms = build_arms(SUBJECT, tuple(ARMS))
-    assert list(arms) == ["bn", "frozen", "groupnorm", "activation", "normfree", "bare"], "no nf_tiny in timm"
+    assert list(arms) == ["bn", "frozen", "groupnorm", "activation", "normfree", "biases", "bare"], "no nf_tiny in timm"
     kinds = {name: {type(m).__name__ for m in arm.model.modules()} for name, arm in arms.items()}
     assert "BatchNorm2d" in kinds["bn"] & kinds["frozen"]
     assert not arms["frozen"].train()[1].training
@@ -72,8 +72,10 @@ def test_every_arm_computes_what_it_says() -> None:
     assert "ChannelAffine" in kinds["activation"]
     assert "ScaledConv2d" in kinds["normfree"]
     assert not any("Scaled" in kind or "Norm" in kind for kind in kinds["bare"])
-    keys = dict(arms["bare"].model.named_parameters())
-    assert not any(key.endswith(("bias", "alpha", "gain")) for key in keys)
+    names = {name: {key.rpartition(".")[2] for key, _ in arm.model.named_parameters()} for name, arm in arms.items()}
+    assert names["bare"] == {"weight"}
+    assert names["biases"] == {"weight", "bias"}
+    assert len(list(arms["biases"].model.parameters())) == len(list(arms["normfree"].model.parameters())) - 1, "alpha"
 
 
 @pytest.mark.parametrize("init", ["skipinit", "preserve"])

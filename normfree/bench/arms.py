@@ -18,6 +18,7 @@ from normfree.fusing import FuseWarning, fuse_
 from normfree.layers import ChannelAffine, ScaledWeight
 from normfree.norms import Norm, describe, find_norms
 from normfree.planning import plan
+from normfree.plans import Plan
 from normfree.rewriting import rewrite
 
 __all__ = ["ARMS", "Arm", "Subject", "arm_names", "build_arms"]
@@ -118,13 +119,26 @@ def _activation(subject: Subject) -> Arm:
 
 def _bare(subject: Subject) -> Arm:
     """Norms deleted and nothing in their place, neither alpha nor bias: the limit."""
-    model = deep_copy(subject.model)
-    full = plan(model, init="skipinit")
-    sums = tuple(replace(total, alphas=(), declined=()) for total in full.sums)
+    full = _without_alpha(subject)
     norms = tuple(
         replace(edit, action="delete" if edit.action in ("bias", "affine") else edit.action) for edit in full.norms
     )
-    rewrite(model, replace(full, sums=sums, norms=norms, biases=()))
+    return _rewritten(subject, replace(full, norms=norms, biases=()))
+
+
+def _biases(subject: Subject) -> Arm:
+    """Norms deleted and biases in their place, no alpha: tells what a bias costs from what alpha and gain do."""
+    return _rewritten(subject, _without_alpha(subject))
+
+
+def _without_alpha(subject: Subject) -> Plan:
+    full = plan(subject.model, init="skipinit")
+    return replace(full, sums=tuple(replace(total, alphas=(), declined=()) for total in full.sums))
+
+
+def _rewritten(subject: Subject, changed: Plan) -> Arm:
+    model = deep_copy(subject.model)
+    rewrite(model, changed)
     return Arm(model)
 
 
@@ -142,6 +156,7 @@ ARMS: Mapping[str, Callable[[Subject], Arm | None]] = {
     "groupnorm": _groupnorm,
     "activation": _activation,
     "normfree": _normfree,
+    "biases": _biases,
     "bare": _bare,
     "nf": _nf,
 }

@@ -39,7 +39,8 @@ def bench(
 
     Every arm takes its turn in every round; medians, and medians of ratios within a round. `bn`: the original.
     `frozen`: its norms in eval mode. `groupnorm`: as Opacus would fix it. `activation`: alpha on activations.
-    `normfree`: what convert makes. `bare`: norms deleted and nothing in their place. `nf`: timm's nf_ model.
+    `normfree`: what convert makes. `biases`: norms deleted, biases in their place. `bare`: without those too.
+    `nf`: timm's nf_ model.
     """
     with reporting(as_json):
         if plot is not None:
