@@ -86,10 +86,11 @@ def structure(name: str) -> dict[str, Any] | None:
     }
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: nn.Module, seed: int = 0, gains: float = 1.0) -> nn.Module:
     """Give every norm statistics and an affine as training leaves them, some gains negative; return ``model``.
 
-    A norm as constructed is almost the identity in eval mode: whatever a conversion does with it passes.
+    A norm as constructed is almost the identity in eval mode: whatever a conversion does with it passes. ``gains``
+    is a factor on the gains.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -105,7 +106,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if hasattr(module, "running_mean"):
                 draw(module.running_mean, -0.5, 0.5)
                 draw(module.running_var, 0.5, 2.0)
-                draw(module.weight, 0.5, 1.5, signs=True)
+                draw(module.weight, 0.5 * gains, 1.5 * gains, signs=True)
                 draw(module.bias, -0.5, 0.5)
     return model
 
@@ -117,11 +118,8 @@ def settled(model: nn.Module, inputs: Tensor) -> float:
     own output in float32 has then nothing to do with the one in float64, and no two ways of computing it agree.
     """
     for factor in (1.0, 0.8, 0.65, 0.5):
-        randomise(model).eval()
+        randomise(model, gains=factor).eval()
         with torch.no_grad():
-            for module in model.modules():
-                if hasattr(module, "running_mean") and isinstance(module.weight, Tensor):
-                    module.weight.mul_(factor)
             single = tensors(model(inputs.clone()))
             double = tensors(model.double()(inputs.double()))
         model.float()
