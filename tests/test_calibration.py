@@ -143,6 +143,23 @@ def test_several_batches_are_averaged() -> None:
         assert float(calibrated(four).var()) == pytest.approx(4, rel=0.05)
 
 
+def test_several_batches_are_averaged_in_a_slot_too() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.identity = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.bn(self.conv(x)) + self.identity(x))
+
+    model, x = normfree.convert(Parallel()), 3 + 2 * noise(8, 4, 8, 8)
+    once, twice, both = (normfree.calibrate(model, batches).identity for batches in (x, [x, x], [x, 4 * x]))
+    with torch.no_grad():
+        assert float(once(x).var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1, rel=1e-3)
+        assert_close(twice(x), once(x), 1e-5)
+        assert float(both(x).var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1 / 4, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "batch", [noise(4, 3, 8, 8), [noise(4, 3, 8, 8), torch.zeros(4)], {"input": noise(4, 3, 8, 8)}], ids=type
 )
