@@ -97,3 +97,11 @@ def test_wrong_conversion_of_a_detector_is_reported() -> None:
     said = unusual_inputs.verdict(model, torch.ones(3, 4, 4), ([one], [two]), ([one], [one[:1]]), 1e-5, spy)["status"]
     for what in ("preserve proof 3", "norms left ['1']", "a norm runs in ['the norm']", "proof 2: inf", "proof 5"):
         assert what in said
+
+
+def test_networks_for_large_images_are_built_for_small_ones() -> None:
+    small = support_table.smaller("timm:maxvit_rmlp_pico_rw_256")
+    assert small is not None
+    assert support_table.fitting(small).shape[2:] == (64, 64)
+    assert support_table.smaller("timm:test_resnet") is None, "no argument of it"
+    assert support_table.smaller("torchvision:resnet18") is None
