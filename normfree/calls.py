@@ -80,4 +80,4 @@ def is_default(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and type(value) in _ATOMS and value == default)
 
 
-_ATOMS = {int, float, bool, str}
+_ATOMS = (int, float, bool, str)  # a tuple: torch 2.8 compiles no question to a set of classes
