@@ -7,6 +7,7 @@ same command does the same in any number of processes.
 Run: python examples/finetune_timm.py --pretrained --out runs/cells
      accelerate launch --num_processes 2 --mixed_precision bf16 examples/finetune_timm.py --accumulate 4 \
          --model resnet50.a1_in1k --pretrained --images FOLDER --out runs/mine [--resume]
+     accelerate launch --multi_gpu --num_processes 2 examples/finetune_timm.py --cpu --pretrained --out runs/two
 
 A run that is killed loses the epoch that it was in: `--resume` goes on, to the same result. Several machines need a
 folder that all of them see.
@@ -19,6 +20,7 @@ import csv
 import functools
 import json
 import math
+import os
 import shutil
 import time
 from argparse import ArgumentParser, Namespace
@@ -52,7 +54,7 @@ from normfree.norms import find_norms
 from normfree.observing import tensors
 
 NORMS = ("normfree", "bn", "frozen", "groupnorm")
-WHERE = ("out", "resume", "workers")  # options that change nothing about the result
+WHERE = ("out", "resume", "workers", "cpu")  # options that change nothing about the result
 
 
 @dataclass
@@ -271,6 +273,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, epoch: int) -> None:
 
 def settle(options: Namespace, accelerator: Accelerator) -> None:
     """Refuse to mix two runs in one folder; note what this one was asked for."""
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        raise SystemExit("launched as several processes, of which Accelerate sees one: without a GPU, say --cpu")
     path = options.out / "settings.json"
     asked = {key: value for key, value in vars(options).items() if key not in WHERE}
     asked |= {"accumulate": accelerator.gradient_accumulation_steps, "mixed_precision": accelerator.mixed_precision}
@@ -346,6 +350,7 @@ def parse() -> Namespace:
     made.add_argument("--ema", type=float, help="decay of a moving average of the weights, such as 0.999")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--workers", type=int, default=0, help="processes that read images, a process that trains")
+    made.add_argument("--cpu", action="store_true", help="of several processes too: accelerate launch --multi_gpu")
     made.add_argument("--out", type=Path, required=True, help="folder for checkpoints, CSV, plot, report and model")
     made.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out, if one is there"
@@ -357,7 +362,7 @@ def main() -> None:
     """Parse and go."""
     options = parse()
     config = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=options.seed)
-    accelerator = Accelerator(dataloader_config=config, gradient_accumulation_steps=options.accumulate)
+    accelerator = Accelerator(cpu=options.cpu, dataloader_config=config, gradient_accumulation_steps=options.accumulate)
     settle(options, accelerator)
     set_seed(options.seed)
     images = ImageFolder(str(options.images)) if options.images else SolarCells()

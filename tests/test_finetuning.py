@@ -164,15 +164,27 @@ def test_two_runs_in_one_folder_are_refused(plain: Path, images: Path) -> None:
         finetune(plain, images, "--resume", "--lr", 0.5)
 
 
-def test_two_processes_do_what_one_does(plain: Path, images: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    of_two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     quiet = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    example = command(*SHORT, "--images", images, "--out", tmp_path / "two")
-    done = subprocess.run([*launch, *quiet, *example], capture_output=True, text=True, check=False)
+    whole = [sys.executable, "-m", "accelerate.commands.launch", *of_two, *quiet, *command(*arguments)]
+    return subprocess.run(whole, capture_output=True, text=True, check=False)
+
+
+def test_two_processes_do_what_one_does(plain: Path, images: Path, tmp_path: Path) -> None:
+    done = launch(*SHORT, "--images", images, "--out", tmp_path, "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
-    for mine, theirs in zip(numbers(tmp_path / "two"), numbers(plain), strict=True):
+    assert json.loads((tmp_path / "report.json").read_text())["processes"] == 2
+    for mine, theirs in zip(numbers(tmp_path), numbers(plain), strict=True):
         assert mine == pytest.approx(theirs, abs=2e-5)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="launched as several processes, of which Accelerate sees one"):
+        finetune(tmp_path, images)
 
 
 def test_accumulated_batches_are_one_large_batch(plain: Path, images: Path, tmp_path: Path) -> None:
