@@ -108,7 +108,7 @@ def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: 
 def peak(model: nn.Module, data: Data, batch: int, device: str) -> float:
     """Return the most MiB that the tensors of a training step take, parameters, gradients and momentum included."""
     model = copy.deepcopy(model).to(device).train()
-    x, y = data.train.x[:batch].to(device), data.train.y[:batch].to(device)
+    x, y = (part[:batch].clone().to(device) for part in (data.train.x, data.train.y))  # a slice keeps all of them
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def step() -> None:

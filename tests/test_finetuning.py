@@ -198,11 +198,22 @@ def test_accumulated_batches_are_one_large_batch(plain: Path, images: Path, tmp_
     assert abs(with_norms[0][0][1] - with_norms[1][0][1]) > 1e-3, "batch norm is not"
 
 
+def test_precision_is_a_setting_of_accelerate(
+    plain: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    out = finetune(tmp_path / "out", images)
+    first, last = (pytest.approx(numbers(plain)[i][1], abs=0.05) for i in (0, -1))
+    assert [numbers(out)[i][1] for i in (0, -1)] == [first, last]
+    assert numbers(out)[0][1] != numbers(plain)[0][1]
+    assert {value.dtype for value in safetensors.torch.load_file(out / "model.safetensors").values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("norm", ["bn", "frozen", "groupnorm"])
 def test_arms(norm: str, images: Path, tmp_path: Path) -> None:
     model = "test_efficientnet"  # of norm-and-activation layers
     checkpoint, out = tmp_path / "weights.pth", tmp_path / "out"
-    original = timm.create_model(model)
+    original = timm.create_model(model, num_classes=7)
     torch.save(original.state_dict(), checkpoint)
     arguments = ("--norm", norm, "--checkpoint", checkpoint, "--clip", "agc:0.01", "--opt", "adamw", "--lr", 0.001)
     finetune(out, images, "--model", model, *arguments, "--epochs", 1)
