@@ -252,6 +252,8 @@ def loaders(options: Namespace, images: Any, model: nn.Module, accelerator: Acce
     sets = [Varied(images, i.tolist(), t, options.seed) for i, t in zip(parts(len(images)), transforms, strict=True)]
     if len(sets[0]) < options.batch:
         raise SystemExit(f"{len(sets[0])} images to train on are no batch of {options.batch}: take a smaller --batch")
+    if options.batch % accelerator.num_processes:
+        raise SystemExit(f"--batch {options.batch} cannot be shared out among {accelerator.num_processes} processes")
     each = {"num_workers": options.workers, "pin_memory": accelerator.device.type == "cuda"}
     train = DataLoader(sets[0], options.batch, shuffle=True, drop_last=True, **each)
     return [train, *(DataLoader(part, 64 * accelerator.num_processes, **each) for part in sets[1:])]
