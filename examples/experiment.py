@@ -57,21 +57,31 @@ class Data:
         return replace(self, **parts)
 
 
-def split(x: Tensor, y: Tensor, shares: tuple[float, float] = (0.6, 0.2), mirror: bool = False) -> Data:
-    """Split images in three parts, always in the same way, and give them zero mean and unit variance.
+def parts(images: int, shares: tuple[float, float] = (0.6, 0.2)) -> tuple[Tensor, Tensor, Tensor]:
+    """Say which images train, which validate and which test: always the same.
+
+    Args:
+        images: How many there are.
+        shares: Of the images for training and for validation; the rest is for the test.
+    """
+    order = torch.from_numpy(np.random.RandomState(0).permutation(images))  # the same with every version of numpy
+    first, second = round(shares[0] * images), round((shares[0] + shares[1]) * images)
+    return order[:first], order[first:second], order[second:]
+
+
+def split(x: Tensor, y: Tensor, mirror: bool = False, scale: tuple[float, float] | None = None) -> Data:
+    """Split images in three parts, always in the same way, and scale them.
 
     Args:
         x: Images `(N, C, H, W)`.
         y: Classes `(N,)`.
-        shares: Of the images for training and for validation; the rest is for the test.
         mirror: Whether training may mirror them.
+        scale: What is subtracted from a pixel and what it is then divided by, where a pretrained network wants that;
+            without, the training images get zero mean and unit variance.
     """
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(y)))  # the same with every version of numpy
-    first, second = round(shares[0] * len(y)), round((shares[0] + shares[1]) * len(y))
-    mean, std = x[order[:first]].mean(), x[order[:first]].std()
-    train, validation, test = (
-        Part((x[i] - mean) / std, y[i]) for i in (order[:first], order[first:second], order[second:])
-    )
+    three = parts(len(y))
+    mean, std = scale or (x[three[0]].mean(), x[three[0]].std())
+    train, validation, test = (Part((x[i] - mean) / std, y[i]) for i in three)
     return Data(train, validation, test, int(y.max()) + 1, mirror)
 
 
@@ -94,16 +104,23 @@ def folder(path: Path, size: int) -> Data:
     return split(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
 
 
-def solar_cells(size: int) -> Data:
-    """Photographs of 2,624 solar cells, sound or likely defective (31 %): 1,574 / 525 / 525 (elpv-dataset on PyPI)."""
+def photographs() -> tuple[Any, Any]:
+    """2,624 solar cells in grey `(N, 300, 300)`, and which are likely defective (31 %) (elpv-dataset on PyPI)."""
     from elpv_dataset.utils import load_dataset
-    from torchvision.transforms.v2 import functional as tv
 
     images, probability, _ = load_dataset()
+    return images, probability > 0.5
+
+
+def solar_cells(size: int, scale: tuple[float, float] | None = None) -> Data:
+    """Photographs of solar cells in colour, scaled to `size` x `size`, sound or likely defective: 1,574 / 525 / 525."""
+    from torchvision.transforms.v2 import functional as tv
+
+    images, defective = photographs()
     cells = torch.cat(
         [tv.resize(part, [size, size], antialias=True) for part in torch.tensor(images)[:, None].split(64)]
     )
-    return split(cells.float().expand(-1, 3, -1, -1), torch.tensor(probability > 0.5).long(), mirror=True)
+    return split(cells.float().expand(-1, 3, -1, -1), torch.tensor(defective).long(), mirror=True, scale=scale)
 
 
 def rows(path: Path) -> list[Row]:

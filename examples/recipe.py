@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from experiment import Data, Part
@@ -43,20 +44,31 @@ class Recipe:
     weight_decay: float = 5e-4
     momentum: float = 0.9
 
-    def clipper(self) -> Callable[[nn.Module], object]:
-        """Return what clips the gradients of a model."""
+    def clipper(self, norm: Callable[..., object] = nn.utils.clip_grad_norm_) -> Callable[[nn.Module], object]:
+        """Return what clips the gradients of a model; `norm` clips by the norm of all of them, as torch's does."""
         kind, _, value = self.clip.partition(":")
         if kind == "norm":
-            return lambda model: nn.utils.clip_grad_norm_(model.parameters(), float(value))
+            return lambda model: norm(model.parameters(), float(value))
         if kind == "agc":
             return lambda model: normfree.clip_grad(model, clip_factor=float(value))
         if kind == "none":
             return lambda _: None
         raise ValueError(f"clip is none, norm:NUMBER or agc:NUMBER, not {self.clip}")
 
+    def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """Return the parameter groups of a model."""
+        scalar_lr = lr * self.scalar_rate if self.scalar_lr is None else self.scalar_lr
+        return normfree.param_groups(model, lr=lr, weight_decay=self.weight_decay, scalar_lr=scalar_lr)
+
 
 RECIPE = Recipe(warmup=0.1, clip="norm:0.3", scalar_lr=0.3)
 BN_RECIPE = Recipe(warmup=0.1)
+FINE_TUNING = Recipe(warmup=0.1, clip="norm:0.3", scalar_rate=0.1)
+"""From alpha = 1, at pretrained weights: the outcome of a short trial, and no more than that.
+
+ImageNet's `tf_efficientnet_lite0` on one epoch of 1,024 solar cells, 80 px, batch 16, one seed. At 2^-3 it validates at
+78.3 %; with the norm at 1, adaptive clipping at 0.01, no clipping, or alphas at 0.3, at 68.6 %: the larger class.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,12 +102,38 @@ def train(
     device: str = "cpu",
 ) -> Outcome:
     """Train `model` in place and return what came of it; the same seed gives the same outcome on the same machine."""
+    start, data = time.perf_counter(), data.to(device)
+    curve = fit(model, data, recipe, lr=lr, epochs=epochs, batch=batch, seed=seed, device=device)
+    return outcome(model, data, curve, start)
+
+
+def outcome(model: nn.Module, data: Data, curve: list[float], start: float) -> Outcome:
+    """Look at a trained model, whose training began at `start`; one whose loss was not finite is not looked at."""
+    finite = math.isfinite(curve[-1])
+    validation, test = (accuracy(model, part) if finite else None for part in (data.validation, data.test))
+    status = "diverged" if validation is None or test is None else "trained"
+    return Outcome(validation, test, since(start), written(curve), status)
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    lr: float,
+    epochs: int,
+    batch: int,
+    seed: int,
+    device: str = "cpu",
+    frozen: Iterable[nn.Module] = (),
+) -> list[float]:
+    """Train `model` in place, `frozen` parts of it in eval mode; return each epoch's loss, ended by the first nan."""
     torch.manual_seed(seed)
-    start, data, clip = time.perf_counter(), data.to(device), recipe.clipper()
+    clip = recipe.clipper()
     model.to(device).train()
-    scalar_lr = lr * recipe.scalar_rate if recipe.scalar_lr is None else recipe.scalar_lr
-    groups = normfree.param_groups(model, lr=lr, weight_decay=recipe.weight_decay, scalar_lr=scalar_lr)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=True)
+    for module in frozen:
+        module.eval()
+    optimizer = torch.optim.SGD(recipe.groups(model, lr), lr=lr, momentum=recipe.momentum, nesterov=True)
     each = len(data.train.y) // batch  # an incomplete batch is dropped
     schedule = cosine(optimizer, recipe.warmup, epochs * each)
     curve: list[float] = []
@@ -110,11 +148,9 @@ def train(
             optimizer.step()
             total += loss.detach()
             if not math.isfinite(total):
-                return Outcome(None, None, since(start), written([*curve, math.nan]), "diverged")
+                return [*curve, math.nan]
         curve.append(total.item() / each)
-    validation, test = accuracy(model, data.validation), accuracy(model, data.test)
-    status = "diverged" if validation is None or test is None else "trained"
-    return Outcome(validation, test, since(start), written(curve), status)
+    return curve
 
 
 def cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> CosineLRScheduler:

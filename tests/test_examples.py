@@ -82,7 +82,7 @@ def _grows_once(tmp_path: Path, name: str, runs: int, *arguments: object) -> lis
         said.append(table.read_text())
     assert said[0] == said[1]
     lines = said[0].splitlines()
-    assert lines[0].endswith("seed,validation,test,seconds,curve,status")
+    assert lines[0].endswith(",validation,test,seconds,curve,status")
     assert len(lines) == 1 + runs
     return lines[1:]
 
@@ -136,3 +136,33 @@ def test_train_from_scratch_on_photographs(tmp_path: Path) -> None:
     assert all(0.5 < float(line.split(",")[8]) < 0.9 for line in lines), "the larger class is 69 %"
     _run("train_from_scratch.py", "--render", "--csv", tmp_path / "table.csv")
     assert "| torchvision:resnet18 | 32 | 1 |" in (tmp_path / "table.md").read_text()
+
+
+def _pictures(folder: Path) -> Path:
+    """Two classes of 30 pictures of noise each, dark and bright."""
+    draw = torch.Generator().manual_seed(0)
+    for i in range(60):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(0, 100, (64, 64, 3), dtype=torch.uint8, generator=draw) + 100 * (i % 2)
+        Image.fromarray(noise.numpy()).save(path)
+    return folder
+
+
+def test_finetune_table_goes_on_and_writes_its_page_and_its_plot(tmp_path: Path) -> None:
+    images = ("--images", _pictures(tmp_path / "images"), "--size", 64, "--model", "test_efficientnet")
+    short = ("--batches", 12, 1, "--rates", 0.0625, 2.0**100, "--seeds", 2, "--epochs", 1)
+    lines = _grows_once(tmp_path, "finetune_table.py", 24, *images, *short)  # by "finetune_timm.py", "labelled.py"
+    cells = [line.split(",") for line in lines]
+    assert {(cell[1], cell[3]) for cell in cells if cell[3] == "1"} == {("bn", "1"), ("preserve", "1")}
+    assert len({cell[1] for cell in cells}) == 6
+    memory = {cell[1]: float(cell[8]) for cell in cells if cell[3] == "12"}
+    assert memory["folded"] <= memory["preserve"] < memory["bn"]
+    diverged = [cell for cell in cells if cell[-1] == "diverged"]
+    assert {float(cell[5]) for cell in diverged} == {2.0**100}
+    assert len(diverged) >= 6
+    _run("finetune_table.py", "--render", "--csv", tmp_path / "table.csv")
+    page = (tmp_path / "table.md").read_text()
+    assert len(re.findall(r"\| normfree \| [0-9.]+ ± [0-9.]+ \(2\^-4\) \| [0-9.]+ ± [0-9.]+ \(2\^-4\) \|", page)) == 1
+    assert "| batch norm | 2^-4 .. 2^-4 | 2^-4 .. 2^-4 |" in page
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")

