@@ -25,13 +25,23 @@ def convert_(
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
+    inplace_activations: bool = True,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
     Convert before an optimizer takes the parameters: norms lose theirs, and layers gain new ones. A conversion that
     fails leaves the model bit for bit as it was.
     """
-    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope, reset=reset)
+    made = plan(
+        model,
+        init=init,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        scope=scope,
+        reset=reset,
+        inplace_activations=inplace_activations,
+    )
     rewrite(model, made)
     return model
 
@@ -45,6 +55,7 @@ def convert(
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
+    inplace_activations: bool = True,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -61,6 +72,8 @@ def convert(
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
         scope: ``"residual"`` converts only the norms inside residual branches.
         reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
+        inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
+            and what writes in place where a norm was gets a copy.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -76,7 +89,16 @@ def convert(
         Parameter containing:
         tensor([0.], requires_grad=True)
     """
-    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope, reset=reset)
+    made = plan(
+        model,
+        init=init,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        scope=scope,
+        reset=reset,
+        inplace_activations=inplace_activations,
+    )
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made)
