@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from normfree.copying import deep_copy
+from normfree.optimizers import warn_of_optimizers
 from normfree.planning import plan
 from normfree.rewriting import rewrite
 from normfree.selecting import Patterns
@@ -31,6 +32,9 @@ def convert_(
 
     Convert before an optimizer takes the parameters: norms lose theirs, and layers gain new ones. A conversion that
     fails leaves the model bit for bit as it was.
+
+    Warns:
+        OptimizerWarning: An optimizer holds parameters that go; it and they are named.
     """
     made = plan(
         model,
@@ -42,6 +46,7 @@ def convert_(
         reset=reset,
         inplace_activations=inplace_activations,
     )
+    warn_of_optimizers(model, made)
     rewrite(model, made)
     return model
 
@@ -78,7 +83,8 @@ def convert(
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
         AlreadyConvertedError: The model was converted before.
-        WrappedModelError: The model is wrapped in DDP, FSDP, ``torch.compile`` or is a ScriptModule.
+        WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
+            ScriptModule.
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
         UsageError: An argument makes no sense.
 

@@ -52,7 +52,8 @@ def plan(
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
         AlreadyConvertedError: The model was converted before.
-        WrappedModelError: The model is wrapped in DDP, FSDP, ``torch.compile`` or is a ScriptModule.
+        WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
+            ScriptModule.
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
         UsageError: An argument makes no sense.
 
