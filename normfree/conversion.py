@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from normfree.copying import deep_copy
-from normfree.optimizers import warn_of_optimizers
+from normfree.holders import warn_of_optimizers
 from normfree.planning import plan
 from normfree.rewriting import rewrite
 from normfree.selecting import Patterns

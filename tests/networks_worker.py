@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,20 @@ SIZE = WORLD = 4
 Gradients = dict[str, Tensor]
 
 
-def build(name: str, init: str = "preserve", seed: int = 0) -> nn.Module:
+def build(name: str) -> nn.Module:
     """Return the same converted network in every process, with alphas away from zero."""
-    torch.manual_seed(seed)
+    return copy.deepcopy(_build(name))
+
+
+@functools.cache
+def _build(name: str) -> nn.Module:
+    torch.manual_seed(0)
     original = timm.create_model(name, num_classes=3)
     for norm in original.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.running_var, 0.5, 2.0)
             nn.init.uniform_(norm.weight, 0.5, 1.0)
-    return normfree.convert(original.double().train(), init=init, alpha=0.5)
+    return normfree.convert(original.double().train(), init="preserve", alpha=0.5)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -106,7 +113,11 @@ def sharded(file: Path) -> tuple[float, float]:
     state = get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:
         torch.save(state, file)
-    other = shard(build("efficientnet_b0", seed=1))
+    other = build("efficientnet_b0")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    shard(other)
     loaded = torch.load(file) if dist.get_rank() == 0 else {}
     set_model_state_dict(other, loaded, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return first, worst(full(step(other, *mine())), step(alone, *batch()))
