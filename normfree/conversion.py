@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from normfree.copying import deep_copy
+from normfree.holders import warn_of_optimizers
 from normfree.planning import plan
 from normfree.rewriting import rewrite
 from normfree.selecting import Patterns
@@ -25,13 +26,27 @@ def convert_(
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
+    inplace_activations: bool = True,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
     Convert before an optimizer takes the parameters: norms lose theirs, and layers gain new ones. A conversion that
     fails leaves the model bit for bit as it was.
+
+    Warns:
+        OptimizerWarning: An optimizer holds parameters that go; it and they are named.
     """
-    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope, reset=reset)
+    made = plan(
+        model,
+        init=init,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        scope=scope,
+        reset=reset,
+        inplace_activations=inplace_activations,
+    )
+    warn_of_optimizers(model, made)
     rewrite(model, made)
     return model
 
@@ -45,6 +60,7 @@ def convert(
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
+    inplace_activations: bool = True,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -61,11 +77,14 @@ def convert(
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
         scope: ``"residual"`` converts only the norms inside residual branches.
         reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
+        inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
+            and what writes in place where a norm was gets a copy.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
         AlreadyConvertedError: The model was converted before.
-        WrappedModelError: The model is wrapped in DDP, FSDP, ``torch.compile`` or is a ScriptModule.
+        WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
+            ScriptModule.
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
         UsageError: An argument makes no sense.
 
@@ -76,7 +95,16 @@ def convert(
         Parameter containing:
         tensor([0.], requires_grad=True)
     """
-    made = plan(model, init=init, alpha=alpha, include=include, exclude=exclude, scope=scope, reset=reset)
+    made = plan(
+        model,
+        init=init,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        scope=scope,
+        reset=reset,
+        inplace_activations=inplace_activations,
+    )
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made)

@@ -47,10 +47,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = _to_meta(value)
-            elif name.endswith("_hooks"):
+            elif name in _HOOKS:
                 memo[id(value)] = OrderedDict()
     _copy_layers(model, memo, _to_meta)
     return copy.deepcopy(model, memo)
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
 def in_float64(model: M) -> M:
@@ -106,7 +109,7 @@ def _copy_layers(model: nn.Module, memo: dict[int, Any], copied: Callable[[Tenso
             continue
         for value in module.__dict__.values():
             if not isinstance(value, Tensor) and type(value) in (OrderedDict, set) and not value:
-                memo[id(value)] = type(value)()
+                memo.setdefault(id(value), type(value)())  # a handle of a hook refers to it
 
 
 def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> nn.Module | None:
@@ -122,7 +125,7 @@ def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo
         elif name in ("_parameters", "_buffers"):
             state[name] = kind((key, None if tensor is None else copy_tensor(tensor)) for key, tensor in value.items())
         elif kind in (OrderedDict, dict, set) and not value:
-            state[name] = kind()
+            state[name] = memo.setdefault(id(value), kind())
         elif name == "_modules":
             state[name] = kind((key, copy.deepcopy(child, memo)) for key, child in value.items())
         elif kind in (list, tuple) and all(type(item) in _ATOMS for item in value):

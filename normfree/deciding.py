@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from normfree.activations import gain_of
@@ -38,6 +39,7 @@ class Request:
         exclude: Patterns of the norms that stay, and of sums without a scalar.
         scope: ``"all"`` or ``"residual"``.
         reset: Whether the weights that a norm rescaled are drawn anew.
+        inplace: Whether anything may go on writing in place into what a layer returned.
     """
 
     modules: Modules
@@ -50,6 +52,7 @@ class Request:
     exclude: tuple[str, ...]
     scope: str
     reset: bool
+    inplace: bool
 
 
 def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
@@ -71,7 +74,7 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         raise UnsupportedModelError(problems)
     apart = _used_apart(modules, findings)
     edits = tuple(
-        _norm_edit(name, aliases, modules, findings.sites.get(name), asked.init, kept.get(name), traced, apart)
+        _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
         for name, aliases in asked.norms.items()
     )
     sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, asked.exclude, modules)
@@ -85,38 +88,41 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         sums=sums,
         biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
         weights=tuple(_weights(edits, findings)) if skipinit else (),
-        out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked.described))),
+        out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
         opaque=tuple(traced.opaque.items()),
         reset=asked.reset,
+        inplace_activations=asked.inplace,
     )
 
 
 def _norm_edit(
     name: str,
     aliases: tuple[str, ...],
-    modules: Modules,
+    asked: Request,
     site: Site | None,
-    init: Init,
     kept: str | None,
     traced: Trace,
     apart: set[int],
 ) -> NormEdit:
+    modules, init = asked.modules, asked.init
     module = modules[name]
     edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
     if kept is not None:
         return edit
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
-        return replace(edit, action=action, reason=_why_unseen(name, traced))
+        return replace(edit, action=action, reason=_why_unseen(name, traced), copy=not asked.inplace)
     obstacle = _hook_between(modules, edit.name, site.producer) or _bias_apart(modules, site.producer, init, apart)
     if site.producer is not None and obstacle is None:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
-        return replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
+        edit = replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
+        return replace(edit, copy=site.unsafe_write and not asked.inplace)
     action = "affine" if init == "preserve" or site.scaleless else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
-    copy = site.input_written or (not site.fresh and site.unsafe_write and not has_act)
-    copy = copy and action == "delete"
-    return replace(edit, action=action, reason=obstacle or site.why, copy=copy)
+    written = site.unsafe_write and not asked.inplace
+    if action == "delete":
+        written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
+    return replace(edit, action=action, reason=obstacle or site.why, copy=written)
 
 
 def _hook_between(modules: Modules, norm: str, producer: str | None) -> str | None:
@@ -171,13 +177,17 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
             yield path, gain_of(activation)
 
 
-def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, norms: dict[str, Norm]) -> Iterable[str]:
-    """Activations that would write into the input of a norm that is no longer there to copy it."""
+def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:
+    """Activations that would write into the input of a norm that is no longer there to copy it, or all of them."""
+    if not asked.inplace:
+        own = ((m, name) for name, m in asked.modules.items() if not isinstance(m, torch.jit.ScriptModule))
+        yield from {m: name for m, name in own if getattr(m, "inplace", False) is True}.values()
+        return
     for edit in edits:
         site = findings.sites.get(edit.name)
         if edit.action != "delete" or site is None or site.fresh or edit.copy:
             continue  # nothing to protect, or the slot copies
-        act = norms[edit.name].act
+        act = asked.described[edit.name].act
         if act is not None:
             if getattr(act, "inplace", False):
                 yield f"{edit.name}.act"

@@ -40,7 +40,7 @@ class AlreadyConvertedError(UsageError):
 
 
 class WrappedModelError(UsageError):
-    """The model is wrapped (DDP, FSDP, torch.compile, ScriptModule); convert what is inside, then wrap again."""
+    """The model is wrapped (DDP, FSDP, torch.compile, an EMA, Opacus, ScriptModule): convert what is inside."""
 
 
 class SourceError(UsageError):

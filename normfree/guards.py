@@ -53,7 +53,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_wrapping(model: nn.Module) -> None:
-    """Refuse a model inside DDP, FSDP, ``torch.compile`` or TorchScript."""
+    """Refuse a model inside DDP, FSDP, ``torch.compile``, TorchScript, an average of weights or Opacus."""
     for cls in type(model).__mro__:
         inner = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if inner is not None:
@@ -62,6 +62,8 @@ def check_wrapping(model: nn.Module) -> None:
             )
     if model._compiled_call_impl is not None:
         raise WrappedModelError("the model is compiled in place (model.compile()): convert it before compiling")
+    if "autograd_grad_sample_hooks" in model.__dict__:
+        raise WrappedModelError("Opacus has hooked the model: convert it before make_private")
     first = {type(module): name for name, module in reversed(list(model.named_modules()))}
     for kind, name in first.items():
         names = {cls.__name__ for cls in kind.__mro__}
@@ -69,13 +71,20 @@ def check_wrapping(model: nn.Module) -> None:
             raise WrappedModelError(
                 f"{name or 'the model'} is sharded by fully_shard: convert the model before sharding it"
             )
-        if "FullyShardedDataParallel" in names:
-            raise WrappedModelError(f"{name} is wrapped in {kind.__name__}: convert the model before sharding it")
+        if not names.isdisjoint(_HOOKING):
+            raise WrappedModelError(f"{name} is wrapped in {kind.__name__}: convert the model before wrapping it")
 
+
+_HOOKING = ("FullyShardedDataParallel", "DistributedDataParallel", "AbstractGradSampleModule")
+"""Wrappers that hang hooks on the parameters they find: new ones would be passed by."""
 
 _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "model.module",
     "torch.nn.parallel.data_parallel.DataParallel": "model.module",
+    "torch.optim.swa_utils.AveragedModel": "model.module",
+    "timm.utils.model_ema.ModelEmaV2": "model.module",
+    "timm.utils.model_ema.ModelEmaV3": "model.module",
+    "opacus.grad_sample.gsm_base.AbstractGradSampleModule": "model._module",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "model.module",
     "torch._dynamo.eval_frame.OptimizedModule": "model._orig_mod",
     "torch.jit._script.ScriptModule": "the Python module it was scripted from",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -50,7 +51,7 @@ def _told(traced: Trace) -> tuple[object, ...]:
 @contextlib.contextmanager
 def _classes(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Give every module the class that the plan gives it, and the behaviour that it has."""
-    writes = prepare(model, plan)
+    writes = prepare(model, replace(plan, inplace_activations=True))  # a copy would be one more operation
     after: dict[str, type[nn.Module]] = {path: type(slot) for path, slot in writes.slots.items()}
     for path, carrier in writes.carriers.items():
         if carrier.gain is not None or carrier.alpha is not None:

@@ -33,6 +33,7 @@ def plan(
     exclude: Patterns = (),
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
+    inplace_activations: bool = True,
 ) -> Plan:
     """Say what :func:`normfree.convert` would do, without doing it.
 
@@ -45,11 +46,14 @@ def plan(
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
         scope: ``"residual"`` converts only the norms inside residual branches.
         reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
+        inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
+            and what writes in place where a norm was gets a copy.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
         AlreadyConvertedError: The model was converted before.
-        WrappedModelError: The model is wrapped in DDP, FSDP, ``torch.compile`` or is a ScriptModule.
+        WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
+            ScriptModule.
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
         UsageError: An argument makes no sense.
 
@@ -71,7 +75,17 @@ def plan(
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
     request = Request(
-        modules, norms, described, chosen, why, alpha, as_patterns(include), as_patterns(exclude), scope, reset
+        modules=modules,
+        norms=norms,
+        described=described,
+        init=chosen,
+        init_reason=why,
+        alpha=alpha,
+        include=as_patterns(include),
+        exclude=as_patterns(exclude),
+        scope=scope,
+        reset=reset,
+        inplace=inplace_activations,
     )
     with torch.random.fork_rng(devices=[]):  # the user's generator and modules stay as they are
         copied = meta_copy(model)

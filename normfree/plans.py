@@ -95,6 +95,7 @@ class Plan:
         weights: Layers that a norm rescaled (``skipinit``), with the gain of the activation behind them.
         reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
+        inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
         opaque: Modules that could not be traced, each with the error.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
     """
@@ -109,6 +110,7 @@ class Plan:
     out_of_place: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
     reset: bool = True
+    inplace_activations: bool = True
     fused: bool = False
 
     @property

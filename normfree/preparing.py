@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from normfree.blocks import scaled_block_class
 from normfree.errors import InternalError
-from normfree.layers import ChannelAffine, Channels, Copy, SkipInit, scaled_output_class, skipinit_name
+from normfree.layers import (
+    ChannelAffine,
+    Channels,
+    CopiedAffine,
+    CopiedOutput,
+    CopiedSkipInit,
+    Copy,
+    ScaledOutput,
+    SkipInit,
+    scaled_output_class,
+    skipinit_name,
+)
 from normfree.norms import Norm, describe
 from normfree.plans import Alpha, NormEdit, Plan
 
@@ -60,13 +71,15 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
             carrier.alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
             carrier.channels = alpha.channels
         elif alpha.place == "slot":
-            writes.slots[alpha.path] = _skipinit(_alpha_beside(plan, module, model), alpha.channels)
+            writes.slots[alpha.path] = _skipinit(plan, _alpha_beside(plan, module, model), alpha.channels)
         elif alpha.place == "output":
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
-                writes.slots[alpha.path] = ChannelAffine(alpha=scalar, act=module)
+                cls = ChannelAffine if plan.inplace_activations else CopiedAffine
+                writes.slots[alpha.path] = cls(alpha=scalar, act=module)
             else:
-                writes.outputs[alpha.path] = scalar, scaled_output_class(type(module))
+                mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
+                writes.outputs[alpha.path] = scalar, scaled_output_class(type(module), mixin)
     writes.blocks.update(_blocks(model, plan, modules))
     for path, slot in writes.slots.items():
         slot.training = modules[path].training
@@ -85,7 +98,7 @@ def _blocks(
         block = modules[path]
         held: dict[str, nn.Module] = {}
         for alpha in alphas:
-            slot = _skipinit(_alpha_beside(plan, block, model), None)
+            slot = _skipinit(plan, _alpha_beside(plan, block, model), None)
             held[skipinit_name(alpha.addition)] = slot.train(block.training)
         yield path, (held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas)))
 
@@ -106,9 +119,12 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     rest = norm.drop is not None or norm.act is not None
     if not rest and gain is None and bias is None:
         if alpha is not None and scalar is not None:
-            return _skipinit(scalar, alpha.channels)
+            return _skipinit(plan, scalar, alpha.channels)
         return Copy() if edit.copy else nn.Identity()
-    return ChannelAffine(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act, edit.copy)
+    hooked = gain is not None or bias is not None or scalar is not None
+    cls = CopiedAffine if edit.copy and hooked and not plan.inplace_activations else ChannelAffine
+    copy = edit.copy and edit.action in ("fold", "delete")
+    return cls(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act, copy)
 
 
 def _learns(value: Tensor | None, norm: Norm, otherwise: bool) -> bool:
@@ -124,8 +140,8 @@ def _trains(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters()) or not any(True for _ in model.parameters())
 
 
-def _skipinit(alpha: nn.Parameter, channels: Channels) -> SkipInit:
-    slot = SkipInit(channels=channels)
+def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
+    slot = SkipInit(channels=channels) if plan.inplace_activations else CopiedSkipInit(channels=channels)
     slot.alpha = alpha
     return slot
 

@@ -66,7 +66,7 @@ LAYERS = (
     "tails sites",
     "analysis plans",
     "guards selecting observing preparing inputs",
-    "placing kinds replaying",
+    "placing kinds replaying holders",
     "deciding",
     "planning rewriting reference files",
     "conversion fusing calibration proofs checkpoint zoo",

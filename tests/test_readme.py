@@ -29,6 +29,7 @@ def test_every_block_has_a_language_that_is_run() -> None:
     assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # Opacus says so of every engine without torchcsprng
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

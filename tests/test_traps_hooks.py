@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
 import pytest
 import torch
-from harness import actions, assert_close, assert_preserved, both, noise, norms, prove, randomise, set_alphas
+from harness import (
+    Block,
+    actions,
+    alphas,
+    assert_close,
+    assert_preserved,
+    both,
+    noise,
+    norms,
+    plan_of,
+    prove,
+    randomise,
+    set_alphas,
+)
 from torch import Tensor, nn
 
 import normfree
@@ -174,3 +188,51 @@ def test_weight_that_is_also_used_as_a_tensor_keeps_its_values() -> None:
     converted = normfree.convert(model, init="preserve")
     assert_close(converted.conv.weight, model.conv.weight, 0)
     assert_preserved(model, noise(2, 3, 6, 6))
+
+
+class Asks(nn.Module):
+    """An attribute of its own whose name ends as torch's do, as timm's EfficientNetFeatures has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.feature_hooks = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if self.feature_hooks is None else self.feature_hooks.get_output(x)
+
+
+@both
+def test_an_attribute_that_is_called_like_hooks_is_none(init: str) -> None:
+    converted = prove(randomise(Asks()), noise(2, 4, 6, 6), init=init)
+    assert plan_of(converted).opaque == ()
+    assert alphas(converted) == ["block.conv2"]
+
+
+class Collects(nn.Module):
+    """Returns what a hook of its own has collected, and keeps the handle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.seen = Block(), {}
+        self.handles = [module.register_forward_hook(self.collect) for module in (self.block.conv1, self.block)]
+
+    def collect(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.seen[type(module).__name__] = output
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.block(x)
+        found = list(self.seen.values())
+        self.seen.clear()
+        return found
+
+
+@both
+def test_hooks_of_the_model_itself_run_in_copies_of_copies_and_in_proofs(init: str) -> None:
+    original = randomise(Collects())
+    converted = copy.deepcopy(prove(original, noise(2, 4, 6, 6), init=init))
+    assert len(converted(noise(2, 4, 6, 6))) == 2
+    for handle in converted.handles:
+        handle.remove()
+    assert converted(noise(2, 4, 6, 6)) == []
+    assert len(original(noise(2, 4, 6, 6))) == 2

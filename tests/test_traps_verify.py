@@ -198,3 +198,13 @@ def test_norm_without_statistics_excuses_no_mixing(tracked: bool) -> None:
     assert normfree.verify(converted, model, X).ok
     converted[2] = Centre()
     assert normfree.verify(converted, model, X).proofs[1].passed is False
+
+
+@both
+def test_proofs_need_gradients_and_take_them_whoever_asks(init: str) -> None:
+    original = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    converted, x = normfree.convert(original, init=init), noise(2, 3, 6, 6)
+    with torch.no_grad():
+        assert normfree.verify(converted, original, x).ok
+    with torch.inference_mode():
+        assert normfree.verify(converted, original, x).ok

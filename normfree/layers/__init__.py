@@ -12,12 +12,16 @@ from normfree.layers.carriers import (
     scaled_weight_class,
     skipinit_name,
 )
+from normfree.layers.copies import CopiedAffine, CopiedOutput, CopiedSkipInit
 from normfree.layers.linearity import is_carrier
 from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
 
 __all__ = [
     "ChannelAffine",
     "Channels",
+    "CopiedAffine",
+    "CopiedOutput",
+    "CopiedSkipInit",
     "Copy",
     "ScaledOutput",
     "ScaledSum",

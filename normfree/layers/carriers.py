@@ -139,13 +139,13 @@ def scaled_weight_class(original: type[nn.Module]) -> type[nn.Module]:
     return _made(ScaledWeight, original)
 
 
-def scaled_output_class(original: type[nn.Module]) -> type[nn.Module]:
+def scaled_output_class(original: type[nn.Module], mixin: type[ScaledOutput] = ScaledOutput) -> type[nn.Module]:
     """Return the subclass of ``original`` that scales its output.
 
     Raises:
         TypeError: No class may be derived from ``original``.
     """
-    return _made(ScaledOutput, original)
+    return _made(mixin, original)
 
 
 def _made(mixin: type, original: type[nn.Module]) -> type[nn.Module]:

@@ -138,12 +138,24 @@ class Case:
 
 
 def _strip_hooks(model: nn.Module) -> None:
-    """The user's hooks must not see the runs of a proof; those of torch's own weight reparametrisations must stay."""
+    """The user's hooks must not see the runs of a proof.
+
+    Those of torch's own weight reparametrisations stay, and those that are methods of something that the model holds:
+    timm's feature extractors collect their outputs that way, and what a copy holds is a copy too.
+    """
+    held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
     for module in model.modules():
-        module._forward_hooks.clear()
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if not type(hook).__module__.startswith("torch.nn.utils"):
-                del module._forward_pre_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not (id(_owner(hook)) in held or type(hook).__module__.startswith("torch.nn.utils")):
+                    del hooks[key]
+
+
+def _owner(hook: Any) -> Any:
+    """Return what a hook is a method of, or ``None``."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook, "__self__", None)
 
 
 def error_between(a: list[Tensor], b: list[Tensor]) -> float:
