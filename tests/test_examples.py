@@ -166,3 +166,16 @@ def test_finetune_table_goes_on_and_writes_its_page_and_its_plot(tmp_path: Path)
     assert len(re.findall(r"\| normfree \| [0-9.]+ ± [0-9.]+ \(2\^-4\) \| [0-9.]+ ± [0-9.]+ \(2\^-4\) \|", page)) == 1
     assert "| batch norm | 2^-4 .. 2^-4 | 2^-4 .. 2^-4 |" in page
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_import_time_is_a_difference(tmp_path: Path) -> None:
+    _run("import_time.py", "--runs", 1, "--csv", tmp_path / "times.csv")
+    lines = [line.rsplit(",", 6) for line in (tmp_path / "times.csv").read_text().splitlines()]
+    assert [line[0].strip('"') for line in lines[1:]] == [
+        "import torch",
+        "import torch, normfree",
+        "import torch, all of normfree",
+        "normfree --help",
+    ]
+    wall = [float(line[2]) for line in lines[1:]]
+    assert [round(value - wall[0], 2) for value in wall] == [round(float(line[4]), 2) for line in lines[1:]]
