@@ -17,6 +17,7 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
     "planning": ["plan"],
     "plans": ["Plan"],
     "propagation": ["Signals", "signals"],
+    "restoring": ["restore"],
     "verifying": ["Report", "verify"],
 }
 __all__ = ["errors", *(name for names in _HOMES.values() for name in names)]

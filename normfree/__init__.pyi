@@ -14,6 +14,7 @@ from normfree.planning import plan as plan
 from normfree.plans import Plan as Plan
 from normfree.propagation import Signals as Signals
 from normfree.propagation import signals as signals
+from normfree.restoring import restore as restore
 from normfree.verifying import Report as Report
 from normfree.verifying import verify as verify
 
