@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError
@@ -94,6 +94,22 @@ def module_problems(
     return found
 
 
+def _broken(norm: Norm) -> str | None:
+    """Name the tensor of a norm that makes its output infinite or no number at all."""
+    if norm.mean is None or norm.mean.is_meta:
+        return None
+    for what in ("mean", "var", "weight", "bias"):
+        tensor: Tensor | None = getattr(norm, what)
+        if tensor is not None and tensor.numel():
+            low, high = (float(value) for value in torch.aminmax(tensor.detach()))  # not a number if any entry is not
+            if what == "var" and low < 0:
+                return f"its running variance is negative ({low:g}); the checkpoint is damaged"
+            if not (math.isfinite(low) and math.isfinite(high)):
+                called = f"running {what}".replace("var", "variance") if what in ("mean", "var") else what
+                return f"its {called} is not finite; the checkpoint is damaged"
+    return None
+
+
 def is_lazy(model: nn.Module) -> bool:
     """Whether a module has no shape yet, so that the model cannot even be traced."""
     return any(isinstance(module, LazyModuleMixin) for module in model.modules())
@@ -103,7 +119,7 @@ def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | N
     if norm is not None:
         if norm.problem is None and norm.mean is None and init == "preserve":
             return "tracks no running statistics, so there is nothing to preserve; use init='skipinit', or exclude it"
-        return norm.problem
+        return norm.problem or (_broken(norm) if init == "preserve" else None)
     if looks_like_norm(module) == "subclass":
         return "an unknown batch norm with a forward of its own; describe it with normfree.register_norm"
     if looks_like_norm(module) == "statistics":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.errors import SourceError
@@ -136,7 +136,12 @@ class _EmptyOnMeta(TorchFunctionMode):
         options = dict(kwargs or {})
         if func is torch.empty and options.get("device") is None:
             options["device"] = "meta"
+        if func in _FILLS and args and args[0].is_meta:
+            return args[0]  # torch would compute the shape of the result, in Python
         return func(*args, **options)
+
+
+_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
 
 def _torchvision_options(builder: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from normfree.checkpoint.header import WEIGHTS, Header
 from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
-from normfree.files import check_output, stored, write_state
+from normfree.files import Pieces, check_output, stored, write_state
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.originals import ORIGINALS_ATTRIBUTE, Originals
 from normfree.plans import Plan
@@ -80,17 +80,19 @@ def write(
     num_classes: int | None,
     *,
     overwrite: bool,
+    pieces: Pieces | None = None,
 ) -> None:
     """Write the state of any model to a file or a folder."""
     out = check_target(path, overwrite=overwrite)
     state, aliases = stored(model)
-    write_state(out, state, {**metadata, **aliases})
+    out.parent.mkdir(exist_ok=True)
+    write_state(out, state, {**metadata, **aliases}, pieces)
     if out != Path(path):
         write_config(model, out.parent, source, num_classes)
 
 
 def check_target(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
-    """Return the file to be written: ``path`` itself, or the one in the folder that it names, which is made.
+    """Return the file to be written: ``path`` itself, or the one in the folder that it names.
 
     Raises:
         OutputError: It cannot or must not be written.
@@ -102,5 +104,4 @@ def check_target(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
     if path.suffix and not path.is_dir():
         raise UsageError(f"{path}: the output is a safetensors file; end its name in .safetensors, or name a folder")
     check_output(path / WEIGHTS if path.is_dir() else path, overwrite=overwrite, inputs=inputs)
-    path.mkdir(exist_ok=True)
-    return check_output(path / WEIGHTS, overwrite=overwrite, inputs=inputs)
+    return path / WEIGHTS

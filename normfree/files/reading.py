@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normfree.errors import CheckpointError
 
-__all__ = ["ENDINGS", "read_state_dict"]
+__all__ = ["ENDINGS", "is_mapped", "read_state_dict"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".tar")
 ENDINGS = (".safetensors", *_PICKLED)
@@ -82,6 +82,11 @@ def _check_archive(path: Path, size: int) -> None:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
         raise CheckpointError(f"{path}: damaged, or a compressed archive, which torch.save never writes; refused")
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether reading this file costs no memory until its values are used; old pickles must be read at once."""
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
 
 def _clean(raw: Any, path: Path) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-Pieces = Callable[[list[str]], Iterable[Tensor]]
-"""Given all names in the order of the file, yields their values: flat, each whole or in parts."""
+Pieces = Callable[[Mapping[str, Tensor], list[str]], Iterable[Tensor]]
+"""Given a state and its names in the order of the file, yields their values: flat, each whole or in parts."""
 
 
 def stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -86,8 +86,9 @@ def write_state(
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for piece in pieces(names) if pieces is not None else _values(state, names):
+        for piece in (_values if pieces is None else pieces)(state, names):
             file.write(piece.view(torch.uint8).numpy().data)
+            del piece  # before the next one is made: it may be all that holds pages of a mapped file
         if file.tell() != 8 + len(text) + end:
             raise InternalError(f"{path}: {file.tell()} bytes were written where {8 + len(text) + end} were announced")
 
