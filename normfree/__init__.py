@@ -10,6 +10,7 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
     "calibration": ["calibrate"],
     "checkpoint": ["load", "save"],
     "conversion": ["convert", "convert_"],
+    "exporting": ["export"],
     "fusing": ["fuse"],
     "layers": ["SkipInit"],
     "norms": ["Norm", "register_norm"],

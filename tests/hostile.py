@@ -1,6 +1,6 @@
 """Files as an attacker or a broken disk makes them, drawn from a seed; nothing of them is kept.
 
-Run: python tests/hostile.py 1000 [seed] feeds that many to the package, watches its memory, and prints a summary.
+Run: python tests/hostile.py 1000 [seed [timm:NAME]] feeds that many to the package, watches its memory, and prints a summary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import normfree
 from normfree.cli import app
 
-NAME = "timm:test_resnet"
+NAME = "timm:test_resnet" if len(sys.argv) < 4 or __name__ != "__main__" else sys.argv[3]
 CLASSES = 3
 
 
@@ -45,7 +45,7 @@ class Victim:
     """Good files to start from, and the trap that no bad one may spring."""
 
     def __init__(self, folder: Path) -> None:
-        model = randomise(timm.create_model("test_resnet", num_classes=CLASSES))
+        model = randomise(timm.create_model(NAME.removeprefix("timm:"), num_classes=CLASSES))
         self.state = {key: value.clone() for key, value in model.state_dict().items()}
         self.checkpoint = safetensors.torch.save(self.state)
         buffer = io.BytesIO()

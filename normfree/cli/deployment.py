@@ -1,4 +1,4 @@
-"""``normfree fuse`` and ``normfree restore``: from a converted file to one for inference, or back to batch norms."""
+"""``normfree fuse``, ``restore`` and ``export``: from a converted file to inference, to batch norms, out of PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from normfree.cli.options import JsonOption, app
 from normfree.printing import note, print_json, print_out, progress, reporting
 
-__all__ = ["fuse", "restore"]
+__all__ = ["export", "fuse", "restore"]
 
 FileArgument = Annotated[Path, typer.Argument(help="A file, or its folder, that normfree convert wrote.")]
 OutOption = Annotated[
@@ -48,6 +48,39 @@ def restore(file: FileArgument, out: OutOption, force: ForceOption = False, as_j
 
             write(model, out, {"format": "pt"}, header.source, header.num_classes, overwrite=force)
         _say(as_json, out, left)
+
+
+@app.command()
+def export(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("-o", "--output", help="A .pt2 or .onnx file.")],
+    format: Annotated[str | None, typer.Option(help="pt2 or onnx; by default what OUT ends in.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a converted or fused file as a program for other runtimes, for any batch: torch.export, or ONNX.
+
+    The model is fused first. The program is run (ONNX by onnxruntime), and its output compared with the model's.
+    """
+    with reporting(as_json):
+        with progress(4) as step:
+            step("importing torch")
+            from normfree import checkpoint, exporting, files, fusing
+            from normfree.inputs import example_input
+
+            exporting.format_of(out, format)
+            files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
+            step("loading")
+            model = checkpoint.load(file).eval()
+            if not checkpoint.read_header(file).plan.fused:
+                fusing.bake_(model)
+            step("exporting")
+            error = exporting.export(model, out, example_input(model, size=size), overwrite=force)
+        if as_json:
+            print_json({"ok": True, "output": str(out), "difference": error})
+        else:
+            print_out(f"wrote {out}: its output differs by {error:.1e} from the model's, relative to the largest value")
 
 
 def _loaded(step: Any, file: Path, out: Path, force: bool, action: str) -> tuple[Any, Any, list[str]]:
