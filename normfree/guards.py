@@ -96,17 +96,21 @@ def module_problems(
 
 def _broken(norm: Norm) -> str | None:
     """Name the tensor of a norm that makes its output infinite or no number at all."""
-    if norm.mean is None or norm.mean.is_meta:
+    every: dict[str, Tensor | None] = {what: getattr(norm, what) for what in ("mean", "var", "weight", "bias")}
+    found = {what: tensor.detach() for what, tensor in every.items() if tensor is not None and tensor.numel()}
+    if "var" not in found or any(tensor.is_meta for tensor in found.values()):
         return None
-    for what in ("mean", "var", "weight", "bias"):
-        tensor: Tensor | None = getattr(norm, what)
-        if tensor is not None and tensor.numel():
-            low, high = (float(value) for value in torch.aminmax(tensor.detach()))  # not a number if any entry is not
-            if what == "var" and low < 0:
-                return f"its running variance is negative ({low:g}); the checkpoint is damaged"
-            if not (math.isfinite(low) and math.isfinite(high)):
-                called = f"running {what}".replace("var", "variance") if what in ("mean", "var") else what
-                return f"its {called} is not finite; the checkpoint is damaged"
+    # Two numbers tell that all is well; which tensor it is, is asked only if not.
+    total = float(torch.cat([tensor.double().reshape(-1) for tensor in found.values()]).sum())
+    if math.isfinite(total) and float(found["var"].min()) >= 0:
+        return None
+    for what, tensor in found.items():
+        low, high = (float(value) for value in torch.aminmax(tensor))  # not a number if any entry is not
+        if what == "var" and low < 0:
+            return f"its running variance is negative ({low:g}); the checkpoint is damaged"
+        if not (math.isfinite(low) and math.isfinite(high)):
+            called = {"mean": "running mean", "var": "running variance"}.get(what, what)
+            return f"its {called} is not finite; the checkpoint is damaged"
     return None
 
 

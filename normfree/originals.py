@@ -37,11 +37,17 @@ class Originals:
     @classmethod
     def of(cls, modules: Mapping[str, nn.Module], plan: Plan) -> Originals:
         """Copy what ``plan`` is about to take away: the user may go on with the model that it comes from."""
-        memo: dict[int, Tensor] = {}
+        memo: dict[int, Any] = {}
         norms = {edit.name: _kept(modules[edit.name], memo) for edit in plan.removed}
         producers = [edit.producer for edit in plan.removed if edit.producer is not None]
         biases = {path: modules[path]._parameters["bias"] for path in producers}
         return cls(norms, {path: None if bias is None else _copied(bias, memo) for path, bias in biases.items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
+        norms = {path: _kept(norm, memo) for path, norm in self.norms.items()}
+        for norm in norms.values():
+            norm.__dict__["_modules"] = copy.deepcopy(norm._modules, memo)
+        return Originals(norms, {path: None if b is None else _copied(b, memo) for path, b in self.biases.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by the key that it has in the state of the original model."""
@@ -76,8 +82,9 @@ def folded(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return gain, shift if bias is None else shift + gain * bias.detach().double()
 
 
-def _kept(norm: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
-    kept = copy.copy(norm)
+def _kept(norm: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    kept = type(norm).__new__(type(norm))
+    kept.__dict__.update(norm.__dict__)
     for held in ("_parameters", "_buffers"):
         tensors = norm.__dict__[held]
         kept.__dict__[held] = type(tensors)((n, None if t is None else _copied(t, memo)) for n, t in tensors.items())
@@ -85,7 +92,7 @@ def _kept(norm: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     return kept
 
 
-def _copied(tensor: Tensor, memo: dict[int, Tensor]) -> Any:
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Any:
     """Copy a parameter or a buffer; what two norms share, their copies share."""
     if id(tensor) not in memo:
         made = tensor.detach().clone()

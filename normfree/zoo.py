@@ -123,7 +123,10 @@ def skeleton(source: Source, *, num_classes: int | None = None) -> nn.Module:
     Raises:
         SourceError: As there.
     """
-    with _EmptyOnMeta():
+    try:
+        with _EmptyOnMeta():
+            return build(source, num_classes=num_classes)
+    except SourceError:  # a few run a forward pass, or compute with weights; another reason is met again
         return build(source, num_classes=num_classes)
 
 

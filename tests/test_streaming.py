@@ -23,7 +23,7 @@ import normfree
 from normfree import files, zoo
 from normfree.checkpoint import convert_file
 from normfree.cli import app
-from normfree.errors import CheckpointError, SourceError, UnsupportedModelError
+from normfree.errors import CheckpointError, OutputError, SourceError, UnsupportedModelError
 
 NAME = "timm:resnet10t"
 
@@ -202,6 +202,28 @@ def test_threads_that_write_one_name_leave_one_whole_file(checkpoint: Path, tmp_
         thread.join()
     assert list(tmp_path.iterdir()) == [out]
     assert isinstance(normfree.load(out), nn.Module)
+
+
+def test_what_cannot_be_built_without_memory_is_built(tmp_path: Path) -> None:
+    """Its constructor runs a forward pass, as those of a few networks with a convolutional stem do."""
+    name = "torchvision:ssdlite320_mobilenet_v3_large"
+    source = write(randomise(zoo.build(zoo.find(name))).state_dict(), tmp_path / "in.safetensors")
+    convert_file(name, source, tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == whole(name, source, tmp_path / "a.safetensors")
+
+
+def test_permission_lost_while_writing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OutputError, match=r"out\.safetensors: cannot be written: .*Permission denied"):
+        convert_file(NAME, checkpoint, out, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"precious"
 
 
 _KILLED = """
