@@ -190,6 +190,17 @@ def test_an_architecture_by_name(tmp_path: Path) -> None:
     assert loaded.num_classes == 7
 
 
+def test_an_architecture_that_asks_for_its_version(tmp_path: Path) -> None:
+    original = randomise(zoo.build(zoo.find("torchvision:mnasnet0_5"), num_classes=3))
+    path = _write(original.state_dict(), tmp_path / "in.safetensors")
+    other = zoo.build(zoo.find("torchvision:mnasnet0_5"), num_classes=3)
+    files.load_weights(other, files.read_state_dict(path), path)
+    normfree.save(normfree.convert(other), tmp_path / "m.safetensors", source="torchvision:mnasnet0_5", num_classes=3)
+    restored = normfree.restore(normfree.load(tmp_path / "m.safetensors"))
+    expected = original.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in restored.state_dict().items())
+
+
 def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     normfree.save(normfree.convert(randomise(Net())), path)

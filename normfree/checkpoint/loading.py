@@ -13,7 +13,7 @@ from normfree.checkpoint.header import Header, read_header, weights_in
 from normfree.checkpoint.hub import read_config
 from normfree.copying import meta_copy
 from normfree.errors import CheckpointError, InternalError, UsageError
-from normfree.files import check_fits, read_state_dict
+from normfree.files import check_fits, read_state_dict, take
 from normfree.fusing import bake_
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.originals import ORIGINALS_ATTRIBUTE
@@ -47,7 +47,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(floating) == 1:
         model.to(floating.pop())  # a model saved in half precision comes back in half precision
-    model.load_state_dict(_fitting(model, state, path, num_classes), strict=False)
+    take(model, _fitting(model, state, path, num_classes))
     kept = header.kept(path)
     if kept is not None and ORIGINALS_ATTRIBUTE in model.__dict__:
         model.__dict__[ORIGINALS_ATTRIBUTE].fill_(kept, str(path))

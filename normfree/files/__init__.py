@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normfree.files.fitting import check_fits, load_weights
+from normfree.files.fitting import check_fits, load_weights, take
 from normfree.files.outputs import check_output, replacing
 from normfree.files.reading import ENDINGS, is_mapped, read_state_dict
 from normfree.files.writing import Pieces, stored, write_state
@@ -17,5 +17,6 @@ __all__ = [
     "read_state_dict",
     "replacing",
     "stored",
+    "take",
     "write_state",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from normfree.errors import CheckpointError
 
-__all__ = ["check_fits", "load_weights"]
+__all__ = ["check_fits", "load_weights", "take"]
 
 
 def check_fits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, hint: str = "") -> None:
@@ -67,4 +68,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     """
     where = f"{path}: the checkpoint is not one of this {type(model).__name__}"
     check_fits(model.state_dict(keep_vars=True), state, where, "if only the classifier differs, give its num_classes")
-    model.load_state_dict(dict(state), strict=False)
+    take(model, state)
+
+
+def take(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what :func:`check_fits` has let through.
+
+    Files say no versions of modules: they are taken to be the model's (torchvision's MNASNet refuses to load none).
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # torch's own convention
+    model.load_state_dict(versioned, strict=False)
