@@ -10,6 +10,7 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
     "calibration": ["calibrate"],
     "checkpoint": ["load", "save"],
     "conversion": ["convert", "convert_"],
+    "exporting": ["export"],
     "fusing": ["fuse"],
     "layers": ["SkipInit"],
     "norms": ["Norm", "register_norm"],
@@ -17,6 +18,7 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
     "planning": ["plan"],
     "plans": ["Plan"],
     "propagation": ["Signals", "signals"],
+    "restoring": ["restore"],
     "verifying": ["Report", "verify"],
 }
 __all__ = ["errors", *(name for names in _HOMES.values() for name in names)]

@@ -4,6 +4,7 @@ from normfree.checkpoint import load as load
 from normfree.checkpoint import save as save
 from normfree.conversion import convert as convert
 from normfree.conversion import convert_ as convert_
+from normfree.exporting import export as export
 from normfree.fusing import fuse as fuse
 from normfree.layers import SkipInit as SkipInit
 from normfree.norms import Norm as Norm
@@ -14,6 +15,7 @@ from normfree.planning import plan as plan
 from normfree.plans import Plan as Plan
 from normfree.propagation import Signals as Signals
 from normfree.propagation import signals as signals
+from normfree.restoring import restore as restore
 from normfree.verifying import Report as Report
 from normfree.verifying import verify as verify
 

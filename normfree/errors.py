@@ -20,6 +20,7 @@ __all__ = [
     "UsageError",
     "WrappedModelError",
     "one_line",
+    "some",
 ]
 
 
@@ -79,6 +80,11 @@ def one_line(error: Exception) -> str:
     """Return the kind and the first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    """Return the first names and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def require(package: str, extra: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from normfree.copying import deep_copy
-from normfree.errors import UsageError
+from normfree.errors import UsageError, some
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, SkipInit, alpha_scale, is_normfree
+from normfree.originals import ORIGINALS_ATTRIBUTE
 
-__all__ = ["FuseWarning", "fuse", "fuse_"]
+__all__ = ["FuseWarning", "bake_", "fuse", "fuse_", "multiplying"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,24 +50,31 @@ def fuse(model: M) -> M:
     return fuse_(deep_copy(model))
 
 
-@torch.no_grad()
 def fuse_(model: M) -> M:
     """Do in place what :func:`fuse` does on a copy."""
     if not any(map(is_normfree, model.modules())):
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
+    bake_(model)
+    left = multiplying(model)
+    if left:
+        warnings.warn(
+            f"alpha stays a multiplication at {some(left)}: no weight ends that branch", FuseWarning, stacklevel=3
+        )
+    return model
+
+
+@torch.no_grad()
+def bake_(model: nn.Module) -> None:
+    """Bake in what a weight can absorb."""
     for module in model.modules():
         if isinstance(module, ScaledWeight):
             _bake(module)
         elif isinstance(module, ChannelAffine):
             _bake_affine(module)
-    left = list(_left(model))
-    if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        warnings.warn(f"alpha stays a multiplication at {shown}: no weight ends that branch", FuseWarning, stacklevel=3)
     plan = model.__dict__.get(PLAN_ATTRIBUTE)
     if plan is not None:
         model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True)
-    return model
+    model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
 
 
 def _bake(layer: ScaledWeight) -> None:
@@ -97,9 +104,10 @@ def _bake_affine(slot: ChannelAffine) -> None:
     slot.alpha = None
 
 
-def _left(model: nn.Module) -> Iterator[str]:
-    """Name the modules that still multiply by alpha."""
-    for name, module in model.named_modules():
-        carries = isinstance(module, (SkipInit, ScaledOutput, ChannelAffine))
-        if carries and module._parameters.get("alpha") is not None:
-            yield name
+def multiplying(model: nn.Module) -> list[str]:
+    """Name the modules that multiply an activation by alpha."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (SkipInit, ScaledOutput, ChannelAffine)) and module._parameters.get("alpha") is not None
+    ]

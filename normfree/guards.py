@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError
@@ -103,6 +103,26 @@ def module_problems(
     return found
 
 
+def _broken(norm: Norm) -> str | None:
+    """Name the tensor of a norm that makes its output infinite or no number at all."""
+    every: dict[str, Tensor | None] = {what: getattr(norm, what) for what in ("mean", "var", "weight", "bias")}
+    found = {what: tensor.detach() for what, tensor in every.items() if tensor is not None and tensor.numel()}
+    if "var" not in found or any(tensor.is_meta for tensor in found.values()):
+        return None
+    # Two numbers tell that all is well; which tensor it is, is asked only if not.
+    total = float(torch.cat([tensor.double().reshape(-1) for tensor in found.values()]).sum())
+    if math.isfinite(total) and float(found["var"].min()) >= 0:
+        return None
+    for what, tensor in found.items():
+        low, high = (float(value) for value in torch.aminmax(tensor))  # not a number if any entry is not
+        if what == "var" and low < 0:
+            return f"its running variance is negative ({low:g}); the checkpoint is damaged"
+        if not (math.isfinite(low) and math.isfinite(high)):
+            called = {"mean": "running mean", "var": "running variance"}.get(what, what)
+            return f"its {called} is not finite; the checkpoint is damaged"
+    return None
+
+
 def is_lazy(model: nn.Module) -> bool:
     """Whether a module has no shape yet, so that the model cannot even be traced."""
     return any(isinstance(module, LazyModuleMixin) for module in model.modules())
@@ -112,7 +132,7 @@ def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | N
     if norm is not None:
         if norm.problem is None and norm.mean is None and init == "preserve":
             return "tracks no running statistics, so there is nothing to preserve; use init='skipinit', or exclude it"
-        return norm.problem
+        return norm.problem or (_broken(norm) if init == "preserve" else None)
     if looks_like_norm(module) == "subclass":
         return "an unknown batch norm with a forward of its own; describe it with normfree.register_norm"
     if looks_like_norm(module) == "statistics":

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from normfree.errors import CheckpointError
 from normfree.layers import Channels, skipinit_name
+from normfree.plain import from_plain
 from normfree.sums import Kind
 from normfree.tails import Place
 
@@ -17,6 +18,8 @@ __all__ = ["Action", "Alpha", "Init", "NormEdit", "Plan", "SumEdit"]
 
 Action = Literal["fold", "affine", "delete", "bias", "keep"]
 Init = Literal["skipinit", "preserve"]
+_CHANNELS = 2**20
+"""More than any layer has: a stored plan must not ask for more."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Alpha:
     channels: Channels = None
     addition: int = 0
     operand: int = 0
+
+    def __post_init__(self) -> None:
+        start, stop = self.channels or (0, 1)
+        if not (0 <= start < stop <= _CHANNELS and 0 <= self.addition < _CHANNELS and 0 <= self.operand < _CHANNELS):
+            raise ValueError(f"no alpha lives in channels {self.channels} of addition {self.addition}")
 
     @property
     def holder(self) -> str:
@@ -163,27 +171,7 @@ class Plan:
             CheckpointError: The text is not a plan.
         """
         try:
-            raw = json.loads(text)
-            return cls(
-                **{
-                    **raw,
-                    "norms": tuple(_build(NormEdit, n, aliases=tuple(n["aliases"])) for n in raw["norms"]),
-                    "sums": tuple(_sum_edit(s) for s in raw["sums"]),
-                    "biases": tuple(map(str, raw["biases"])),
-                    "weights": tuple((str(path), float(gain)) for path, gain in raw["weights"]),
-                    "out_of_place": tuple(map(str, raw["out_of_place"])),
-                    "opaque": tuple((str(path), str(error)) for path, error in raw["opaque"]),
-                }
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the stored plan cannot be read: {error!r}") from error
-
-
-def _build(kind: Any, raw: dict[str, Any], **changes: Any) -> Any:
-    return kind(**{**raw, **changes})
-
-
-def _sum_edit(raw: dict[str, Any]) -> SumEdit:
-    alphas = tuple(_build(Alpha, a, channels=tuple(a["channels"]) if a["channels"] else None) for a in raw["alphas"])
-    edit: SumEdit = _build(SumEdit, raw, alphas=alphas, declined=tuple(raw["declined"]))
-    return edit
+            made: Plan = from_plain(cls, json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"the stored plan cannot be read: {error}") from error
+        return made

@@ -25,6 +25,7 @@ from normfree.layers import (
     skipinit_name,
 )
 from normfree.norms import Norm, describe
+from normfree.originals import folded
 from normfree.plans import Alpha, NormEdit, Plan
 
 __all__ = ["Carrier", "Writes", "prepare"]
@@ -147,13 +148,10 @@ def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
 
 
 def _fold(layer: nn.Module, module: nn.Module) -> Carrier:
-    """``gain = weight / sqrt(var + eps)`` and ``bias = beta + gain * (b - mean)`` (design of arXiv 2305.11624)."""
     norm = describe(module)
-    weight, old = _weight(layer), layer.bias
-    gain, bias = norm.affine()
+    weight, old = _weight(layer), layer._parameters["bias"]
+    gain, bias = folded(norm, old)
     trained = _learns(norm.weight, norm, weight.requires_grad)
-    if isinstance(old, Tensor):
-        bias = bias + gain * old.detach().double()
     learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or [trained]
     return Carrier(
         gain=nn.Parameter(gain.to(weight.dtype), trained), bias=nn.Parameter(bias.to(weight.dtype), any(learns))

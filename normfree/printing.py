@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from normfree.plans import Plan
     from normfree.proofs import Proof
 
-__all__ = ["Steps", "note", "plan_tables", "print_json", "print_out", "progress", "proof_table", "reporting", "table"]
+__all__ = ["Steps", "note", "plan_tables", "print_json", "print_out", "printable", "progress", "proof_table"]
+__all__ += ["reporting", "table"]
 
 
 @contextlib.contextmanager
@@ -102,6 +103,17 @@ def table(*columns: str) -> Any:
     return made
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would obey: names may come from a file that anybody wrote. Also rich's own markup."""
+    from rich.markup import escape
+
+    return escape(_plain(text))
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_out(what: Any) -> None:
     """Print text or a table to stdout."""
     from rich.console import Console
@@ -115,7 +127,7 @@ def note(text: str, style: str = "yellow") -> None:
     """Print a message to stderr."""
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text, style=style)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(_plain(text), style=style)
 
 
 def print_json(body: dict[str, Any]) -> None:

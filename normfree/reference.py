@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from normfree.copying import deep_copy, in_float64
-from normfree.errors import CheckpointError
 from normfree.observing import tensors
 
 __all__ = ["Reference"]
 
 _VALUES = 64
+_LARGEST = 2**23
+"""Entries of an input: a file must not make us draw more."""
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Reference:
     values: tuple[float, ...]
     scale: float
     rounding: float
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES or not 0 < math.prod(self.shape) <= _LARGEST or min(self.shape) < 1:
+            raise ValueError(f"reference: no input of {self.dtype} and shape {self.shape} is drawn")
 
     @classmethod
     @torch.no_grad()
@@ -65,29 +70,6 @@ class Reference:
         if found.numel() != len(self.values):
             return float("inf")
         return float((found - torch.tensor(self.values, dtype=torch.float64)).abs().max()) / max(self.scale, 1e-300)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Reference:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            CheckpointError: It is something else.
-        """
-        try:
-            return cls(
-                shape=tuple(int(n) for n in raw["shape"]),
-                dtype=str(raw["dtype"]),
-                first=tuple(float(v) for v in raw["first"]),
-                values=tuple(float(v) for v in raw["values"]),
-                scale=float(raw["scale"]),
-                rounding=float(raw["rounding"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the stored reference cannot be read: {error!r}") from error
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

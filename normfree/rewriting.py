@@ -19,11 +19,12 @@ from normfree.guards import PLAN_ATTRIBUTE
 from normfree.initialization import draw_
 from normfree.layers import is_carrier, scaled_weight_class
 from normfree.norms import is_norm
+from normfree.originals import ORIGINALS_ATTRIBUTE, Originals
 from normfree.plans import Plan
 from normfree.preparing import Carrier, prepare
 from normfree.tails import Place
 
-__all__ = ["rewrite"]
+__all__ = ["hand_on_hooks", "replace_everywhere", "rewrite"]
 
 
 def rewrite(model: nn.Module, plan: Plan) -> None:
@@ -36,6 +37,7 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     find = functools.partial(_find, modules, type(model).__name__)
     _check(plan, find)
     writes = prepare(model, plan)
+    originals = Originals.of(modules, plan) if plan.init == "preserve" else None
     out_of_place = [find(path) for path in plan.out_of_place]
     drawn = [(find(path), gain) for path, gain in plan.drawn]
     for path, carrier in writes.carriers.items():
@@ -50,9 +52,11 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
         activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
     for path, slot in writes.slots.items():
         _take_over(modules[path], slot)
-    _replace_everywhere(model, {id(modules[path]): slot for path, slot in writes.slots.items()})
+    replace_everywhere(model, {id(modules[path]): slot for path, slot in writes.slots.items()})
     draw_(drawn)
     model.__dict__[PLAN_ATTRIBUTE] = plan
+    if originals is not None:
+        model.__dict__[ORIGINALS_ATTRIBUTE] = originals
 
 
 def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:
@@ -98,11 +102,16 @@ _HOOKS = (
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
     """Hand on hooks, and what others read of a norm or hang on it: its width, its eps, where its input comes from."""
-    for name in _HOOKS:
-        new.__dict__[name] = old.__dict__[name]  # the same dict: a handle must still find what it removes
+    hand_on_hooks(old, new)
     for name, value in old.__dict__.items():
         if not (name.startswith("_") or isinstance(value, (Tensor, nn.Module)) or hasattr(new, name)):
             new.__dict__[name] = value
+
+
+def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the same dicts: a handle must still find what it removes."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
 
 
 def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
@@ -116,7 +125,7 @@ def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
     layer.__dict__["alpha_channels"] = carrier.channels
 
 
-def _replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
+def replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
     """Replace modules in all their parents: a shared one is registered under several names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -58,7 +58,7 @@ def verify(
     eight times what the output moves by when every weight is rounded once more.
 
     Args:
-        model: What :func:`normfree.convert` returned.
+        model: What :func:`normfree.convert` returned, or :func:`normfree.fuse` made of it.
         original: The model before conversion. Proof 3 needs it; proofs 4 to 6 compare with it.
         inputs: Arguments of ``model``: a tensor ``(N, C, *)``, a tuple (of tensors, lists or dicts), or a mapping of
             keyword arguments; a batch of at least two. Default: white noise of the shape the model's first layer or
@@ -71,7 +71,7 @@ def verify(
         writes into a skip path, (5) everything learns, (6) nothing of the norms is left in the state.
 
     Raises:
-        UsageError: The model carries no plan or is fused, or the batch has fewer than two samples.
+        UsageError: The model carries no plan, or the batch has fewer than two samples.
 
     Example:
         >>> import torch, normfree, torchvision
@@ -105,8 +105,6 @@ def each_proof(
     plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
-    if plan.fused:
-        raise UsageError(f"this {type(model).__name__} is fused: its alphas are gone; verify it before normfree.fuse")
     args, kwargs = arguments(example_input(model) if inputs is None else inputs)
     sizes = {x.shape[0] for x in tensors((args, kwargs)) if x.dim() > 0}
     if not sizes or min(sizes) < 2:

@@ -8,11 +8,13 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from normfree.errors import SourceError
 
-__all__ = ["Source", "build", "find"]
+__all__ = ["Source", "build", "find", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,39 @@ def build(source: Source, *, pretrained: bool = False, num_classes: int | None =
         return built
     except Exception as error:  # hub, cache and constructor errors of two libraries
         raise SourceError(f"{source} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def skeleton(source: Source, *, num_classes: int | None = None) -> nn.Module:
+    """Build the model as :func:`build` does, but with its large tensors on the meta device: without memory or values.
+
+    Only what ``torch.empty`` makes goes there, and that is where layers put their weights: constructors also compute
+    with small tensors of their own, which need values (torchvision's RegNet its widths).
+
+    Raises:
+        SourceError: As there.
+    """
+    try:
+        with _EmptyOnMeta():
+            return build(source, num_classes=num_classes)
+    except SourceError:  # a few run a forward pass, or compute with weights; another reason is met again
+        return build(source, num_classes=num_classes)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Of one thread only, unlike a patched ``torch.empty``."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty and options.get("device") is None:
+            options["device"] = "meta"
+        if func in _FILLS and args and args[0].is_meta:
+            return args[0]  # torch would compute the shape of the result, in Python
+        return func(*args, **options)
+
+
+_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
 
 def _torchvision_options(builder: Any) -> dict[str, Any]:

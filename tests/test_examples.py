@@ -47,6 +47,16 @@ def test_convert_time_writes_its_table(tmp_path: Path) -> None:
     assert all(float(cell) > 0 for cell in row.split(",")[1:])
 
 
+def test_convert_files_measures_and_cleans_up(tmp_path: Path) -> None:
+    short = ("--endings", ".safetensors", ".pth", "--runs", 1, "--csv", tmp_path / "files.csv", "--work", tmp_path)
+    _run("convert_files.py", "timm:resnet10t", *short)
+    header, *rows = (tmp_path / "files.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows] == [".safetensors", ".pth"]
+    shares = [float(row.split(",")[header.split(",").index("peak_share")]) for row in rows]
+    assert max(shares) < 1.5, "resident memory is far from what a model of that size would add twice over"
+    assert [path.name for path in tmp_path.iterdir()] == ["files.csv"]
+
+
 def test_support_table_goes_on_where_it_was(tmp_path: Path) -> None:
     names = ("timm:test_resnet", "timm:test_vit")
     for _ in range(2):

@@ -23,6 +23,7 @@ import normfree
 from normfree import files, zoo
 from normfree.checkpoint import read_header
 from normfree.errors import CheckpointError, OutputError, UsageError
+from normfree.plain import from_plain
 from normfree.reference import Reference
 
 
@@ -157,7 +158,7 @@ def test_another_architecture_is_named_by_its_first_differences(tmp_path: Path) 
     assert "missing: head.bias" in text
     assert "unexpected: stranger" in text
     assert "conv.weight is (9, 4, 3, 3), the model wants (4, 4, 3, 3)" in text
-    assert "number of classes" in text
+    assert "give its num_classes" in text
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -189,6 +190,17 @@ def test_an_architecture_by_name(tmp_path: Path) -> None:
     assert loaded.num_classes == 7
 
 
+def test_an_architecture_that_asks_for_its_version(tmp_path: Path) -> None:
+    original = randomise(zoo.build(zoo.find("torchvision:mnasnet0_5"), num_classes=3))
+    path = _write(original.state_dict(), tmp_path / "in.safetensors")
+    other = zoo.build(zoo.find("torchvision:mnasnet0_5"), num_classes=3)
+    files.load_weights(other, files.read_state_dict(path), path)
+    normfree.save(normfree.convert(other), tmp_path / "m.safetensors", source="torchvision:mnasnet0_5", num_classes=3)
+    restored = normfree.restore(normfree.load(tmp_path / "m.safetensors"))
+    expected = original.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in restored.state_dict().items())
+
+
 def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     normfree.save(normfree.convert(randomise(Net())), path)
@@ -208,10 +220,13 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99, newer than the 1 known here; update normfree"),
-        ({"plan": {"init": "preserve"}}, "plan cannot be read"),
-        ({"plan": None}, "plan cannot be read"),
-        ({"reference": {"shape": "x"}}, "reference cannot be read"),
+        (
+            {"format": 99, "versions": {"normfree": "9.8"}},
+            "format 99 of normfree 9.8, newer than the 2 known here; update normfree",
+        ),
+        ({"plan": {"init": "preserve"}}, "header cannot be read: plan: .*missing 4 required"),
+        ({"plan": None}, "header cannot be read: plan is None, where init, .* are expected"),
+        ({"reference": {"shape": "x"}}, "header cannot be read: reference.shape is 'x'"),
     ],
 )
 def test_a_header_that_is_not_ours(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -239,10 +254,13 @@ def test_save_refuses_to_overwrite_and_to_write_nowhere(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
     normfree.save(converted, path, overwrite=True)
     assert_close(normfree.load(path, model=Net())(X), converted(X))
+    (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OutputError, match=r"the folder .*missing does not exist"):
         normfree.save(converted, tmp_path / "missing" / "net.safetensors")
     with pytest.raises(OutputError, match="is a folder"):
-        normfree.save(converted, tmp_path)
+        normfree.save(converted, tmp_path / "folder.safetensors")
+    with pytest.raises(UsageError, match="end its name in .safetensors, or name a folder"):
+        normfree.save(converted, tmp_path / "net.pth")
     with pytest.raises(UsageError, match="carries no plan"):
         normfree.save(Net(), tmp_path / "other.safetensors")
 
@@ -297,7 +315,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
 def test_a_reference_tells_the_original_from_another(tmp_path: Path) -> None:
     original = randomise(Net()).eval()
     reference = Reference.of(original, X)
-    assert Reference.from_dict(json.loads(json.dumps(reference.to_dict()))) == reference
+    assert from_plain(Reference, json.loads(json.dumps(dataclasses.asdict(reference)))) == reference
     error = reference.error(normfree.convert(original))
     assert error is not None
     assert error <= 8 * reference.rounding

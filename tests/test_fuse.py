@@ -13,6 +13,8 @@ from harness import assert_close, noise, norms, plan_of, randomise, set_alphas
 from torch import nn
 
 import normfree
+from normfree import zoo
+from normfree.copying import deep_copy
 from normfree.fusing import FuseWarning
 from normfree.layers import is_normfree
 
@@ -119,10 +121,53 @@ def test_nothing_to_fuse_is_an_error() -> None:
         normfree.fuse(fused)
 
 
-def test_fused_model_is_neither_verified_nor_saved(tmp_path: Path) -> None:
-    fused = normfree.fuse(normfree.convert(torchvision.models.resnet18()))
-    with pytest.raises(normfree.errors.UsageError, match=r"this ResNet is fused.*verify it before normfree\.fuse"):
-        normfree.verify(fused, None, noise(2, 3, 32, 32))
-    with pytest.raises(normfree.errors.UsageError, match="save the converted one, and fuse it after loading"):
-        normfree.save(fused, tmp_path / "fused.safetensors")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision:resnet18",
+        "torchvision:mobilenet_v2",
+        "torchvision:shufflenet_v2_x0_5",
+        "torchvision:regnet_y_400mf",
+        "timm:resnetv2_50",
+        "timm:efficientnet_b0",
+        "timm:densenet121",
+        "timm:repvgg_a0",
+        "timm:rexnet_100",
+        "timm:mobilenetv3_small_050",
+    ],
+)
+def test_fused_model_computes_the_same_in_float32_and_from_its_file(name: str, tmp_path: Path) -> None:
+    original = randomise(zoo.build(zoo.find(name), num_classes=7)).eval()
+    model = set_alphas(normfree.convert(original, init="preserve"), 0.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuseWarning)
+        fused = normfree.fuse(model)
+    x = noise(2, 3, 64, 64)
+    with torch.no_grad():
+        before, after, exact = model(x), fused(x), deep_copy(model).double()(x.double())
+        # Rounding of another order of operations; the bound is the larger of 1e-6 and what float32 itself loses here.
+        own = float((before - exact).abs().max() / exact.abs().max())
+        assert_close(after, before, max(1e-6, 2 * own))
+        normfree.save(fused, tmp_path / "fused.safetensors", source=name, num_classes=7)
+        loaded = normfree.load(tmp_path / "fused.safetensors").eval()
+        assert torch.equal(loaded(x), after)
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in fused.modules()]
+
+
+@pytest.mark.parametrize("init", ["skipinit", "preserve"])
+def test_a_fused_model_is_verified_but_for_its_scalars(init: str) -> None:
+    original = randomise(torchvision.models.resnet18())
+    fused = normfree.fuse(normfree.convert(original, init=init))
+    report = normfree.verify(fused, original, noise(2, 3, 32, 32))
+    assert report.ok, str(report)
+    assert [proof.passed for proof in report.proofs] == [
+        True,
+        True,
+        True if init == "preserve" else None,
+        None,
+        True,
+        True,
+    ]
+    with torch.no_grad():
+        fused.layer1[0].conv1.weight.mul_(1.01)
+    assert normfree.verify(fused, original, noise(2, 3, 32, 32)).ok is (init == "skipinit")

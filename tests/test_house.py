@@ -55,7 +55,7 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 
 
 LAYERS = (
-    "errors copying",
+    "errors copying plain",
     "norms layers initialization roles",
     "calls asking proxies leaves",
     "tracer traces optim",
@@ -65,11 +65,14 @@ LAYERS = (
     "sums",
     "tails sites",
     "analysis plans",
-    "guards selecting observing preparing inputs",
+    "guards selecting observing originals inputs",
+    "preparing",
     "placing kinds replaying holders",
     "deciding",
-    "planning rewriting reference files",
-    "conversion fusing calibration proofs checkpoint zoo",
+    "planning rewriting reference files zoo",
+    "conversion fusing calibration",
+    "restoring proofs",
+    "checkpoint exporting",
     "bench verifying printing propagation",
     "cli",
 )

@@ -5,10 +5,10 @@ Nothing here imports torch before a command runs: ``normfree --help`` must answe
 
 from __future__ import annotations
 
-from normfree.cli import bench, conversion, signals
+from normfree.cli import bench, conversion, deployment, signals
 from normfree.cli.options import app
 
-__all__ = ["app", "bench", "conversion", "main", "signals"]
+__all__ = ["app", "bench", "conversion", "deployment", "main", "signals"]
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from normfree.cli.jobs import Job, each, run
 from normfree.cli.options import (
     CheckpointOption,
     ClassesOption,
@@ -20,12 +21,16 @@ from normfree.cli.options import (
     build_original,
     parse_alpha,
 )
-from normfree.errors import UsageError
-from normfree.printing import plan_tables, print_json, print_out, progress, proof_table, reporting
-
-if TYPE_CHECKING:
-    from normfree.plans import Plan
-    from normfree.proofs import Proof
+from normfree.printing import (
+    plan_tables,
+    print_json,
+    print_out,
+    printable,
+    progress,
+    proof_table,
+    reporting,
+    table,
+)
 
 __all__ = ["convert", "inspect", "verify"]
 
@@ -38,8 +43,11 @@ ScopeOption = Annotated[str, typer.Option(help="all, or residual: only norms ins
 @app.command()
 def convert(
     source: SourceArgument,
-    out: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file to write.")],
-    checkpoint: CheckpointOption = None,
+    out: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file, or the folder, to write.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar, or a folder of such files."),
+    ] = None,
     pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     init: InitOption = "auto",
@@ -48,52 +56,57 @@ def convert(
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
     reset: Annotated[bool, typer.Option("--reset/--no-reset", help="skipinit: draw rescaled weights anew.")] = True,
+    seed: Annotated[int, typer.Option(help="skipinit: seed of the weights that are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    proofs: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the conversion before writing.")] = True,
+    proofs: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Prove the conversion before writing, with the model in memory; without, a checkpoint is streamed "
+            "from file to file, at the speed of the disk and in a fraction of its size.",
+        ),
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a model, prove it, and write it with its plan."""
+    """Convert a model, prove it, and write it with its plan; or every checkpoint of a folder.
+
+    A file OUT must end in .safetensors; any other name is a folder for model.safetensors and timm's config.json. A
+    folder of checkpoints is converted file by file; one that fails does not stop the rest, and the exit code is 1.
+    """
     with reporting(as_json):
+        options: dict[str, Any] = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
+        options |= {"include": include or (), "exclude": exclude or ()}
+        job = Job(source, out, checkpoint, pretrained, num_classes, options, force, proofs, seed)
+        many = checkpoint is not None and checkpoint.is_dir()
         with progress(10 if proofs else 4) as step:
-            from normfree.files import check_output
-
-            check_output(out, overwrite=force, inputs=() if checkpoint is None else (checkpoint,))
-            if out.suffix != ".safetensors":
-                raise UsageError(f"{out}: the output is a safetensors file; end its name in .safetensors")
-            step("importing torch")
-            from normfree import conversion, verifying
-            from normfree.checkpoint import save
-            from normfree.guards import PLAN_ATTRIBUTE
-            from normfree.inputs import example_input
-            from normfree.reference import Reference
-
-            name, original = build_original(source, step, checkpoint, pretrained, num_classes)
-            step("converting")
-            options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
-            model = conversion.convert(original, include=include or (), exclude=exclude or (), **options)
-            plan: Plan = getattr(model, PLAN_ATTRIBUTE)
-            done: list[Proof] = []
-            reference = None
-            if proofs:
-                x = example_input(model)
-                for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
-                    done.append(proof)
-                    step(f"proof {number} of 6")
-                if plan.init == "preserve" and plan.alpha == 1:
-                    reference = Reference.of(original, x)
-            report = verifying.Report(tuple(done))
-            if report.ok:
-                step("writing")
-                save(model, out, source=name, num_classes=num_classes, reference=reference, overwrite=force)
-        if as_json:
-            body = {"ok": report.ok, "source": name, "output": str(out) if report.ok else None}
-            print_json(body | {"plan": json.loads(plan.to_json()), **json.loads(report.to_json())})
+            if many:
+                rows = list(each(job, step))
+            else:
+                outcome = run(job, step)
+        ok = all(problem is None for *_, problem in rows) if many else outcome.report.ok
+        if many:
+            _say_all(rows, ok, as_json)
+        elif as_json:
+            body = {"ok": ok, "source": outcome.source, "output": str(out) if ok else None}
+            print_json(body | {"plan": json.loads(outcome.plan.to_json()), **json.loads(outcome.report.to_json())})
         else:
-            print_out(str(plan))
-            proof_table(report.proofs)
-            print_out(f"wrote {out}" if report.ok else f"a proof failed: {out} was not written")
-        if not report.ok:
+            print_out(str(outcome.plan))
+            proof_table(outcome.report.proofs)
+            print_out(f"wrote {out}" if ok else f"a proof failed: {out} was not written")
+        if not ok:
             raise typer.Exit(1)
+
+
+def _say_all(rows: list[tuple[Path, Path, str | None]], ok: bool, as_json: bool) -> None:
+    if as_json:
+        files = [{"checkpoint": str(a), "output": None if why else str(b), "error": why} for a, b, why in rows]
+        print_json({"ok": ok, "files": files})
+        return
+    shown = table("checkpoint", "", "")
+    for path, written, problem in rows:
+        shown.add_row(*map(printable, (path.name, "FAILED" if problem else "wrote", problem or str(written))))
+    print_out(shown)
+    print_out(f"{sum(problem is None for *_, problem in rows)} of {len(rows)} converted")
 
 
 @app.command()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.errors import some
 from normfree.graph import Flow
 from normfree.observing import Recorder, Watched, out_of_place
 from normfree.plans import Alpha
-from normfree.proofs.case import Case, Proof, alpha_of, error_between, some
+from normfree.proofs.case import Case, Proof, alpha_of, error_between
 from normfree.replaying import replay
 from normfree.sums import additions_of, find_sums, sum_names
 
@@ -22,6 +23,9 @@ __all__ = ["branches_vanish"]
 @torch.no_grad()
 def branches_vanish(case: Case) -> Proof:
     """4: alpha = 0 makes every scaled branch exactly zero, and nothing writes into a skip path."""
+    name = "alpha = 0 leaves exactly the skip paths"
+    if case.plan.fused:
+        return Proof(4, name, None, None, "the model is fused: its scalars are part of its weights")
     model = case.exact(case.model, training=False)
     scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
     for alpha in case.plan.alphas:
@@ -46,7 +50,7 @@ def branches_vanish(case: Case) -> Proof:
     total = sum(scaled.values())
     tails = f" ({len(apart)} sums seen at their tails only)" if apart else ""
     detail = "; ".join(problems) or f"{total} branches exactly zero at alpha = 0, their skip paths untouched{tails}"
-    return Proof(4, "alpha = 0 leaves exactly the skip paths", not problems, float(len(problems)), detail)
+    return Proof(4, name, not problems, float(len(problems)), detail)
 
 
 def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int], list[str], set[str]]:

@@ -16,7 +16,7 @@ from normfree.observing import Still, tensors
 from normfree.plans import Plan
 from normfree.reference import Reference
 
-__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between", "some"]
+__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between"]
 
 TOLERANCE = 1e-9
 """Relative to the largest output, in float64."""
@@ -168,11 +168,6 @@ def error_between(a: list[Tensor], b: list[Tensor]) -> float:
             difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-300)
             worst = max(worst, float(difference)) if bool(torch.isfinite(difference)) else float("inf")
     return worst
-
-
-def some(names: list[str], limit: int = 5) -> str:
-    """Return the first names and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def alpha_of(model: nn.Module, path: str) -> nn.Parameter:

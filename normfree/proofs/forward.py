@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from normfree.errors import some
+from normfree.fusing import bake_
 from normfree.observing import NormSpy, Still, module_stack, tensors
-from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Proof, error_between, some
+from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Proof, error_between
 from normfree.rewriting import rewrite
 
 __all__ = ["no_norm_runs", "same_function"]
@@ -45,6 +47,8 @@ def same_function(case: Case) -> Proof:
     # Gains are stored in the model's own dtype: that the edits are exact shows when they are made in float64.
     again = case.exact(case.original, training=False)
     rewrite(again, case.plan)
+    if case.plan.fused:
+        bake_(again)
     error = error_between(exact, case.run(again))
     rounding = error_between(exact, case.run(before, dtype=case.own_dtype))
     own = error_between(exact, case.run(after, dtype=case.own_dtype))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normfree.proofs.case import Case, Proof, alpha_of, some
+from normfree.errors import some
+from normfree.proofs.case import Case, Proof, alpha_of
 
 __all__ = ["everything_learns"]
 
@@ -14,7 +15,8 @@ def everything_learns(case: Case) -> Proof:
     """5: what got a gradient before gets one now, and every alpha gets a finite one that is not zero."""
     name = "everything learns"
     model = case.exact(case.model, training=True)
-    alphas = {alpha.holder: alpha_of(model, alpha.holder) for alpha in case.plan.alphas}
+    carried = () if case.plan.fused else case.plan.alphas
+    alphas = {alpha.holder: alpha_of(model, alpha.holder) for alpha in carried}
     expected = _expected(case)
     try:
         grads = _gradients(case, model)

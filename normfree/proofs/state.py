@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from normfree.errors import some
 from normfree.norms import is_norm, looks_like_norm
-from normfree.proofs.case import Case, Proof, some
+from normfree.proofs.case import Case, Proof
 
 __all__ = ["clean_state"]
 
@@ -45,7 +46,7 @@ def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]
         and not k.startswith(slots)
         and not torch.equal(state[k].cpu(), before[k].cpu())
     ]
-    compare = case.original is not None and case.plan.init == "preserve"
+    compare = case.original is not None and case.plan.init == "preserve" and not case.plan.fused
     named = {"keys lost": lost, "keys unplanned": new, "values changed": moved if compare else []}
     return [f"{what}: {some(keys)}" for what, keys in named.items() if keys]
 

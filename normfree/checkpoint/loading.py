@@ -1,0 +1,105 @@
+"""``load``: build the architecture, apply the stored plan, take the weights, and hold everything to the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from normfree import zoo
+from normfree.checkpoint.header import Header, read_header, weights_in
+from normfree.checkpoint.hub import read_config
+from normfree.copying import meta_copy
+from normfree.errors import CheckpointError, InternalError, UsageError
+from normfree.files import check_fits, read_state_dict, take
+from normfree.fusing import bake_
+from normfree.guards import PLAN_ATTRIBUTE
+from normfree.originals import ORIGINALS_ATTRIBUTE
+from normfree.rewriting import rewrite
+
+__all__ = ["build_original", "load"]
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int | None = None) -> nn.Module:
+    """Load a converted or fused model: build the architecture, apply the stored plan, load the weights strictly.
+
+    Args:
+        path: A file that :func:`save` wrote, or a folder.
+        model: The original architecture with any weights, for what no zoo knows; it is converted in place.
+        num_classes: Width of another classifier than the stored one: it is drawn anew, all else comes from the file.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, not one of ours, or does not belong to the model.
+        UsageError: The file names no architecture and no ``model`` is given.
+    """
+    header = read_header(path)
+    state = read_state_dict(weights_in(path))
+    if model is None:
+        # Without memory first: a file that names what it does not hold should not cost more than its own size.
+        source, classes = _architecture(header, path, num_classes)
+        empty = meta_copy(zoo.skeleton(source, num_classes=classes))
+        _apply(empty, header, path)
+        _fitting(empty, state, path, num_classes)
+        model = build_original(header, path, num_classes=num_classes)
+    _apply(model, header, path)
+    floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(floating) == 1:
+        model.to(floating.pop())  # a model saved in half precision comes back in half precision
+    take(model, _fitting(model, state, path, num_classes))
+    kept = header.kept(path)
+    if kept is not None and ORIGINALS_ATTRIBUTE in model.__dict__:
+        model.__dict__[ORIGINALS_ATTRIBUTE].fill_(kept, str(path))
+    return model
+
+
+def build_original(
+    header: Header, path: str | Path, *, pretrained: bool = False, num_classes: int | None = None
+) -> nn.Module:
+    """Build the architecture that a file names, before its conversion."""
+    source, classes = _architecture(header, path, num_classes)
+    return zoo.build(source, pretrained=pretrained, num_classes=classes)
+
+
+def _architecture(header: Header, path: str | Path, num_classes: int | None) -> tuple[zoo.Source, int | None]:
+    name, classes = header.source, header.num_classes
+    if name is None and Path(path).is_dir():
+        name, classes = read_config(Path(path))
+    if name is None:
+        raise UsageError(f"{path} names no architecture: pass the original model, load(path, model=...)")
+    return zoo.find(name), classes if num_classes is None else num_classes
+
+
+def _apply(model: nn.Module, header: Header, path: str | Path) -> None:
+    """Give ``model`` the structure that the plan says; its weights come from the file, so none are drawn."""
+    try:
+        rewrite(model, dataclasses.replace(header.plan, reset=False, fused=False))
+    except InternalError as error:
+        raise CheckpointError(f"{path}: the stored plan does not fit this {type(model).__name__}: {error}") from error
+    if header.plan.fused:
+        bake_(model)
+    model.__dict__[PLAN_ATTRIBUTE] = header.plan
+
+
+def _fitting(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, num_classes: int | None
+) -> dict[str, Tensor]:
+    """Return the weights to be loaded: all, but for a classifier of another width.
+
+    Raises:
+        CheckpointError: Names, shapes or types differ.
+    """
+    own = model.state_dict(keep_vars=True)
+    head = {
+        key
+        for key, tensor in state.items()
+        if key in own
+        and num_classes in own[key].shape[:1]
+        and num_classes not in tensor.shape[:1]
+        and tensor.shape[1:] == own[key].shape[1:]
+    }
+    found = {key: tensor for key, tensor in state.items() if key not in head}
+    where = f"{path}: does not belong to this {type(model).__name__}"
+    check_fits({key: tensor for key, tensor in own.items() if key not in head}, found, where)
+    return found

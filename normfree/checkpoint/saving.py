@@ -1,0 +1,107 @@
+"""``save``: one file, or a folder in the layout of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import safetensors.torch
+from torch import nn
+
+from normfree.checkpoint.header import WEIGHTS, Header
+from normfree.checkpoint.hub import write_config
+from normfree.errors import UsageError
+from normfree.files import Pieces, check_output, stored, write_state
+from normfree.guards import PLAN_ATTRIBUTE
+from normfree.originals import ORIGINALS_ATTRIBUTE, Originals
+from normfree.plans import Plan
+from normfree.reference import Reference
+
+__all__ = ["check_target", "header_of", "save", "write"]
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    source: str | None = None,
+    num_classes: int | None = None,
+    plan: Plan | None = None,
+    reference: Reference | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a converted or fused model.
+
+    Args:
+        model: What :func:`normfree.convert` or :func:`normfree.fuse` returned, trained or not.
+        path: A ``.safetensors`` file, or a folder for the layout of the Hugging Face Hub: ``model.safetensors`` with
+            timm's ``config.json`` beside it. Files are written beside and moved into place: never half a file.
+        source: The architecture (``"timm:resnet50"``), so that :func:`load` can build it.
+        num_classes: Width of its classifier, where it is not the architecture's default.
+        plan: The plan that was applied, if ``model`` is a piece of what was converted.
+        reference: Samples of what the original computed, for ``normfree verify``.
+        overwrite: Replace an existing file.
+
+    Raises:
+        UsageError: The model carries no plan.
+        OutputError: The file exists, or cannot be written.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> model = normfree.convert(torchvision.models.resnet18())
+        >>> normfree.save(model, "resnet18.safetensors", source="torchvision:resnet18")
+        >>> normfree.load("resnet18.safetensors").layer1[0].conv2.alpha.item()
+        0.0
+    """
+    header = header_of(model, source, num_classes, plan, reference)
+    write(model, path, header.to_metadata(), source, num_classes, overwrite=overwrite)
+
+
+def header_of(
+    model: nn.Module, source: str | None, num_classes: int | None, plan: Plan | None, reference: Reference | None
+) -> Header:
+    """Return what the file is to say about itself."""
+    plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
+    if plan is None:
+        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    originals: Originals | None = getattr(model, ORIGINALS_ATTRIBUTE, None)
+    norms = None
+    if originals is not None:
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in originals.tensors().items()}
+        norms = base64.b64encode(safetensors.torch.save(tensors)).decode()
+    return Header(plan, source, num_classes, reference, norms)
+
+
+def write(
+    model: nn.Module,
+    path: str | Path,
+    metadata: dict[str, str],
+    source: str | None,
+    num_classes: int | None,
+    *,
+    overwrite: bool,
+    pieces: Pieces | None = None,
+) -> None:
+    """Write the state of any model to a file or a folder."""
+    out = check_target(path, overwrite=overwrite)
+    state, aliases = stored(model)
+    out.parent.mkdir(exist_ok=True)
+    write_state(out, state, {**metadata, **aliases}, pieces)
+    if out != Path(path):
+        write_config(model, out.parent, source, num_classes)
+
+
+def check_target(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
+    """Return the file to be written: ``path`` itself, or the one in the folder that it names.
+
+    Raises:
+        OutputError: It cannot or must not be written.
+        UsageError: It has another ending.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return check_output(path, overwrite=overwrite, inputs=inputs)
+    if path.suffix and not path.is_dir():
+        raise UsageError(f"{path}: the output is a safetensors file; end its name in .safetensors, or name a folder")
+    check_output(path / WEIGHTS if path.is_dir() else path, overwrite=overwrite, inputs=inputs)
+    return path / WEIGHTS

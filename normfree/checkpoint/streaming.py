@@ -1,0 +1,158 @@
+"""Conversion from file to file: planned without memory, and what stays as it is copied piece by piece.
+
+A conversion computes with vectors only: those are read. Every larger tensor is a placeholder while the plan is applied
+to the architecture, and is then written from the checkpoint, a piece at a time. The checkpoint is mapped into memory
+anew for each piece, so that its pages do not pile up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree import zoo
+from normfree.checkpoint.saving import check_target, header_of, write
+from normfree.errors import CheckpointError
+from normfree.files import check_fits, is_mapped, read_state_dict
+from normfree.guards import PLAN_ATTRIBUTE
+from normfree.initialization import Draw, draws, he_normal_, zero_biases_
+from normfree.planning import plan
+from normfree.plans import Plan
+from normfree.rewriting import rewrite
+
+__all__ = ["convert_file"]
+
+_SMALL = 2**12
+"""Entries up to which tensors of several dimensions are read rather than streamed."""
+_PIECE = 2**21
+"""Bytes of a piece, at least; else the 32nd part of the checkpoint."""
+
+
+def convert_file(
+    source: str,
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    num_classes: int | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Plan:
+    """Convert a checkpoint into a file without holding the model in memory.
+
+    The same bytes as from :func:`normfree.save` of the converted model.
+
+    Args:
+        source: The architecture, as :func:`normfree.zoo.find` reads it.
+        checkpoint: Its weights, as :func:`normfree.files.read_state_dict` reads them.
+        out: A ``.safetensors`` file, or a folder.
+        num_classes: Width of its classifier, where it is not the default.
+        overwrite: Replace an existing file.
+        options: As for :func:`normfree.convert`.
+
+    Raises:
+        NormfreeError: Whatever reading, planning or writing raises; nothing is written then.
+    """
+    check_target(out, overwrite=overwrite, inputs=(checkpoint,))
+    found = zoo.find(source)
+    weights = read_state_dict(checkpoint)
+    model = zoo.skeleton(found, num_classes=num_classes)
+    where = f"{checkpoint}: the checkpoint is not one of this {type(model).__name__}"
+    hint = "if only the classifier differs, give its num_classes"
+    check_fits(model.state_dict(keep_vars=True), weights, where, hint)
+    streamed = _fill(model, weights)
+    del weights
+    made = plan(model, **options)
+    layers = [(model.get_submodule(path), gain) for path, gain in made.drawn]
+    drawn = draws(layers)
+    zero_biases_(layers)
+    rewrite(model, dataclasses.replace(made, reset=False))
+    model.__dict__[PLAN_ATTRIBUTE] = made
+    metadata = header_of(model, str(found), num_classes, made, None).to_metadata()
+    pieces = _Pieces(Path(checkpoint), streamed, drawn)
+    write(model, out, metadata, str(found), num_classes, overwrite=overwrite, pieces=pieces)
+    return made
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[int, str]:
+    """Put vectors and placeholders into a skeleton; return the key in the checkpoint of each placeholder, by its id."""
+    made: dict[int, Tensor] = {}
+    replaced: list[Tensor] = []  # kept, so that no other tensor gets one of their ids
+    streamed: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                key = f"{path}.{name}" if path else name
+                if old is None or key not in weights:
+                    continue
+                if id(old) not in made:
+                    made[id(old)] = _stand_in(old)
+                new = made[id(old)]
+                if old is not new:
+                    replaced.append(old)
+                    held[name] = new
+                    made[id(new)] = new
+                if _is_small(new):
+                    new.detach().copy_(weights[key])
+                else:
+                    streamed[id(new)] = key
+    return streamed
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.dim() < 2 or tensor.numel() <= _SMALL
+
+
+def _stand_in(old: Tensor) -> Tensor:
+    """Return a tensor of the same shape and type: a real one if it is small, else one number that is repeated."""
+    one = torch.zeros((), dtype=old.dtype)
+    new = torch.zeros(old.shape, dtype=old.dtype) if _is_small(old) else one.expand(old.shape)
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """The values of a file that is being written, in its order.
+
+    Attributes:
+        checkpoint: Where the placeholders' values are.
+        streamed: Their keys there.
+        drawn: What is drawn anew instead.
+    """
+
+    checkpoint: Path
+    streamed: Mapping[int, str]
+    drawn: Mapping[int, Draw]
+
+    def __call__(self, state: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
+        """Yield them flat."""
+        size = self.checkpoint.stat().st_size
+        budget = max(_PIECE, size // 32)
+        changed, used, weights = self._stamp(), 0, read_state_dict(self.checkpoint)
+        for name in names:
+            tensor, key = state[name].detach(), self.streamed.get(id(state[name]))
+            draw = self.drawn.get(id(state[name]))
+            if draw is not None:
+                yield he_normal_(draw, torch.empty(tensor.shape, dtype=tensor.dtype)).reshape(-1)
+                continue
+            if key is None:
+                yield tensor.contiguous().reshape(-1)
+                continue
+            step = max(1, budget // weights[key].itemsize)
+            for start in range(0, tensor.numel(), step):
+                if used >= budget and is_mapped(self.checkpoint):
+                    weights, part = {}, tensor  # nothing must hold the old pages
+                    weights, used = read_state_dict(self.checkpoint), 0
+                    if self._stamp() != changed or key not in weights or weights[key].shape != tensor.shape:
+                        raise CheckpointError(f"{self.checkpoint}: the file changed while it was read")
+                part = weights[key].reshape(-1)[start : start + step]
+                used += part.numel() * part.itemsize
+                yield part.to(tensor.dtype)
+
+    def _stamp(self) -> tuple[int, int, int]:
+        found = self.checkpoint.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,107 @@
+"""``normfree fuse``, ``restore`` and ``export``: from a converted file to inference, to batch norms, out of PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from normfree.cli.options import JsonOption, app
+from normfree.printing import note, print_json, print_out, progress, reporting
+
+__all__ = ["export", "fuse", "restore"]
+
+FileArgument = Annotated[Path, typer.Argument(help="A file, or its folder, that normfree convert wrote.")]
+OutOption = Annotated[
+    Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder for model.safetensors and config.json.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+
+
+@app.command()
+def fuse(file: FileArgument, out: OutOption, force: ForceOption = False, as_json: JsonOption = False) -> None:
+    """Bake gain and alpha into plain layers, for inference: the same outputs, and nothing is multiplied any more."""
+    with reporting(as_json):
+        with progress(4) as step:
+            header, model, left = _loaded(step, file, out, force, "fuse_")
+            step("writing")
+            from normfree.checkpoint import save
+
+            save(model, out, source=header.source, num_classes=header.num_classes, overwrite=force)
+        _say(as_json, out, left)
+
+
+@app.command()
+def restore(file: FileArgument, out: OutOption, force: ForceOption = False, as_json: JsonOption = False) -> None:
+    """Give a file that was converted with `preserve` its batch norms back, for tools that expect them.
+
+    The output has the original's keys, and its values where nothing was trained since; else the norms compute in eval
+    mode what gain, bias and alpha amount to. A folder can be read by `timm.create_model("local-dir:FOLDER")`.
+    """
+    with reporting(as_json):
+        with progress(4) as step:
+            header, model, left = _loaded(step, file, out, force, "restore_")
+            step("writing")
+            from normfree.checkpoint import write
+
+            write(model, out, {"format": "pt"}, header.source, header.num_classes, overwrite=force)
+        _say(as_json, out, left)
+
+
+@app.command()
+def export(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("-o", "--output", help="A .pt2 or .onnx file.")],
+    format: Annotated[str | None, typer.Option(help="pt2 or onnx; by default what OUT ends in.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a converted or fused file as a program for other runtimes, for any batch: torch.export, or ONNX.
+
+    The model is fused first. The program is run (ONNX by onnxruntime), and its output compared with the model's.
+    """
+    with reporting(as_json):
+        with progress(4) as step:
+            step("importing torch")
+            from normfree import checkpoint, exporting, files, fusing
+            from normfree.inputs import example_input
+
+            exporting.format_of(out, format)
+            files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
+            step("loading")
+            model = checkpoint.load(file).eval()
+            if not checkpoint.read_header(file).plan.fused:
+                fusing.bake_(model)
+            step("exporting")
+            error = exporting.export(model, out, example_input(model, size=size), overwrite=force)
+        if as_json:
+            print_json({"ok": True, "output": str(out), "difference": error})
+        else:
+            print_out(f"wrote {out}: its output differs by {error:.1e} from the model's, relative to the largest value")
+
+
+def _loaded(step: Any, file: Path, out: Path, force: bool, action: str) -> tuple[Any, Any, list[str]]:
+    """Load a file and do with it what is asked; return also what was warned about."""
+    step("importing torch")
+    from normfree import checkpoint, fusing, restoring
+
+    checkpoint.check_target(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
+    step("loading")
+    header, model = checkpoint.read_header(file), checkpoint.load(file).eval()
+    step("computing")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", fusing.FuseWarning)
+        (fusing.fuse_ if action == "fuse_" else restoring.restore_)(model)
+    return header, model, [str(warning.message) for warning in caught]
+
+
+def _say(as_json: bool, out: Path, left: list[str]) -> None:
+    for text in left:
+        note(text)
+    if as_json:
+        print_json({"ok": True, "output": str(out), "warnings": left})
+    else:
+        print_out(f"wrote {out}")

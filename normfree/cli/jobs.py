@@ -1,0 +1,126 @@
+"""What ``normfree convert`` does with one checkpoint, and with a folder of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfree.cli.options import build_original
+from normfree.errors import NormfreeError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from normfree.plans import Plan
+    from normfree.verifying import Report
+
+__all__ = ["Job", "Outcome", "each", "run"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion.
+
+    Attributes:
+        source: Name of the architecture.
+        out: Where to.
+        checkpoint: Its weights.
+        pretrained: Or the library's own.
+        num_classes: Width of its classifier.
+        options: As for :func:`normfree.convert`.
+        force: Replace what is there.
+        proofs: Prove it before writing; a checkpoint is streamed otherwise.
+        seed: Of the weights that are drawn.
+    """
+
+    source: str
+    out: Path
+    checkpoint: Path | None
+    pretrained: bool
+    num_classes: int | None
+    options: dict[str, Any]
+    force: bool
+    proofs: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: the unambiguous name of the architecture, the plan, and the proofs if there are any."""
+
+    source: str
+    plan: Plan
+    report: Report
+
+
+def run(job: Job, step: Callable[[str], None]) -> Outcome:
+    """Convert one checkpoint and write it, if no proof fails."""
+    step("importing torch")
+    import torch
+
+    from normfree import checkpoint as files
+    from normfree import conversion, verifying, zoo
+    from normfree.guards import PLAN_ATTRIBUTE
+    from normfree.inputs import example_input
+    from normfree.reference import Reference
+
+    inputs = () if job.checkpoint is None else (job.checkpoint,)
+    files.check_target(job.out, overwrite=job.force, inputs=inputs)
+    about: dict[str, Any] = {"num_classes": job.num_classes, "overwrite": job.force}
+    if job.checkpoint is not None and not job.proofs:
+        step("converting")
+        torch.manual_seed(job.seed)
+        plan = files.convert_file(job.source, job.checkpoint, job.out, **about, **job.options)
+        return Outcome(str(zoo.find(job.source)), plan, verifying.Report(()))
+    name, original = build_original(job.source, step, job.checkpoint, job.pretrained, job.num_classes)
+    step("converting")
+    torch.manual_seed(job.seed)
+    model = conversion.convert(original, **job.options)
+    plan = getattr(model, PLAN_ATTRIBUTE)
+    done = []
+    reference = None
+    if job.proofs:
+        x = example_input(model)
+        for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
+            done.append(proof)
+            step(f"proof {number} of 6")
+        if plan.init == "preserve" and plan.alpha == 1 and done[2].passed:
+            reference = Reference.of(original, x)
+    report = verifying.Report(tuple(done))
+    if report.ok:
+        step("writing")
+        files.save(model, job.out, source=name, reference=reference, **about)
+    return Outcome(name, plan, report)
+
+
+def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
+    """Convert every checkpoint of a folder into the folder ``job.out``, whatever becomes of the others.
+
+    Yields:
+        The checkpoint, its output, and what went wrong.
+
+    Raises:
+        UsageError: There is none, or the output is no folder.
+    """
+    step("importing torch")
+    from normfree.files import ENDINGS
+
+    folder = Path(job.checkpoint or ".")
+    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in ENDINGS)
+    if not found:
+        raise UsageError(f"{folder} holds no checkpoints ({' '.join(ENDINGS)})")
+    if job.out.suffix in ENDINGS or (job.out.exists() and not job.out.is_dir()):
+        raise UsageError(f"{job.out}: a folder of checkpoints is converted into a folder; name one")
+    job.out.mkdir(parents=True, exist_ok=True)
+    step.total(len(found) + 1)
+    for path in found:
+        step(path.name)
+        out = job.out / f"{path.name.removesuffix('.tar').rpartition('.')[0] or path.name}.safetensors"
+        try:
+            outcome = run(replace(job, checkpoint=path, out=out), lambda _: None)
+            failed = [proof.name for proof in outcome.report.proofs if proof.passed is False]
+            yield path, out, f"a proof failed: {', '.join(failed)}" if failed else None
+        except NormfreeError as error:
+            yield path, out, str(error)
+        except Exception as error:  # whatever one file leads to, it must not stop the rest
+            yield path, out, one_line(error)

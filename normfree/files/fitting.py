@@ -1,0 +1,81 @@
+"""Whether tensors belong to a model, told from names, shapes and types: before anything is allocated or copied."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from normfree.errors import CheckpointError
+
+__all__ = ["check_fits", "load_weights", "take"]
+
+
+def check_fits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, hint: str = "") -> None:
+    """Hold what was found in a file to what a model has; batch counters, which old files lack, aside.
+
+    Args:
+        own: The state of the model; only names, shapes and types count. Names of one tensor need one entry in the file.
+        found: What is in the file.
+        where: How the message begins.
+        hint: What may help if only one or two shapes differ.
+
+    Raises:
+        CheckpointError: Names, shapes or types differ; the first of each kind are listed.
+    """
+    here = {id(own[key]) for key in found if key in own}
+    missing = [k for k in own if k not in found and id(own[k]) not in here and not k.endswith("num_batches_tracked")]
+    both = [key for key in own if key in found]
+    shapes = [
+        f"{key[:100]} is {tuple(found[key].shape)}, the model wants {tuple(own[key].shape)}"
+        for key in both
+        if found[key].shape != own[key].shape
+    ]
+    types = [
+        f"{key[:100]} is {found[key].dtype}, the model wants {own[key].dtype}"
+        for key in both
+        if _kind(found[key]) != _kind(own[key]) and not key.endswith("num_batches_tracked")
+    ]
+    named = {
+        "missing": missing,
+        "unexpected": [key for key in found if key not in own],
+        "other shapes": shapes,
+        "other types": types,
+    }
+    lines = [
+        f"  {what}: {', '.join(text[:200] for text in texts[:5])}"
+        + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
+        for what, texts in named.items()
+        if texts
+    ]
+    if lines:
+        raise CheckpointError(
+            "\n".join([f"{where}:", *lines, *([f"  {hint}"] if hint and 0 < len(shapes) < 3 else [])])
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load ``state`` into ``model``, strictly.
+
+    Raises:
+        CheckpointError: Names, shapes or types differ; nothing is loaded.
+    """
+    where = f"{path}: the checkpoint is not one of this {type(model).__name__}"
+    check_fits(model.state_dict(keep_vars=True), state, where, "if only the classifier differs, give its num_classes")
+    take(model, state)
+
+
+def take(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what :func:`check_fits` has let through.
+
+    Files say no versions of modules: they are taken to be the model's (torchvision's MNASNet refuses to load none).
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # torch's own convention
+    model.load_state_dict(versioned, strict=False)
