@@ -102,8 +102,8 @@ def _clean(raw: Any, path: Path) -> dict[str, Tensor]:
     names = [str(key)[:100] for key, value in raw.items() if not (isinstance(key, str) and _is_plain(value))]
     if names:
         raise CheckpointError(f"{path}: not plain tensors in memory (sparse, quantised, without values): {names[0]}")
-    # Twice: older timm takes the two prefixes off in one order only.
-    cleaned: dict[str, Tensor] = clean_state_dict(clean_state_dict(dict(raw)))
+    # torch.compile around DDP: older timm takes these two prefixes off in the other order only.
+    cleaned: dict[str, Tensor] = clean_state_dict({key.removeprefix("_orig_mod."): v for key, v in raw.items()})
     if len(cleaned) != len(raw):
         raise CheckpointError(f"{path}: some keys are the same once the prefixes of DDP and torch.compile are gone")
     return cleaned
