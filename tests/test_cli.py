@@ -81,6 +81,15 @@ def test_no_reset_keeps_the_weights_of_the_checkpoint(tmp_path: Path, checkpoint
     assert torch.equal(normfree.load(out).layer1[0].conv1.weight, original.layer1[0].conv1.weight)
 
 
+def test_activations_may_be_kept_from_working_in_place(tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    done = run("convert", "timm:test_resnet", "-o", out, "--no-inplace-activations", "--no-verify")
+    assert done.exit_code == 0, done.output
+    acts = [module.inplace for module in normfree.load(out).modules() if hasattr(module, "inplace")]
+    assert acts
+    assert not any(acts)
+
+
 def test_verify_uses_the_recorded_reference(converted: Path) -> None:
     done = run("verify", converted, "--json")
     assert done.exit_code == 0, done.output

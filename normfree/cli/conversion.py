@@ -56,6 +56,12 @@ def convert(
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
     reset: Annotated[bool, typer.Option("--reset/--no-reset", help="skipinit: draw rescaled weights anew.")] = True,
+    inplace: Annotated[
+        bool,
+        typer.Option(
+            "--inplace-activations/--no-inplace-activations", help="no: for what hooks layers (Opacus)."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="skipinit: seed of the weights that are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     proofs: Annotated[
@@ -75,7 +81,7 @@ def convert(
     """
     with reporting(as_json):
         options: dict[str, Any] = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
-        options |= {"include": include or (), "exclude": exclude or ()}
+        options |= {"include": include or (), "exclude": exclude or (), "inplace_activations": inplace}
         job = Job(source, out, checkpoint, pretrained, num_classes, options, force, proofs, seed)
         many = checkpoint is not None and checkpoint.is_dir()
         with progress(10 if proofs else 4) as step:
