@@ -37,6 +37,7 @@ from normfree.observing import tensors
 
 TABLE = Path(__file__).parent / "results" / "support.csv"
 PAGE = TABLE.with_suffix(".md")
+EXPORTS = TABLE.with_name("export.csv")
 STRUCTURE = ("norms", "fold", "affine", "residual", "parallel", "merge", "alphas", "declined", "opaque")
 COLUMNS = ("model", "file", "parameters", *STRUCTURE, "why", "input", "gains", "status", "preserve_error")
 COLUMNS += ("batch_error", "gradients", "seconds", "versions")
@@ -242,6 +243,16 @@ def table() -> dict[str, dict[str, Any]]:
         return {row["model"]: row for row in csv.DictReader(file)}
 
 
+def smallest(rows: list[dict[str, Any]]) -> list[str]:
+    """The smallest verified model of every file."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = found.setdefault(row["file"], row) if row["status"] else None
+        if known is not None and int(row["parameters"]) < int(known["parameters"]):
+            found[row["file"]] = row
+    return [str(row["model"]) for row in found.values()]
+
+
 def measured(work: Path) -> dict[str, dict[str, Any]]:
     """The rows that the shards in a work folder have measured."""
     lines = (line for path in sorted(work.glob("*.jsonl")) for line in path.read_text().splitlines())
@@ -313,6 +324,28 @@ def page(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         status = (row["status"] or "planned only") + (f" ({row['why']})" if row["why"] else "")
         yield "| " + " | ".join(row[key] for key in keys) + f" | {status.replace('|', '/')} | {row['seconds']} |"
+    yield from exports(exported(EXPORTS))
+
+
+def exported(path: Path) -> list[dict[str, str]]:
+    """What `export_table.py` has measured."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def exports(rows: list[dict[str, str]]) -> Iterator[str]:
+    """The table of what leaves PyTorch, for people."""
+    yield "\n# What leaves PyTorch\n"
+    yield "The smallest verified network of every file, converted, fused, compared with its program on another batch"
+    yield "(ONNX in onnxruntime, TorchScript scripted or else traced, `torch.compile` as one graph)."
+    yield "Written by `python examples/export_table.py`; the figures are in `export.csv`.\n"
+    yield "| file | model | input | pt2 | onnx | torchscript | compile |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in sorted(rows, key=lambda row: row["file"]):
+        cells = (row[key] for key in ("file", "model", "input", "pt2", "onnx", "torchscript", "compile"))
+        yield "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -72,6 +73,15 @@ def test_support_table_measures_detectors(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "0of1.jsonl").read_text())
     assert (row["status"], row["input"]) == ("ok", "2x3x96x96")
     assert float(row["preserve_error"]) <= 1e-9
+
+
+def test_export_table_tells_ways_apart(tmp_path: Path) -> None:
+    table = tmp_path / "export.csv"
+    for _ in range(2):
+        _run("export_table.py", "timm:test_efficientnet", "torchvision:ssdlite320_mobilenet_v3_large", "--csv", table)
+    small, detector = csv.DictReader(table.read_text().splitlines())
+    assert [small[way] for way in ("pt2", "onnx", "torchscript", "compile")] == ["ok", "ok", "ok (trace)", "ok"]
+    assert detector["pt2"] == "not tried: takes more than one tensor"
 
 
 def test_training_cost_counts_without_a_clock(tmp_path: Path) -> None:

@@ -40,17 +40,7 @@ def test_every_model_is_planned_as_the_table_says(start: int) -> None:
     assert wrong == [], "renew the table: python examples/support_table.py"
 
 
-def _smallest_of_every_file() -> list[str]:
-    smallest: dict[str, dict[str, str]] = {}
-    for row in ROWS.values():
-        if row["model"] in NAMES and row["status"]:
-            known = smallest.setdefault(row["file"], row)
-            if int(row["parameters"]) < int(known["parameters"]):
-                smallest[row["file"]] = row
-    return [row["model"] for row in smallest.values()]
-
-
-@pytest.mark.parametrize("name", _smallest_of_every_file())
+@pytest.mark.parametrize("name", support_table.smallest([row for row in ROWS.values() if row["model"] in NAMES]))
 def test_smallest_model_of_every_file_is_proved_as_the_table_says(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries' own models

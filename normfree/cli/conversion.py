@@ -58,9 +58,7 @@ def convert(
     reset: Annotated[bool, typer.Option("--reset/--no-reset", help="skipinit: draw rescaled weights anew.")] = True,
     inplace: Annotated[
         bool,
-        typer.Option(
-            "--inplace-activations/--no-inplace-activations", help="no: for what hooks layers (Opacus)."
-        ),
+        typer.Option("--inplace-activations/--no-inplace-activations", help="no: for what hooks layers (Opacus)."),
     ] = True,
     seed: Annotated[int, typer.Option(help="skipinit: seed of the weights that are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
