@@ -61,6 +61,7 @@ def test_torchscript_and_compile(fused: nn.Module) -> None:
     with torch.no_grad():
         expected = fused(X)
         assert_close(torch.jit.trace(fused, X[:2])(X), expected, 1e-5)
+        assert_close(torch.jit.script(fused)(X), expected, 1e-5)
         compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
         assert_close(compiled(X), expected, 1e-5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def affine(x: Tensor, gain: Tensor | None, bias: Tensor | None, alpha: Tensor | 
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    shaped = values if values.dim() == 0 else values.reshape(-1, *(1,) * (x.dim() - 2))
+    shaped = values if values.dim() == 0 else values.reshape([-1] + [1] * (x.dim() - 2))  # TorchScript unpacks no list
     return shaped.to(x.dtype)
 
 
@@ -107,9 +109,10 @@ class ChannelAffine(nn.Module):
         ``(N, C, *)`` to the same.
     """
 
-    gain: nn.Parameter | None
-    bias: nn.Parameter | None
-    alpha: nn.Parameter | None
+    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no parameter that may be missing
+        gain: nn.Parameter | None
+        bias: nn.Parameter | None
+        alpha: nn.Parameter | None
 
     def __init__(
         self,
@@ -139,7 +142,10 @@ class ChannelAffine(nn.Module):
             x = self.drop(x)
         if self.act is not None:
             x = self.act(x)
-        return x if last or self.alpha is None else scale(x, self.alpha, self.channels)
+        alpha = self.alpha
+        if alpha is not None and not last:
+            x = scale(x, alpha, self.channels)
+        return x
 
     def extra_repr(self) -> str:
         """Say which parts are there."""
