@@ -9,6 +9,7 @@ from typing import Any
 
 import experiment
 import find_recipe
+import learning_rate_regimes
 import pytest
 import recipe
 import torch
@@ -233,7 +234,14 @@ def test_arms_from_scratch() -> None:
     assert normfree.plan(zoo.build(source)).norms
 
 
-@pytest.mark.parametrize(("name", "module"), [("recipe", find_recipe), ("trainable_depth", trainable_depth)])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("recipe", find_recipe),
+        ("trainable_depth", trainable_depth),
+        ("learning_rate_regimes", learning_rate_regimes),
+    ],
+)
 def test_page_is_written_from_its_table(name: str, module: Any) -> None:
     path = experiment.RESULTS / f"{name}.csv"
     table = experiment.rows(path)
