@@ -177,7 +177,7 @@ def smaller(name: str) -> nn.Module | None:
 def runs_at(name: str, size: int) -> bool:
     """Whether a timm model can be built for a size, and is then the same network for it."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), torch.no_grad():
             model = timm.create_model(name, img_size=size)
             model.eval()(torch.randn(2, 3, size, size))
     except Exception:  # no such argument, or a size that does not divide: whatever the model raises

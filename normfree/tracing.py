@@ -64,9 +64,9 @@ def _trace_part(
 
 
 def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
-    """Yield the modules that hold a site, at any depth."""
+    """Yield the modules that hold a site, at any depth, from the model itself on."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for path in {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}:
+    for path in {"" for _ in sites} | {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}:
         yield modules[path]
 
 

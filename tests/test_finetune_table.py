@@ -11,7 +11,6 @@ from experiment import Data, Part
 from harness import noise
 from torch import nn
 
-import normfree
 from normfree.norms import find_norms
 
 OPTIONS = Namespace(model="test_resnet", epochs=1, device="cpu", images=None, size=32)
@@ -46,8 +45,10 @@ def test_arms_are_what_they_say(arms: dict[str, tuple[nn.Module, list[nn.Module]
     original = arms["bn"][0].eval()(x)
     for name in ("frozen", "preserve", "folded"):
         assert torch.allclose(arms[name][0].eval()(x), original, atol=1e-5)
-    with pytest.raises(normfree.errors.UsageError, match="a fused model cannot be loaded again"):
-        normfree.save(arms["folded"][0], "never.safetensors")
+    assert {name: arms[name][0]._normfree_plan.fused for name in ("preserve", "folded")} == {
+        "preserve": False,
+        "folded": True,
+    }
 
 
 def test_frozen_norms_stay_as_they_are_and_others_move() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def finetune(out: Path, images: Path, *arguments: object) -> Path:
-    """Run the example in this process, as a process of its own would."""
+    """Run the example in this process, as a process of its own would, on one thread: more of them round otherwise."""
+    torch.set_num_threads(1)  # fixtures of the module come before what `conftest` does for a test
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +140,11 @@ def test_killed_and_resumed_it_ends_where_it_would_have(moment: str, whole: Path
     out = tmp_path / "killed"
     arguments = command(*SHORT, "--images", images, "--out", out, *VARIED)[1:]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, moment, *arguments], cwd=EXAMPLES, capture_output=True, check=False
+        [sys.executable, "-c", KILLED, moment, *arguments],
+        cwd=EXAMPLES,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [path.name for path in finetune_timm.checkpoints(out)] == ["epoch-00001"]

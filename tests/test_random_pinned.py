@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from harness import both
-from random_blocks import Again, Graph, Res, Wire, Wrap
+from random_blocks import Again, Graph, Nest, Res, Wire, Wrap
 from random_layers import Act, Conv, Drop, Norm
 from random_networks import Network
 from test_random_networks import Init, hold, trains
@@ -13,6 +13,9 @@ BRANCH = (Conv(), Norm(), Conv(out=8), Norm(), Act(what="silu"))
 PINNED = {
     "an untraceable module calls the norm by another name": Network(body=(Conv(), Norm(), Wrap(layers=(Again(),)))),
     "an untraceable module calls the layer by another name": Network(body=(Conv(), Norm(), Wrap(layers=(Again(1),)))),
+    "a root asks for its mode, and something in it for the class of a norm": Network(
+        body=(Wrap(layers=(Nest(layers=(Norm(),), how="untold"),)),), outputs="auxiliary"
+    ),
     "a branch is written over once it has been added": Network(
         body=(
             Graph(
