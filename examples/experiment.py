@@ -1,7 +1,7 @@
 """What the training experiments share: images with a fixed split, a table that survives being killed, and its page.
 
 A run is one row of a CSV: what was asked for (the settings), and what came of it. A row that is there is not measured
-again, so a run that is killed loses only itself, and two processes with `--shard 0/2` and `--shard 1/2` fill one table.
+again, so what is killed loses only the runs in flight, and `--workers` do several at once.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import argparse
 import csv
 import io
 import math
+import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -159,27 +163,91 @@ def measured(path: Path, settings: Settings, run: Callable[[], Any]) -> Row:
     return row
 
 
-def study(
-    path: Path,
-    settings: Settings,
-    rates: Sequence[float],
-    seeds: int,
-    run: Callable[[float, int], Any],
-) -> None:
-    """Try every learning rate with seed 0, and the one that validates best with the other seeds.
+@dataclass(frozen=True)
+class Job:
+    """One run: what tells it from every other, by column, and what does it (it may be sent to another process)."""
+
+    settings: Settings
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One cell of a table: what tells it from every other, and what trains with a rate and a seed."""
+
+    settings: Settings
+    run: Callable[[float, int], Any]
+
+    def job(self, lr: float, seed: int) -> Job:
+        """Return the run with a rate and a seed."""
+        return Job({**self.settings, "lr": lr, "seed": seed}, partial(self.run, lr, seed))
+
+
+def study(path: Path, cells: Sequence[Study], rates: Sequence[float], seeds: int, workers: int = 1) -> None:
+    """Try every learning rate with seed 0, and the one that validates best with the other seeds, for every cell.
 
     Args:
         path: The CSV.
-        settings: What tells this study from every other.
+        cells: In the order in which they are begun.
         rates: Learning rates.
         seeds: How many seeds the best gets.
-        run: Trains with a rate and a seed.
+        workers: How many runs at once.
     """
-    tried = {lr: measured(path, {**settings, "lr": lr, "seed": 0}, lambda lr=lr: run(lr, 0)) for lr in rates}
+    begun = [(cell.job(lr, 0), cell) for cell in cells for lr in rates]
+    owner = {id(job): cell for job, cell in begun}
+    tried: dict[int, dict[float, Row]] = {id(cell): {} for cell in cells}
+
+    def then(job: Job, row: Row) -> list[Job]:
+        cell = owner.get(id(job))
+        if cell is None:
+            return []
+        mine = tried[id(cell)]
+        mine[job.settings["lr"]] = row
+        return [cell.job(lr, seed) for lr, seed in repeats(mine, seeds)] if len(mine) == len(rates) else []
+
+    measure(path, [job for job, _ in begun], workers, then)
+
+
+def measure(
+    path: Path, jobs: Iterable[Job], workers: int = 1, then: Callable[[Job, Row], list[Job]] = lambda *_: []
+) -> None:
+    """Do every job that the table does not have, with a progress bar.
+
+    Args:
+        path: The CSV.
+        jobs: In the order in which they are begun.
+        workers: How many at once, each in a process of its own: small networks leave most of a GPU idle.
+        then: Is told what came of a job; the jobs that it returns come next.
+    """
+    waiting, running = deque(jobs), dict[Future[Row], Job]()
+    pool = Here() if workers == 1 else ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with pool, Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=len(waiting))
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.popleft()
+                running[pool.submit(measured, path, job.settings, job.run)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                more = then(job, future.result())
+                waiting.extendleft(reversed(more))
+                progress.update(bar, advance=1, total=progress.tasks[bar].total + len(more))
+
+
+class Here(Executor):
+    """Runs in this process, at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run and return what came of it; an error is raised here."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def repeats(tried: Mapping[float, Row], seeds: int) -> list[tuple[float, int]]:
+    """Return which rate gets which other seeds: the one that validates best, if it trains."""
     best = max(tried, key=lambda lr: accuracy(tried[lr], "validation"))
-    if tried[best]["status"] == "trained":
-        for seed in range(1, seeds):
-            measured(path, {**settings, "lr": best, "seed": seed}, lambda seed=seed: run(best, seed))
+    return [(best, seed) for seed in range(1, seeds)] if tried[best]["status"] == "trained" else []
 
 
 def accuracy(row: Row, part: str) -> float:
@@ -225,18 +293,12 @@ def markdown(header: Sequence[object], body: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
-def shard(work: Sequence[Any], which: str) -> Iterator[Any]:
-    """Go through one part of the work, `0/2` or `1/2`, with a progress bar."""
-    number, of = map(int, which.split("/"))
-    yield from track(work[number::of], description=which, console=Console(stderr=True))
-
-
 def parser(description: str, table: str) -> argparse.ArgumentParser:
     """Return the options that every experiment has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--csv", type=Path, default=RESULTS / table, help="the table: what it holds is not run again")
     made.add_argument("--render", action="store_true", help="run nothing; write the page and the plot of the table")
-    made.add_argument("--shard", default="0/1", help="which part of how many, for processes side by side")
+    made.add_argument("--workers", type=int, default=1, help="how many runs at once, each in a process of its own")
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int, default=1)
     return made

@@ -4,18 +4,19 @@ Pre- and post-activation networks of 18 layers on scikit-learn's digits, with ba
 rates that are powers of two, under a list of recipes. What counts is how wide the range of rates is that end within a
 point of the best on the validation images, beside batch norm's, and the test accuracy at the rate that validates best.
 
-Run: python examples/find_recipe.py [--shard 0/2] [--seeds 3] [NAME ...]
+Run: python examples/find_recipe.py [--workers 2] [--seeds 3] [NAME ...]
      python examples/find_recipe.py --render
 """
 
 from __future__ import annotations
 
 import statistics
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 
 import torch
-from experiment import Data, Row, accuracy, digits, markdown, measured, parser, power, rows, shard
+from experiment import Data, Job, Row, accuracy, digits, markdown, measure, parser, power, rows
 from recipe import Outcome, Recipe, train
 from trainable_depth import KINDS, arm, network
 
@@ -42,11 +43,12 @@ FIXED = {
 RECIPES = BN | ALONE | RELATIVE | FIXED
 
 
-def run(kind: str, name: str, data: Data, epochs: int, lr: float, seed: int) -> Outcome:
+def run(kind: str, name: str, data: Data, options: Namespace, lr: float, seed: int) -> Outcome:
     """Train one network with one recipe."""
+    torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     model = arm("bn" if name in BN else "skipinit", network(kind, DEPTH, data))
-    return train(model, data, RECIPES[name], lr=lr, epochs=epochs, batch=BATCH, seed=seed)
+    return train(model, data, RECIPES[name], lr=lr, epochs=options.epochs, batch=BATCH, seed=seed)
 
 
 def within_a_point(mean: dict[float, float]) -> list[float]:
@@ -96,20 +98,15 @@ def main() -> None:
     if options.render:
         options.csv.with_suffix(".md").write_text(page(rows(options.csv)))
         return
-    torch.set_num_threads(options.threads)
-    data = digits()
-    work = [
-        (kind, name, lr, seed)
-        for seed in range(options.seeds)
-        for kind in KINDS
-        for name in options.names or RECIPES
-        for lr in options.rates
-    ]
-    for kind, name, lr, seed in shard(work, options.shard):
-        settings = {"network": kind, "depth": DEPTH, "recipe": name, "epochs": options.epochs, "batch": BATCH}
-        measured(
-            options.csv, {**settings, "lr": lr, "seed": seed}, partial(run, kind, name, data, options.epochs, lr, seed)
-        )
+    data, jobs = digits(), []
+    for seed in range(options.seeds):
+        for kind in KINDS:
+            for name in options.names or RECIPES:
+                settings = {"network": kind, "depth": DEPTH, "recipe": name, "epochs": options.epochs, "batch": BATCH}
+                for lr in options.rates:
+                    about = {**settings, "lr": lr, "seed": seed}
+                    jobs.append(Job(about, partial(run, kind, name, data, options, lr, seed)))
+    measure(options.csv, jobs, options.workers)
 
 
 if __name__ == "__main__":

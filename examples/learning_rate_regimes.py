@@ -3,7 +3,7 @@
 De & Smith (NeurIPS 2020) find that both want the same rate at a small batch, and batch norm a larger one only at a
 large batch. Pre-activation networks of 18 layers on scikit-learn's digits show whether that is so here.
 
-Run: python examples/learning_rate_regimes.py [--shard 0/2]
+Run: python examples/learning_rate_regimes.py [--workers 2]
      python examples/learning_rate_regimes.py --render
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from experiment import Data, Row, digits, markdown, parser, rows, shard, study, summary
+from experiment import Data, Row, Study, digits, markdown, parser, rows, study, summary
 from recipe import BN_RECIPE, RECIPE, Outcome, train
 from trainable_depth import KINDS, arm, network
 
@@ -27,6 +27,7 @@ RATES = tuple(2.0**power for power in range(-9, 2))
 
 def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: int) -> Outcome:
     """Build one network and train it."""
+    torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     model = arm(name, network(options.network, DEPTH, data))
     recipe = BN_RECIPE if name == "bn" else RECIPE
@@ -80,11 +81,14 @@ def main() -> None:
         options.csv.with_suffix(".md").write_text(page(rows(options.csv)))
         plot(rows(options.csv), options.csv.with_suffix(".png"))
         return
-    torch.set_num_threads(options.threads)
     data = digits()
-    for batch, name in shard([(batch, name) for batch in options.batches for name in ARMS], options.shard):
-        settings = {"network": options.network, "depth": DEPTH, "arm": name, "epochs": options.epochs, "batch": batch}
-        study(options.csv, settings, options.rates, options.seeds, partial(run, name, batch, data, options))
+    cells = []
+    for batch in options.batches:
+        for name in ARMS:
+            settings = {"network": options.network, "depth": DEPTH, "arm": name}
+            settings |= {"epochs": options.epochs, "batch": batch}
+            cells.append(Study(settings, partial(run, name, batch, data, options)))
+    study(options.csv, cells, options.rates, options.seeds, options.workers)
 
 
 if __name__ == "__main__":

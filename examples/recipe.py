@@ -100,10 +100,11 @@ def train(
     batch: int,
     seed: int,
     device: str = "cpu",
+    bf16: bool = False,
 ) -> Outcome:
     """Train `model` in place and return what came of it; the same seed gives the same outcome on the same machine."""
     start, data = time.perf_counter(), data.to(device)
-    curve = fit(model, data, recipe, lr=lr, epochs=epochs, batch=batch, seed=seed, device=device)
+    curve = fit(model, data, recipe, lr=lr, epochs=epochs, batch=batch, seed=seed, device=device, bf16=bf16)
     return outcome(model, data, curve, start)
 
 
@@ -125,12 +126,17 @@ def fit(
     batch: int,
     seed: int,
     device: str = "cpu",
+    bf16: bool = False,
     frozen: Iterable[nn.Module] = (),
 ) -> list[float]:
-    """Train `model` in place, `frozen` parts of it in eval mode; return each epoch's loss, ended by the first nan."""
+    """Train `model` in place, `frozen` parts of it in eval mode; return each epoch's loss, ended by the first nan.
+
+    With `bf16` forward passes run under autocast, and images and weights have their channels last, as a GPU likes it.
+    """
     torch.manual_seed(seed)
     clip = recipe.clipper()
-    model.to(device).train()
+    layout = torch.channels_last if bf16 else torch.preserve_format
+    model.to(device=device, memory_format=layout).train()
     for module in frozen:
         module.eval()
     optimizer = torch.optim.SGD(recipe.groups(model, lr), lr=lr, momentum=recipe.momentum, nesterov=True)
@@ -142,13 +148,14 @@ def fit(
         for i, (x, y) in enumerate(batches(data, batch)):
             schedule.step_update(epoch * each + i + 1)
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(model(x.contiguous(memory_format=layout)), y)
             loss.backward()
             clip(model)
             optimizer.step()
             total += loss.detach()
-            if not math.isfinite(total):
-                return [*curve, math.nan]
+        if not math.isfinite(total):  # asked once an epoch: on a GPU the answer waits for all work in flight
+            return [*curve, math.nan]
         curve.append(total.item() / each)
     return curve
 

@@ -3,19 +3,19 @@
 The photographs are solar cells, sound or defective (`pip install "normfree[examples]"` brings them). Every arm has the
 same epochs and chooses its learning rate from the same grid. `--networks` takes any name that `normfree convert` takes.
 
-Run: python examples/train_from_scratch.py [--shard 0/2] [--networks NAME ...]
-     python examples/train_from_scratch.py --device cuda --size 128 --networks resnet18 resnet50 mobilenet_v2 \
-         efficientnet_b0 densenet121 vgg16_bn timm:resnetv2_50
+Run: python examples/train_from_scratch.py [--workers 2] [--networks NAME ...]
+     python examples/train_from_scratch.py --device cuda --bf16 --size 128 --workers 12 --networks resnet18 resnet50 \
+         mobilenet_v2 efficientnet_b0 densenet121 vgg16_bn timm:resnetv2_50
      python examples/train_from_scratch.py --render
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import partial
+from functools import cache, partial
 
 import torch
-from experiment import Data, Row, markdown, parser, rows, shard, solar_cells, study, summary
+from experiment import Data, Row, Study, markdown, parser, rows, solar_cells, study, summary
 from recipe import BN_RECIPE, RECIPE, Outcome, train
 from torch import nn
 
@@ -28,23 +28,28 @@ ARMS = {"bn": "BatchNorm", "groupnorm": "GroupNorm", "normfree": "normfree"}
 RATES = tuple(2.0**power for power in range(-9, 1, 2))
 
 
-def network(source: zoo.Source, arm: str, data: Data) -> nn.Module:
+images = cache(solar_cells)
+
+
+def network(source: zoo.Source, arm: str, data: Data, device: str = "cpu") -> nn.Module:
     """Build a network and put what the arm has in the place of its norms."""
     model = zoo.build(source, num_classes=data.classes)
     if arm == "normfree":
         # Where a skip path protects the signal this changes little; elsewhere nothing else sets its scale.
-        return normfree.calibrate(normfree.convert(model, init="skipinit"), data.train.x[:64])
+        model = normfree.convert(model, init="skipinit").to(device)
+        return normfree.calibrate(model, data.train.x[:64].to(device))
     return build_arms(Subject(str(source), model, "skipinit"), (arm,))[arm].model
 
 
-def run(source: zoo.Source, arm: str, data: Data, options: Namespace, lr: float, seed: int) -> Outcome:
+def run(source: zoo.Source, arm: str, options: Namespace, lr: float, seed: int) -> Outcome:
     """Build one network and train it; group norm is as safe from the batch as none, and gets what batch norm gets."""
+    torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
-    model = network(source, arm, data)
+    data = images(options.size)
+    model = network(source, arm, data, options.device)
     recipe = RECIPE if arm == "normfree" else BN_RECIPE
-    return train(
-        model, data, recipe, lr=lr, epochs=options.epochs, batch=options.batch, seed=seed, device=options.device
-    )
+    settings = {"epochs": options.epochs, "batch": options.batch, "device": options.device, "bf16": options.bf16}
+    return train(model, data, recipe, lr=lr, seed=seed, **settings)
 
 
 def page(table: list[Row]) -> str:
@@ -66,17 +71,18 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--epochs", type=int, default=20)
     made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--bf16", action="store_true", help="autocast, and channels last: for a GPU")
     options = made.parse_args()
     if options.render:
         options.csv.with_suffix(".md").write_text(page(rows(options.csv)))
         return
-    torch.set_num_threads(options.threads)
-    data = solar_cells(options.size)
-    sources = [zoo.find(name) for name in options.networks]
-    for source, arm in shard([(source, arm) for source in sources for arm in options.arms], options.shard):
-        settings = {"network": str(source), "arm": arm, "size": options.size, "epochs": options.epochs}
-        settings["batch"] = options.batch
-        study(options.csv, settings, options.rates, options.seeds, partial(run, source, arm, data, options))
+    cells = []
+    for source in map(zoo.find, options.networks):
+        for arm in options.arms:
+            settings = {"network": str(source), "arm": arm, "size": options.size, "epochs": options.epochs}
+            settings |= {"batch": options.batch, "dtype": "bf16" if options.bf16 else "fp32"}
+            cells.append(Study(settings, partial(run, source, arm, options)))
+    study(options.csv, cells, options.rates, options.seeds, options.workers)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Networks of 16, 100 and 1,000 layers, pre-activation (timm's blocks) and post-activation (torchvision's), on
 scikit-learn's digits or on a folder of images. The learning rate of every cell is the power of two that validates best.
 
-Run: python examples/trainable_depth.py [--shard 0/2] [--device cuda] [--images FOLDER --size 32]
+Run: python examples/trainable_depth.py [--workers 2] [--device cuda] [--images FOLDER --size 32]
      python examples/trainable_depth.py --render
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import Data, Row, digits, folder, markdown, parser, rows, shard, study, summary
+from experiment import Data, Row, Study, digits, folder, markdown, parser, rows, study, summary
 from recipe import BN_RECIPE, RECIPE, Outcome, train
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnetv2 import ResNetV2
@@ -91,6 +91,7 @@ def divide(_block: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
 
 def run(kind: str, depth: int, name: str, data: Data, options: Namespace, lr: float, seed: int) -> Outcome:
     """Build one network and train it."""
+    torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     model = arm(name, network(kind, depth, data, options.width))
     recipe = BN_RECIPE if name == "bn" else RECIPE
@@ -142,6 +143,7 @@ def main() -> None:
     made.add_argument("--images", type=Path, help="a folder with one folder a class; scikit-learn's digits without")
     made.add_argument("--size", type=int, default=16, help="pixels of a side that they are scaled to")
     made.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
+    made.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     made.add_argument("--rates", type=float, nargs="+", default=RATES)
     made.add_argument("--seeds", type=int, default=3)
@@ -154,12 +156,15 @@ def main() -> None:
         options.csv.with_suffix(".md").write_text(page(table))
         plot(table, options.csv.with_suffix(".png"))
         return
-    torch.set_num_threads(options.threads)
     data = folder(options.images, options.size) if options.images else digits()
-    cells = [(kind, depth, name) for depth in options.depths for kind in KINDS for name in options.arms]
-    for kind, depth, name in shard(cells, options.shard):
-        settings = {"network": kind, "depth": depth, "arm": name, "epochs": options.epochs, "batch": options.batch}
-        study(options.csv, settings, options.rates, options.seeds, partial(run, kind, depth, name, data, options))
+    cells = []
+    for depth in options.depths:
+        for kind in options.kinds:
+            for name in options.arms:
+                settings = {"network": kind, "depth": depth, "arm": name}
+                settings |= {"epochs": options.epochs, "batch": options.batch}
+                cells.append(Study(settings, partial(run, kind, depth, name, data, options)))
+    study(options.csv, cells, options.rates, options.seeds, options.workers)
 
 
 if __name__ == "__main__":

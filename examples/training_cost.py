@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--no-largest", action="store_true", help="do not look for the largest batch that fits")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # deprecations inside the libraries' own models
     inits: list[Any] = options.inits.split(",")
@@ -76,6 +77,7 @@ def main() -> None:
                     init=init,
                     runs=options.runs,
                     arms=arm_names(options.arms),
+                    largest=not options.no_largest,
                 )
                 about = setting.about(name)
                 clock = {"versions"} if options.runs else {"versions", "threads"}  # what is counted needs no clock

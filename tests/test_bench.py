@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,14 @@ def test_compiled_channels_last_and_autocast() -> None:
     assert result.step_ms.median > 0
     full = run(SUBJECT.source, SUBJECT.model, Setting(batch=2, size=16, runs=1, arms=("normfree",)))[0]
     assert result.saved_per_image < full.saved_per_image, "activations take half the bytes in bf16"
+
+
+def test_no_arm_falls_back_to_eager_because_others_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        results = run(SUBJECT.source, SUBJECT.model, Setting(batch=2, size=16, runs=1, compiled=True))
+    assert len(results) == 7
 
 
 def test_largest_batch_is_the_last_power_of_two_that_fits() -> None:

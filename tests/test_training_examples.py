@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import recipe
 import torch
 import train_from_scratch
 import trainable_depth
+import workers
 from experiment import Data, Part
 from harness import noise
 from recipe import Outcome, Recipe
@@ -155,7 +157,7 @@ def test_study_repeats_the_rate_that_validates_best(tmp_path: Path) -> None:
         return replace(OUTCOME, validation=good[lr], test=good[lr] - seed / 10) if lr in good else LOST
 
     path = tmp_path / "table.csv"
-    experiment.study(path, {"arm": "bn"}, [1.0, 2.0, 4.0], 3, run)
+    experiment.study(path, [experiment.Study({"arm": "bn"}, run)], [1.0, 2.0, 4.0], 3)
     table = experiment.rows(path)
     assert [(row["lr"], row["seed"]) for row in table] == [
         ("1.0", "0"),
@@ -171,10 +173,27 @@ def test_study_repeats_the_rate_that_validates_best(tmp_path: Path) -> None:
 
 def test_what_diverges_at_every_rate_is_said_to(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    experiment.study(path, {"arm": "deleted"}, [1.0, 2.0], 3, lambda lr, seed: LOST)
+    experiment.study(path, [experiment.Study({"arm": "deleted"}, lambda lr, seed: LOST)], [1.0, 2.0], 3)
     table = experiment.rows(path)
     assert len(table) == 2, "no more seeds"
     assert str(experiment.summary(table, {"arm": "deleted"})) == "diverges"
+
+
+def test_several_processes_write_the_same_table(tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone.csv", tmp_path / "together.csv"
+    cells = [experiment.Study({"arm": arm}, partial(workers.recorded, arm)) for arm in ("bn", "deleted", "skipinit")]
+    experiment.study(alone, cells, [1.0, 2.0], 3)
+    experiment.study(together, cells, [1.0, 2.0], 3, workers=3)
+    rows = [sorted(tuple(row.values()) for row in experiment.rows(path)) for path in (alone, together)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 3 * 2 + 2 * 2, "what diverges has no more seeds"
+    order = [row["seed"] for row in experiment.rows(alone)]
+    assert order == ["0", "0", "1", "2", "0", "0", "0", "0", "1", "2"], "a cell is finished before the next is begun"
+
+
+def test_an_error_in_another_process_is_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="other"):
+        experiment.study(tmp_path / "t.csv", [experiment.Study({}, partial(workers.recorded, "other"))], [1.0], 1, 2)
 
 
 @pytest.mark.parametrize("kind", trainable_depth.KINDS)

@@ -48,9 +48,10 @@ class Result:
         saved_constant: Bytes saved for backward whatever the batch.
         operators: Operators that forward and backward dispatch, views aside.
         activation_operators: Those of them that touch an activation.
-        kernels: Kernels that a training step launches; on a GPU only, like the next two.
+        kernels: Kernels that a training step launches, compiled if that was asked for; on a GPU only, like the next
+            two.
         peak_bytes: The most memory that the device holds during a step.
-        largest_batch: Largest power of two that fits.
+        largest_batch: Largest power of two that fits; not looked for under ``torch.compile``.
     """
 
     arm: str

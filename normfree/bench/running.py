@@ -43,6 +43,7 @@ class Setting:
         init: Starting point of the converted arms.
         runs: Rounds against the clock; with none, only what does not depend on it is counted.
         arms: Which arms, in this order.
+        largest: Whether to look for the largest batch that fits, on a GPU and without ``torch.compile``.
     """
 
     batch: int = 16
@@ -54,6 +55,7 @@ class Setting:
     init: Literal["skipinit", "preserve"] = "skipinit"
     runs: int = 10
     arms: tuple[str, ...] = tuple(ARMS)
+    largest: bool = True
 
     def check(self) -> None:
         """Refuse what cannot be measured here.
@@ -121,12 +123,14 @@ def run(
         shape = (setting.batch, 3, setting.size, setting.size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = images.to(device).contiguous(memory_format=layout)
+    trained = {name: _compiled(arm.train(), setting) for name, arm in arms.items()}
     counted: dict[str, _Counted] = {}
-    for name, arm in arms.items():
-        step(f"counting {name}")
-        counted[name] = _count(_move(arm, device, layout), x, setting)
-        arm.model.cpu()
-    times = _times(arms, x, setting, layout, step) if setting.runs else {}
+    with torch._dynamo.config.patch(recompile_limit=4 * len(arms)):  # all arms are entries of one forward's cache
+        for name, arm in arms.items():
+            step(f"counting {name}")
+            counted[name] = _count(_move(arm, device, layout), trained[name], x, setting)
+            arm.model.cpu()
+        times = _times(arms, trained, x, setting, layout, step) if setting.runs else {}
     return tuple(_result(name, arms, counted[name], times) for name in arms)
 
 
@@ -141,23 +145,32 @@ def _step(model: nn.Module, setting: Setting) -> Step:
     return Step(model, optimizer, DTYPES[setting.dtype])
 
 
-def _count(arm: Arm, x: Tensor, setting: Setting) -> _Counted:
-    step = _step(arm.train(), setting)
+def _compiled(model: nn.Module, setting: Setting) -> nn.Module:
+    return cast(nn.Module, torch.compile(model)) if setting.compiled else model
+
+
+def _count(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> _Counted:
     saved = saved_bytes(arm.model, x[:2], DTYPES[setting.dtype])
-    counted = operators(step, x[:2])
-    on_gpu = x.device.type == "cuda"
+    counted = operators(_step(arm.model, setting), x[:2])
+    step = _step(trained, setting)
     peak, launched = peak_memory(step, x), kernels(step, x)
-    return _Counted(saved, counted, launched, peak, largest_batch(step, x) if on_gpu else None)
+    searched = setting.largest and x.device.type == "cuda" and not setting.compiled  # or every size would compile anew
+    return _Counted(saved, counted, launched, peak, largest_batch(step, x) if searched else None)
 
 
 def _times(
-    arms: Mapping[str, Arm], x: Tensor, setting: Setting, layout: torch.memory_format, say: Callable[[str], None]
+    arms: Mapping[str, Arm],
+    trained: Mapping[str, nn.Module],
+    x: Tensor,
+    setting: Setting,
+    layout: torch.memory_format,
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of every round by arm and by what was timed: ``step``, ``forward``, ``fused``."""
     work: dict[str, dict[str, Callable[[], object]]] = {}
     for name, arm in arms.items():
         say(f"preparing {name}")
-        work[name] = _works(_move(arm, x.device, layout), x, setting)
+        work[name] = _works(_move(arm, x.device, layout), trained[name], x, setting)
         for call in work[name].values():  # compiles, allocates, chooses kernels: not on the clock
             call()
     times: dict[str, dict[str, list[float]]] = {name: {what: [] for what in calls} for name, calls in work.items()}
@@ -171,12 +184,9 @@ def _times(
     return times
 
 
-def _works(arm: Arm, x: Tensor, setting: Setting) -> dict[str, Callable[[], object]]:
+def _works(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable[[], object]]:
     dtype = DTYPES[setting.dtype]
-    deployed, model = arm.fused(), arm.train()
-    if setting.compiled:
-        deployed, model = (cast(nn.Module, torch.compile(m)) for m in (deployed, model))
-    step = _step(model, setting)
+    deployed, step = _compiled(arm.fused(), setting), _step(trained, setting)
 
     def infer() -> None:
         with torch.inference_mode(), autocast(x.device, dtype):

@@ -30,6 +30,7 @@ def bench(
         "bn,frozen,groupnorm,activation,normfree,bare,nf"
     ),
     init: Annotated[str, typer.Option(help="Starting point of the converted arms: skipinit or preserve.")] = "skipinit",
+    largest: Annotated[bool, typer.Option(help="On a GPU, look for the largest batch that fits.")] = True,
     runs: Annotated[int, typer.Option(help="Rounds against the clock; 0 only counts.")] = 10,
     csv: Annotated[Path | None, typer.Option(help="Write the rows there.", dir_okay=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and memory: .png, .svg, .pdf", dir_okay=False)] = None,
@@ -51,7 +52,9 @@ def bench(
             from normfree.bench.results import flat, write_csv, write_plot
 
             chosen: Any = init
-            setting = Setting(batch, size, device, dtype, compiled, channels_last, chosen, runs, arm_names(arms))
+            setting = Setting(
+                batch, size, device, dtype, compiled, channels_last, chosen, runs, arm_names(arms), largest
+            )
             setting.check()
             step.total(3 + 2 * len(setting.arms) + runs)
             name, model = build_original(source, step)
