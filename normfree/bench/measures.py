@@ -140,7 +140,8 @@ def kernels(step: Step, x: Tensor) -> int | None:
     from torch.profiler import ProfilerActivity, profile
 
     step(x)
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+    # acc_events: without, torch warns that events of earlier cycles are lost; there are none.
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as profiled:
         step(x)
         torch.cuda.synchronize(x.device)
     events = [event.name for event in profiled.events() or () if "CUDA" in str(event.device_type)]
