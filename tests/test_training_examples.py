@@ -259,6 +259,7 @@ def test_arms_from_scratch() -> None:
         ("recipe", find_recipe),
         ("trainable_depth", trainable_depth),
         ("learning_rate_regimes", learning_rate_regimes),
+        ("train_from_scratch", train_from_scratch),
     ],
 )
 def test_page_is_written_from_its_table(name: str, module: Any) -> None:
