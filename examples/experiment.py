@@ -163,12 +163,24 @@ def measured(path: Path, settings: Settings, run: Callable[[], Any]) -> Row:
     return row
 
 
+def nothing(_row: Row) -> list[Job]:
+    """Want no other run, whatever came of this one."""
+    return []
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run: what tells it from every other, by column, and what does it (it may be sent to another process)."""
+    """One run.
+
+    Attributes:
+        settings: What tells it from every other, by column.
+        run: Does it, perhaps in another process, and returns a dataclass with the other columns.
+        then: Is told what came of it, and returns the runs that are wanted next.
+    """
 
     settings: Settings
     run: Callable[[], Any]
+    then: Callable[[Row], list[Job]] = nothing
 
 
 @dataclass(frozen=True)
@@ -178,9 +190,21 @@ class Study:
     settings: Settings
     run: Callable[[float, int], Any]
 
-    def job(self, lr: float, seed: int) -> Job:
+    def jobs(self, rates: Sequence[float], seeds: int) -> list[Job]:
+        """Return the runs of seed 0; when all are done they want the other seeds of the rate that validates best."""
+        tried: dict[float, Row] = {}
+
+        def then(row: Row) -> list[Job]:
+            tried[float(row["lr"])] = row
+            best = max(tried, key=lambda lr: accuracy(tried[lr], "validation"))
+            done = len(tried) == len(rates) and tried[best]["status"] == "trained"
+            return [self.job(best, seed) for seed in range(1, seeds)] if done else []
+
+        return [self.job(lr, 0, then) for lr in rates]
+
+    def job(self, lr: float, seed: int, then: Callable[[Row], list[Job]] = nothing) -> Job:
         """Return the run with a rate and a seed."""
-        return Job({**self.settings, "lr": lr, "seed": seed}, partial(self.run, lr, seed))
+        return Job({**self.settings, "lr": lr, "seed": seed}, partial(self.run, lr, seed), then)
 
 
 def study(path: Path, cells: Sequence[Study], rates: Sequence[float], seeds: int, workers: int = 1) -> None:
@@ -193,45 +217,31 @@ def study(path: Path, cells: Sequence[Study], rates: Sequence[float], seeds: int
         seeds: How many seeds the best gets.
         workers: How many runs at once.
     """
-    begun = [(cell.job(lr, 0), cell) for cell in cells for lr in rates]
-    owner = {id(job): cell for job, cell in begun}
-    tried: dict[int, dict[float, Row]] = {id(cell): {} for cell in cells}
-
-    def then(job: Job, row: Row) -> list[Job]:
-        cell = owner.get(id(job))
-        if cell is None:
-            return []
-        mine = tried[id(cell)]
-        mine[job.settings["lr"]] = row
-        return [cell.job(lr, seed) for lr, seed in repeats(mine, seeds)] if len(mine) == len(rates) else []
-
-    measure(path, [job for job, _ in begun], workers, then)
+    measure(path, [job for cell in cells for job in cell.jobs(rates, seeds)], workers)
 
 
-def measure(
-    path: Path, jobs: Iterable[Job], workers: int = 1, then: Callable[[Job, Row], list[Job]] = lambda *_: []
-) -> None:
+def measure(path: Path, jobs: Iterable[Job], workers: int = 1) -> None:
     """Do every job that the table does not have, with a progress bar.
 
     Args:
         path: The CSV.
-        jobs: In the order in which they are begun.
+        jobs: In the order in which they are begun; what one of them wants next comes before the rest.
         workers: How many at once, each in a process of its own: small networks leave most of a GPU idle.
-        then: Is told what came of a job; the jobs that it returns come next.
     """
     waiting, running = deque(jobs), dict[Future[Row], Job]()
     pool = Here() if workers == 1 else ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     with pool, Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("runs", total=len(waiting))
+        total = len(waiting)
+        bar = progress.add_task("runs", total=total)
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.popleft()
                 running[pool.submit(measured, path, job.settings, job.run)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                more = then(job, future.result())
+                more = running.pop(future).then(future.result())
                 waiting.extendleft(reversed(more))
-                progress.update(bar, advance=1, total=progress.tasks[bar].total + len(more))
+                total += len(more)
+                progress.update(bar, advance=1, total=total)
 
 
 class Here(Executor):
@@ -242,12 +252,6 @@ class Here(Executor):
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
-
-
-def repeats(tried: Mapping[float, Row], seeds: int) -> list[tuple[float, int]]:
-    """Return which rate gets which other seeds: the one that validates best, if it trains."""
-    best = max(tried, key=lambda lr: accuracy(tried[lr], "validation"))
-    return [(best, seed) for seed in range(1, seeds)] if tried[best]["status"] == "trained" else []
 
 
 def accuracy(row: Row, part: str) -> float:
