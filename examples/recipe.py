@@ -135,7 +135,7 @@ def fit(
     """
     torch.manual_seed(seed)
     clip = recipe.clipper()
-    layout = torch.channels_last if bf16 else torch.preserve_format
+    layout = torch.channels_last if bf16 else torch.contiguous_format
     model.to(device=device, memory_format=layout).train()
     for module in frozen:
         module.eval()
