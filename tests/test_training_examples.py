@@ -60,6 +60,17 @@ def test_training_learns() -> None:
     assert last < first / 2
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_shifted_images_in_colour_train_in_either_type(bf16: bool) -> None:
+    colour = replace(SMALL, train=Part(SMALL.train.x.expand(-1, 3, -1, -1), SMALL.train.y))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+    first, *_, last = recipe.fit(model, colour, recipe.BN_RECIPE, lr=0.01, epochs=16, batch=16, seed=0, bf16=bf16)
+    assert last < first / 2
+    assert model[0].weight.dtype is torch.float32
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) is bf16
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
 def test_learning_rate_rises_and_falls(warmup: float) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
