@@ -66,7 +66,7 @@ def test_shifted_images_in_colour_train_in_either_type(bf16: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
     first, *_, last = recipe.fit(model, colour, recipe.BN_RECIPE, lr=0.01, epochs=16, batch=16, seed=0, bf16=bf16)
-    assert last < first / 2
+    assert last < 0.8 * first
     assert model[0].weight.dtype is torch.float32
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last) is bf16
 
