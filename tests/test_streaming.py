@@ -117,17 +117,23 @@ def test_broken_statistics_are_named_by_layer(
 def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = randomise(timm.create_model("resnet10t")).state_dict()
     source = write(state, tmp_path / "in.safetensors")
-    real, calls = files.read_state_dict, []
+    real, calls = files.reader, []
 
-    def read(path: Path) -> Any:
-        calls.append(path)
-        if len(calls) == 4:
-            os.utime(path, (1, 1))
-        return real(path)
+    def reader(path: Path) -> Any:
+        opened = real(path)
 
-    monkeypatch.setattr("normfree.checkpoint.streaming.read_state_dict", read)
+        def again() -> Any:
+            calls.append(path)
+            if len(calls) == 3:
+                os.utime(path, (1, 1))
+            return opened()
+
+        return again
+
+    monkeypatch.setattr("normfree.checkpoint.streaming.reader", reader)
     with pytest.raises(CheckpointError, match="the file changed while it was read"):
         convert_file(NAME, source, tmp_path / "out.safetensors")
+    assert len(calls) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from normfree import zoo
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
-from normfree.files import check_fits, is_mapped, read_state_dict
+from normfree.files import check_fits, is_mapped, read_state_dict, reader
 from normfree.guards import PLAN_ATTRIBUTE
 from normfree.initialization import Draw, draws, he_normal_, zero_biases_
 from normfree.planning import plan
@@ -132,7 +132,8 @@ class _Pieces:
         """Yield them flat."""
         size = self.checkpoint.stat().st_size
         budget = max(_PIECE, size // 32)
-        changed, used, weights = self._stamp(), 0, read_state_dict(self.checkpoint)
+        opened, used, open_again = self._stamp(), 0, reader(self.checkpoint)
+        read, part = open_again(), torch.empty(0)
         for name in names:
             tensor, key = state[name].detach(), self.streamed.get(id(state[name]))
             draw = self.drawn.get(id(state[name]))
@@ -142,14 +143,16 @@ class _Pieces:
             if key is None:
                 yield tensor.contiguous().reshape(-1)
                 continue
-            step = max(1, budget // weights[key].itemsize)
+            flat = read(key).reshape(-1)
+            step = max(1, budget // flat.itemsize)
             for start in range(0, tensor.numel(), step):
                 if used >= budget and is_mapped(self.checkpoint):
-                    weights, part = {}, tensor  # nothing must hold the old pages
-                    weights, used = read_state_dict(self.checkpoint), 0
-                    if self._stamp() != changed or key not in weights or weights[key].shape != tensor.shape:
+                    del read, flat, part  # nothing must hold the old pages
+                    read, used = open_again(), 0
+                    if self._stamp() != opened:
                         raise CheckpointError(f"{self.checkpoint}: the file changed while it was read")
-                part = weights[key].reshape(-1)[start : start + step]
+                    flat = read(key).reshape(-1)
+                part = flat[start : start + step]
                 used += part.numel() * part.itemsize
                 yield part.to(tensor.dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from normfree.files.fitting import check_fits, load_weights, take
 from normfree.files.outputs import check_output, replacing
-from normfree.files.reading import ENDINGS, is_mapped, read_state_dict
+from normfree.files.reading import ENDINGS, is_mapped, read_state_dict, reader
 from normfree.files.writing import Pieces, stored, write_state
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "is_mapped",
     "load_weights",
     "read_state_dict",
+    "reader",
     "replacing",
     "stored",
     "take",
