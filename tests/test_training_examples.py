@@ -10,6 +10,7 @@ from typing import Any
 
 import experiment
 import find_recipe
+import finetune_table
 import learning_rate_regimes
 import pytest
 import recipe
@@ -271,6 +272,7 @@ def test_arms_from_scratch() -> None:
         ("trainable_depth", trainable_depth),
         ("learning_rate_regimes", learning_rate_regimes),
         ("train_from_scratch", train_from_scratch),
+        ("finetune", finetune_table),
     ],
 )
 def test_page_is_written_from_its_table(name: str, module: Any) -> None:
