@@ -84,6 +84,15 @@ def test_export_table_tells_ways_apart(tmp_path: Path) -> None:
     assert detector["pt2"] == "not tried: takes more than one tensor"
 
 
+def test_training_profile_finds_what_only_one_arm_does(tmp_path: Path) -> None:
+    table = tmp_path / "profile.csv"
+    _run("training_profile.py", "torchvision:resnet18", "--size", 32, "--batch", 2, "--csv", table)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    arms = {row["arm"] for row in rows if "batch_norm" in row["kernel"]}
+    assert arms == {"bn"}
+    assert {row["arm"] for row in rows if "convolution" in row["kernel"]} == {"bn", "normfree", "biases", "bare"}
+
+
 def test_training_cost_counts_without_a_clock(tmp_path: Path) -> None:
     short = ("--runs", 0, "--size", 32, "--batch", 2, "--arms", "normfree,bare", "--csv", tmp_path / "rows.csv")
     _run("training_cost.py", "torchvision:resnet18", *short)

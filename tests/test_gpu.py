@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 from harness import noise, randomise
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 import normfree
 from normfree.bench import Setting, run
@@ -119,3 +121,16 @@ def test_largest_batch_is_looked_for_only_if_asked() -> None:
     assert plain.largest_batch is None
     assert found.largest_batch is not None
     assert found.largest_batch >= 256
+
+
+def test_kernels_are_no_more_than_the_table_says() -> None:
+    path = Path(__file__).parents[1] / "examples" / "results" / "training_gpu.csv"
+    with path.open(newline="") as file:
+        known = [row for row in csv.DictReader(file) if (row["batch"], row["compiled"]) == ("256", "False")]
+    table = {row["arm"]: int(row["kernels"]) for row in known if row["model"] == "torchvision:resnet50"}
+    arms = ("normfree", "bare")
+    setting = Setting(256, device="cuda", dtype="bf16", channels_last=True, runs=0, arms=arms, largest=False)
+    ours, bare = run("torchvision:resnet50", resnet50(), setting)
+    assert ours.kernels is not None
+    assert bare.kernels is not None
+    assert ours.kernels - bare.kernels <= table["normfree"] - table["bare"]
