@@ -5,7 +5,7 @@ held-out images; three seeds then give test accuracy and spread. The weights are
 the photographs `elpv-dataset`'s: `pip install "normfree[examples]"` brings both.
 
 Run: python examples/finetune_table.py [--workers 2]
-     python examples/finetune_table.py --device cuda --size 224 --csv examples/results/finetune_224.csv
+     python examples/finetune_table.py --device cuda --bf16 --size 224 --csv examples/results/finetune_224.csv
      python examples/finetune_table.py --render
 """
 
@@ -27,11 +27,10 @@ import torch
 from experiment import Data, Row, Study, accuracy, folder, markdown, parser, power, rows, solar_cells, study, summary
 from find_recipe import within_a_point
 from finetune_timm import arm
-from recipe import FINE_TUNING, RECIPE, fit, outcome
+from recipe import FINE_TUNING, RECIPE, fit, gradients, outcome
 from timm.data import resolve_data_config
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn import functional as F
 
 import normfree
 
@@ -94,8 +93,9 @@ def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: 
     """Build one network and train it."""
     torch.manual_seed(seed)
     model, frozen = network(name, options, data.classes)
-    used = peak(model, data, batch, options.device)
-    settings = {"epochs": options.epochs, "batch": batch, "seed": seed, "device": options.device}
+    used = peak(model, data, batch, options.device, options.bf16)
+    settings = {"epochs": options.epochs, "batch": batch, "seed": seed}
+    settings |= {"device": options.device, "bf16": options.bf16}
     clock = time.process_time if options.device == "cpu" else time.perf_counter
     start, begun, data = time.perf_counter(), clock(), data.to(options.device)
     curve = fit(model, data, RECIPES[name], lr=lr, frozen=frozen, **settings)
@@ -104,15 +104,17 @@ def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: 
     return Tuned(each, used, came.validation, came.test, came.seconds, came.curve, came.status)
 
 
-def peak(model: nn.Module, data: Data, batch: int, device: str) -> float:
+def peak(model: nn.Module, data: Data, batch: int, device: str, bf16: bool = False) -> float:
     """Return the most MiB that the tensors of a training step take, parameters, gradients and momentum included."""
-    model = copy.deepcopy(model).to(device).train()
+    before = torch.cuda.memory_allocated() if device != "cpu" else 0
+    layout = torch.channels_last if bf16 else torch.contiguous_format
+    model = copy.deepcopy(model).to(device=device, memory_format=layout).train()
     x, y = (part[:batch].clone().to(device) for part in (data.train.x, data.train.y))  # a slice keeps all of them
+    x = x.contiguous(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        gradients(model, x, y, bf16)
         optimizer.step()
 
     step()  # from now on there is a momentum
@@ -120,7 +122,7 @@ def peak(model: nn.Module, data: Data, batch: int, device: str) -> float:
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         step()
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     tracker = MemTracker()
     tracker.track_external(model, optimizer, x, y)
     with tracker:
@@ -236,6 +238,7 @@ def main() -> None:
     made.add_argument("--rates", type=float, nargs="+", default=RATES)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--epochs", type=int, default=6)
+    made.add_argument("--bf16", action="store_true", help="autocast, and channels last: for a GPU")
     options = made.parse_args()
     if options.render:
         table = rows(options.csv)
@@ -247,7 +250,7 @@ def main() -> None:
         for name in options.arms:
             if batch > 1 or name in ALONE:
                 settings = {"network": options.model, "arm": name, "size": options.size, "batch": batch}
-                settings["epochs"] = options.epochs
+                settings |= {"epochs": options.epochs, "dtype": "bf16" if options.bf16 else "fp32"}
                 cells.append(Study(settings, functools.partial(job, name, batch, options)))
     study(options.csv, cells, options.rates, options.seeds, options.workers)
 

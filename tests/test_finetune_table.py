@@ -13,7 +13,7 @@ from torch import nn
 
 from normfree.norms import find_norms
 
-OPTIONS = Namespace(model="test_resnet", epochs=1, device="cpu", images=None, size=32)
+OPTIONS = Namespace(model="test_resnet", epochs=1, device="cpu", images=None, size=32, bf16=False)
 
 
 def data(images: int) -> Data:
