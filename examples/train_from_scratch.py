@@ -15,7 +15,8 @@ from argparse import Namespace
 from functools import cache, partial
 
 import torch
-from experiment import Data, Row, Study, markdown, parser, rows, solar_cells, study, summary
+from experiment import Row, Study, markdown, parser, rows, study, summary
+from images import Data, solar_cells
 from recipe import BN_RECIPE, RECIPE, Outcome, train
 from torch import nn
 

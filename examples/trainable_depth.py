@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import Data, Row, Study, digits, folder, markdown, parser, rows, study, summary
+from experiment import Row, Study, markdown, parser, rows, study, summary
+from images import Data, digits, folder
 from recipe import BN_RECIPE, RECIPE, Outcome, train
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnetv2 import ResNetV2
@@ -31,8 +32,10 @@ ARMS = {
     "rsqrt_depth": "SkipInit, alpha = 1/sqrt(d)",
     "skipinit": "SkipInit, alpha = 0",
     "deleted": "BN deleted (alpha fixed at 1)",
+    "unclipped": "BN deleted, gradient not clipped",
     "sqrt2": "Blocks divided by sqrt(2)",
 }
+RECIPES = {name: BN_RECIPE if name in ("bn", "unclipped") else RECIPE for name in ARMS}
 RATES = tuple(2.0**power for power in range(-7, 3))
 
 
@@ -94,10 +97,8 @@ def run(kind: str, depth: int, name: str, data: Data, options: Namespace, lr: fl
     torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     model = arm(name, network(kind, depth, data, options.width))
-    recipe = BN_RECIPE if name == "bn" else RECIPE
-    return train(
-        model, data, recipe, lr=lr, epochs=options.epochs, batch=options.batch, seed=seed, device=options.device
-    )
+    settings = {"epochs": options.epochs, "batch": options.batch, "device": options.device}
+    return train(model, data, RECIPES[name], lr=lr, seed=seed, **settings)
 
 
 def page(table: list[Row]) -> str:

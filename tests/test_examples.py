@@ -184,10 +184,10 @@ def test_finetune_table_goes_on_and_writes_its_page_and_its_plot(tmp_path: Path)
     cells = [line.split(",") for line in lines]
     assert {(cell[1], cell[3]) for cell in cells if cell[3] == "1"} == {("bn", "1"), ("preserve", "1")}
     assert len({cell[1] for cell in cells}) == 6
-    memory = {cell[1]: float(cell[8]) for cell in cells if cell[3] == "12"}
+    memory = {cell[1]: float(cell[9]) for cell in cells if cell[3] == "12"}
     assert memory["folded"] <= memory["preserve"] < memory["bn"]
     diverged = [cell for cell in cells if cell[-1] == "diverged"]
-    assert {float(cell[5]) for cell in diverged} == {2.0**100}
+    assert {float(cell[6]) for cell in diverged} == {2.0**100}
     assert len(diverged) >= 6
     _run("finetune_table.py", "--render", "--csv", tmp_path / "table.csv")
     page = (tmp_path / "table.md").read_text()

@@ -7,13 +7,13 @@ from argparse import Namespace
 import finetune_table
 import pytest
 import torch
-from experiment import Data, Part
 from harness import noise
+from images import Data, Part
 from torch import nn
 
 from normfree.norms import find_norms
 
-OPTIONS = Namespace(model="test_resnet", epochs=1, device="cpu", images=None, size=32, bf16=False)
+OPTIONS = Namespace(model="test_resnet", epochs=1, device="cpu", images=None, size=32, bf16=False, workers=1)
 
 
 def data(images: int) -> Data:

@@ -234,6 +234,15 @@ def test_arms(norm: str, images: Path, tmp_path: Path) -> None:
     assert any(key.endswith("conv_pw.weight") for key in moved)
 
 
+def test_fused_before_training_is_saved_as_it_is(images: Path, tmp_path: Path) -> None:
+    finetune(tmp_path, images, "--norm", "fused", "--init", "preserve", "--epochs", 1)
+    model = normfree.load(tmp_path / "model.safetensors")
+    names = [name for name, _ in model.named_parameters()]
+    assert "conv1.0.bias" in names
+    assert not [name for name in names if name.endswith(("alpha", "gain"))]
+    assert model._normfree_plan.fused
+
+
 def test_what_cannot_be_converted_is_said(images: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds no batch normalisation"):
         finetune(tmp_path, images, "--model", "test_convnext")

@@ -11,6 +11,7 @@ from typing import Any
 import experiment
 import find_recipe
 import finetune_table
+import images
 import learning_rate_regimes
 import pytest
 import recipe
@@ -18,15 +19,15 @@ import torch
 import train_from_scratch
 import trainable_depth
 import workers
-from experiment import Data, Part
 from harness import noise
+from images import Data, Part
 from recipe import Outcome, Recipe
 from torch import nn
 
 import normfree
 from normfree import zoo
 
-DATA = experiment.digits()
+DATA = images.digits()
 SMALL = replace(DATA, train=Part(DATA.train.x[:128], DATA.train.y[:128]))
 OUTCOME = Outcome(0.5, 0.25, 1.0, "2 1", "trained")
 LOST = Outcome(None, None, 1.0, "nan", "diverged")
@@ -104,7 +105,7 @@ def test_unknown_clipping_is_refused() -> None:
 
 def test_parts_share_no_image_and_are_always_the_same() -> None:
     x, y = torch.arange(100.0).reshape(-1, 1, 1, 1), torch.arange(100)
-    one, same = experiment.split(x, y), experiment.split(x, y)
+    one, same = images.split(x, y), images.split(x, y)
     parts = [part.y.tolist() for part in (one.train, one.validation, one.test)]
     assert list(map(len, parts)) == [60, 20, 20]
     assert sorted(i for part in parts for i in part) == list(range(100))
@@ -231,7 +232,7 @@ def test_arms_are_what_they_say(kind: str) -> None:
     assert alphas["bn"] == []
     assert alphas["skipinit"] == [(0.0, True)] * 7
     assert alphas["rsqrt_depth"] == [(pytest.approx(7**-0.5), True)] * 7
-    assert alphas["deleted"] == alphas["sqrt2"] == [(1.0, False)] * 7
+    assert alphas["deleted"] == alphas["unclipped"] == alphas["sqrt2"] == [(1.0, False)] * 7
     shrunk, deleted = models["sqrt2"], models["deleted"]
     assert not torch.allclose(shrunk(x), deleted(x))
     with torch.no_grad():
@@ -240,6 +241,20 @@ def test_arms_are_what_they_say(kind: str) -> None:
             block.register_forward_hook(lambda module, args, output: output / 2**0.5)
     assert len(blocks) == 7
     assert torch.allclose(shrunk(x), deleted(x)), "every block is divided, once"
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(8, 0.75, 0.87), (32, 0.93, 1.0)])
+def test_divided_blocks_keep_the_signal_only_of_large_images(size: int, low: float, high: float) -> None:
+    """Zeros around 8 x 8 pixels take a share of the branch that those around 32 x 32 do not: so the README explains."""
+    model = trainable_depth.arm("sqrt2", trainable_depth.network("pre-activation", 100, DATA, 16))
+    moments: list[float] = []
+    for module in model.modules():
+        if type(module).__name__ == "PreActBasic":
+            module.register_forward_hook(lambda _module, _args, output: moments.append(output.square().mean().item()))
+    with torch.no_grad():
+        model(noise(8, 1, size, size))
+    assert len(moments) == 49
+    assert low < (moments[-1] / moments[0]) ** (1 / 48) < high
 
 
 def test_range_is_around_the_best_and_has_no_gap() -> None:
@@ -273,6 +288,7 @@ def test_arms_from_scratch() -> None:
         ("learning_rate_regimes", learning_rate_regimes),
         ("train_from_scratch", train_from_scratch),
         ("finetune", finetune_table),
+        ("finetune_224", finetune_table),
     ],
 )
 def test_page_is_written_from_its_table(name: str, module: Any) -> None:
