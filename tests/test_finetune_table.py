@@ -6,11 +6,13 @@ from argparse import Namespace
 
 import finetune_table
 import pytest
+import quickstart
 import torch
 from harness import noise
 from images import Data, Part
 from torch import nn
 
+import normfree
 from normfree.norms import find_norms
 
 OPTIONS = Namespace(model="test_resnet", epochs=1, device="cpu", images=None, size=32, bf16=False, workers=1)
@@ -49,6 +51,12 @@ def test_arms_are_what_they_say(arms: dict[str, tuple[nn.Module, list[nn.Module]
         "preserve": False,
         "folded": True,
     }
+
+
+def test_gains_of_the_pretrained_network_are_as_far_apart_as_the_readme_says() -> None:
+    model = normfree.convert(quickstart.pretrained())
+    gains = torch.cat([p.detach().abs() for key, p in model.named_parameters() if key.endswith("gain")])
+    assert (round(gains.min().item(), 2), int(gains.max())) == (0.01, 75)
 
 
 def test_frozen_norms_stay_as_they_are_and_others_move() -> None:

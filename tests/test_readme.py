@@ -29,6 +29,13 @@ def test_every_block_has_a_language_that_is_run() -> None:
     assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text()
 
 
+def test_accuracies_are_those_of_the_tables() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "examples" / "results").glob("*.md"))
+    figures = re.findall(r"\d+\.\d ± \d+\.\d \(2\^-?\d+\)", (ROOT / "README.md").read_text())
+    assert len(figures) > 60
+    assert [figure for figure in figures if figure not in pages] == []
+
+
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # Opacus says so of every engine without torchcsprng
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
