@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,8 +39,13 @@ def rows(path: Path) -> list[Row]:
 
 def find(path: Path, settings: Settings) -> Row | None:
     """Return the run with these settings, if the table has it."""
+    return next(matching(rows(path), settings), None)
+
+
+def matching(table: Iterable[Row], settings: Settings) -> Iterator[Row]:
+    """Go through the runs of a table that have these settings."""
     wanted = {key: str(value) for key, value in settings.items()}
-    return next((row for row in rows(path) if wanted.items() <= row.items()), None)
+    return (row for row in table if wanted.items() <= row.items())
 
 
 def measured(path: Path, settings: Settings, run: Callable[[], Any]) -> Row:
@@ -178,14 +183,38 @@ class Summary:
 
 def summary(table: Sequence[Row], settings: Settings) -> Summary | None:
     """Summarise a study, or return nothing if no run of it is there."""
-    wanted = {key: str(value) for key, value in settings.items()}
-    mine = [row for row in table if wanted.items() <= row.items()]
+    mine = list(matching(table, settings))
     if not mine:
         return None
     first = [row for row in mine if row["seed"] == "0"]
     best = max(first, key=lambda row: accuracy(row, "validation"))["lr"]
     done = [row for row in mine if row["lr"] == best and row["status"] == "trained"]
     return Summary(float(best), tuple(accuracy(row, "test") for row in done))
+
+
+def by_rate(table: Sequence[Row], settings: Settings) -> dict[float, float]:
+    """Return the validation accuracy of seed 0 by learning rate."""
+    return {float(r["lr"]): accuracy(r, "validation") for r in matching(table, {**settings, "seed": 0})}
+
+
+def usable(table: Sequence[Row], settings: Settings) -> str | None:
+    """Write the range of learning rates that are about as good as the best, for seed 0."""
+    found = by_rate(table, settings)
+    good = within_a_point(found) if any(found.values()) else []
+    return f"{power(good[0])} .. {power(good[-1])}" if good else None
+
+
+def within_a_point(mean: dict[float, float]) -> list[float]:
+    """The rates around the best whose accuracy is within a point of it, without a gap."""
+    rates = sorted(mean)
+    best = max(rates, key=mean.__getitem__)
+    good = [mean[best] - mean[lr] <= 1 for lr in rates]
+    first = last = rates.index(best)
+    while first > 0 and good[first - 1]:
+        first -= 1
+    while last < len(rates) - 1 and good[last + 1]:
+        last += 1
+    return rates[first : last + 1]
 
 
 def power(lr: float) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from experiment import Job, Row, accuracy, markdown, measure, parser, power, rows
+from experiment import Job, Row, accuracy, markdown, measure, parser, power, rows, within_a_point
 from images import Data, digits
 from recipe import Outcome, Recipe, train
 from trainable_depth import KINDS, arm, network
@@ -51,19 +51,6 @@ def run(kind: str, name: str, data: Data, options: Namespace, lr: float, seed: i
     model = arm("bn" if name in BN else "skipinit", network(kind, DEPTH, data))
     settings = {"epochs": options.epochs, "batch": BATCH, "device": options.device}
     return train(model, data, RECIPES[name], lr=lr, seed=seed, **settings)
-
-
-def within_a_point(mean: dict[float, float]) -> list[float]:
-    """The rates around the best whose accuracy is within a point of it, without a gap."""
-    rates = sorted(mean)
-    best = max(rates, key=mean.__getitem__)
-    good = [mean[best] - mean[lr] <= 1 for lr in rates]
-    first = last = rates.index(best)
-    while first > 0 and good[first - 1]:
-        first -= 1
-    while last < len(rates) - 1 and good[last + 1]:
-        last += 1
-    return rates[first : last + 1]
 
 
 def line(table: list[Row], kind: str, name: str) -> Iterator[object]:

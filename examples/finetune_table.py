@@ -17,15 +17,14 @@ import math
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import quickstart
 import timm
 import torch
-from experiment import Row, Study, accuracy, markdown, parser, power, rows, study, summary
-from find_recipe import within_a_point
+from experiment import Row, Study, by_rate, markdown, matching, parser, rows, study, summary, usable
 from finetune_timm import arm
 from images import Data, folder, solar_cells
 from recipe import FINE_TUNING, RECIPE, fit, gradients, outcome
@@ -140,7 +139,7 @@ def page(table: list[Row]) -> str:
         f"{network}, {size} px, epochs: {epochs}. Test accuracy in percent, and the learning rate that validates best:",
         grid(table, lambda name, batch: summary(table, {"arm": name, "batch": batch})),
         "Learning rates within a point of the best, on the validation images, seed 0:",
-        grid(table, functools.partial(usable, table)),
+        grid(table, lambda name, batch: usable(table, {"arm": name, "batch": batch})),
         "Most MiB that the tensors of a training step take:",
         grid(table, functools.partial(middle, table, "peak_mib")),
     ]
@@ -162,27 +161,9 @@ def batch_sizes(table: list[Row]) -> list[int]:
     return sorted({int(row["batch"]) for row in table})
 
 
-def of_cell(table: list[Row], name: str, batch: int) -> Iterator[Row]:
-    """Go through the runs of one arm at one batch size."""
-    return (row for row in table if (row["arm"], row["batch"]) == (name, str(batch)))
-
-
-def by_rate(table: list[Row], name: str, batch: int) -> dict[float, float]:
-    """Return the validation accuracy of seed 0 by learning rate."""
-    mine = {float(r["lr"]): accuracy(r, "validation") for r in of_cell(table, name, batch) if r["seed"] == "0"}
-    return dict(sorted(mine.items()))
-
-
-def usable(table: list[Row], name: str, batch: int) -> str | None:
-    """Write the range of learning rates that are about as good as the best."""
-    found = by_rate(table, name, batch)
-    good = within_a_point(found) if any(found.values()) else []
-    return f"{power(good[0])} .. {power(good[-1])}" if good else None
-
-
 def middle(table: list[Row], column: str, name: str, batch: int) -> str | None:
     """Write the median of a column."""
-    values = [float(row[column]) for row in of_cell(table, name, batch) if row[column]]
+    values = [float(row[column]) for row in matching(table, {"arm": name, "batch": batch}) if row[column]]
     return f"{statistics.median(values):.1f}" if values else None
 
 
@@ -201,7 +182,7 @@ def plot(table: list[Row], path: Path) -> None:
             means = [statistics.mean(test) for test in best.values()]
             first.errorbar(list(best), means, spread, marker="o", capsize=3, color=f"C{color}", label=title)
         for ax, batch in zip(others, batches, strict=True):
-            rates = by_rate(table, name, batch)
+            rates = dict(sorted(by_rate(table, {"arm": name, "batch": batch}).items()))
             ax.plot(list(rates), list(rates.values()), marker="o", color=f"C{color}")
             ax.set_title(f"batch {batch}")
             ax.set_xlabel("learning rate")

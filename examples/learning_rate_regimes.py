@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from experiment import Row, Study, markdown, parser, rows, study, summary
+from experiment import Row, Study, markdown, parser, rows, study, summary, usable
 from images import Data, digits
 from recipe import Outcome, train
 from trainable_depth import KINDS, RECIPES, arm, network
@@ -36,13 +36,16 @@ def run(name: str, batch: int, data: Data, options: Namespace, lr: float, seed: 
 
 
 def page(table: list[Row]) -> str:
-    """Write test accuracy, spread and best learning rate of both arms at every batch size."""
+    """Write test accuracy, spread, best learning rate and range of good ones of both arms at every batch size."""
     parts = []
     for kind in [kind for kind in KINDS if any(row["network"] == kind for row in table)]:
         sizes = sorted({int(row["batch"]) for row in table if row["network"] == kind})
-        cells = [[summary(table, {"network": kind, "arm": name, "batch": size}) for name in ARMS] for size in sizes]
-        body = [[size, *line] for size, line in zip(sizes, cells, strict=True)]
-        parts.append(f"{kind}:\n\n" + markdown(["batch", *ARMS.values()], body))
+        body: list[list[object]] = []
+        for size in sizes:
+            cells = [{"network": kind, "arm": name, "batch": size} for name in ARMS]
+            body.append([size, *(summary(table, cell) for cell in cells), *(usable(table, cell) for cell in cells)])
+        header = ["batch", *ARMS.values(), *(f"{title}: within a point of the best" for title in ARMS.values())]
+        parts.append(f"{kind}:\n\n" + markdown(header, body))
     return "\n\n".join(parts) + "\n"
 
 

@@ -258,8 +258,8 @@ def test_divided_blocks_keep_the_signal_only_of_large_images(size: int, low: flo
 
 
 def test_range_is_around_the_best_and_has_no_gap() -> None:
-    assert find_recipe.within_a_point({1.0: 99, 2.0: 97, 4.0: 99, 8.0: 98, 16.0: 98.5, 32.0: 90}) == [1.0]
-    assert find_recipe.within_a_point({1.0: 97, 2.0: 98.5, 4.0: 99, 8.0: 98, 16.0: 90}) == [2.0, 4.0, 8.0]
+    assert experiment.within_a_point({1.0: 99, 2.0: 97, 4.0: 99, 8.0: 98, 16.0: 98.5, 32.0: 90}) == [1.0]
+    assert experiment.within_a_point({1.0: 97, 2.0: 98.5, 4.0: 99, 8.0: 98, 16.0: 90}) == [2.0, 4.0, 8.0]
 
 
 def test_arms_from_scratch() -> None:
