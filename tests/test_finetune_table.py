@@ -94,12 +94,3 @@ def test_tables_of_several_experiments_are_refused() -> None:
     row = {"network": "a", "size": "80", "epochs": "6", "arm": "bn", "batch": "2"}
     with pytest.raises(SystemExit, match="one network, size and number of epochs"):
         finetune_table.page([row, {**row, "size": "224"}])
-
-
-def test_usable_rates_are_around_the_best() -> None:
-    table = [
-        {"arm": "bn", "batch": "2", "seed": "0", "lr": str(lr), "validation": str(share), "status": "trained"}
-        for lr, share in ((0.125, 0.8), (0.25, 0.805), (0.5, 0.7))
-    ]
-    assert finetune_table.usable(table, "bn", 2) == "2^-3 .. 2^-2"
-    assert finetune_table.usable(table, "bn", 8) is None

@@ -262,6 +262,15 @@ def test_range_is_around_the_best_and_has_no_gap() -> None:
     assert experiment.within_a_point({1.0: 97, 2.0: 98.5, 4.0: 99, 8.0: 98, 16.0: 90}) == [2.0, 4.0, 8.0]
 
 
+def test_usable_rates_are_around_the_best() -> None:
+    table = [
+        {"arm": "bn", "batch": "2", "seed": "0", "lr": str(lr), "validation": str(share), "status": "trained"}
+        for lr, share in ((0.125, 0.8), (0.25, 0.805), (0.5, 0.7))
+    ]
+    assert experiment.usable(table, {"arm": "bn", "batch": 2}) == "2^-3 .. 2^-2"
+    assert experiment.usable(table, {"arm": "bn", "batch": 8}) is None
+
+
 def test_arms_from_scratch() -> None:
     data = Data(Part(noise(64, 3, 32, 32), torch.zeros(64)), DATA.validation, DATA.test, 2)
     source = zoo.find("torchvision:vgg11_bn")
