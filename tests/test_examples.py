@@ -103,7 +103,7 @@ def test_training_cost_counts_without_a_clock(tmp_path: Path) -> None:
 
 
 def _grows_once(tmp_path: Path, name: str, runs: int, *arguments: object) -> list[str]:
-    """Run a script on "experiment.py" and "images.py" twice: the second time there is nothing left to do. Return its table."""
+    """Run a script on "experiment.py" and "images.py" twice: the second time does nothing. Return its table."""
     table = tmp_path / "table.csv"
     said = []
     for _ in range(2):
