@@ -193,8 +193,9 @@ def summary(table: Sequence[Row], settings: Settings) -> Summary | None:
 
 
 def by_rate(table: Sequence[Row], settings: Settings) -> dict[float, float]:
-    """Return the validation accuracy of seed 0 by learning rate."""
-    return {float(r["lr"]): accuracy(r, "validation") for r in matching(table, {**settings, "seed": 0})}
+    """Return the validation accuracy of seed 0 by learning rate, in order."""
+    found = {float(row["lr"]): accuracy(row, "validation") for row in matching(table, {**settings, "seed": 0})}
+    return dict(sorted(found.items()))
 
 
 def usable(table: Sequence[Row], settings: Settings) -> str | None:

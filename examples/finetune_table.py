@@ -24,10 +24,11 @@ from pathlib import Path
 import quickstart
 import timm
 import torch
+from arms import arm
 from experiment import Row, Study, by_rate, markdown, matching, parser, rows, study, summary, usable
-from finetune_timm import arm
 from images import Data, folder, solar_cells
-from recipe import FINE_TUNING, RECIPE, fit, gradients, outcome
+from recipe import FINE_TUNING, RECIPE, fit, outcome
+from steps import gradients
 from timm.data import resolve_data_config
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -182,7 +183,7 @@ def plot(table: list[Row], path: Path) -> None:
             means = [statistics.mean(test) for test in best.values()]
             first.errorbar(list(best), means, spread, marker="o", capsize=3, color=f"C{color}", label=title)
         for ax, batch in zip(others, batches, strict=True):
-            rates = dict(sorted(by_rate(table, {"arm": name, "batch": batch}).items()))
+            rates = by_rate(table, {"arm": name, "batch": batch})
             ax.plot(list(rates), list(rates.values()), marker="o", color=f"C{color}")
             ax.set_title(f"batch {batch}")
             ax.set_xlabel("learning rate")

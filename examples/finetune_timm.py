@@ -16,15 +16,11 @@ folder that all of them see.
 from __future__ import annotations
 
 import copy
-import csv
-import functools
 import json
 import math
-import os
-import shutil
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,53 +29,25 @@ import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, set_seed
+from arms import CONVERTED, NORMS, arm
+from finite import blame
 from images import parts
 from labelled import SolarCells, Varied
 from recipe import FINE_TUNING, Recipe, cosine
+from resuming import Progress, checkpoints, save_checkpoint, settle
 from rich.console import Console
 from rich.progress import track
 from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import normfree
-from normfree.bench.arms import Subject, build_arms
 from normfree.files import load_weights, read_state_dict, replacing
-from normfree.norms import find_norms
-from normfree.observing import tensors
-
-NORMS = ("normfree", "fused", "bn", "frozen", "groupnorm")
-CONVERTED = ("normfree", "fused")  # as `convert` returns it, or with gain and alpha baked into the weights
-WHERE = ("out", "resume", "workers", "cpu")  # options that change nothing about the result
-
-
-@dataclass
-class Progress:
-    """The epochs that are done, as rows of the CSV; a part of every checkpoint."""
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a checkpoint."""
-        self.rows = state["rows"]
-
-    def write(self, folder: Path, accelerator: Accelerator) -> None:
-        """Write the CSV, from one process."""
-        if not accelerator.is_main_process:
-            return
-        with replacing(folder / "log.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0])
-            writer.writeheader()
-            writer.writerows(self.rows)
 
 
 @dataclass(frozen=True)
@@ -181,37 +149,6 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]
     return torch.cat(seen).cpu().double().mean(0).tolist()
 
 
-def blame(model: nn.Module, bare: nn.Module, x: Tensor) -> str:
-    """Say where a forward pass on `x` first stops being finite."""
-    name = first_not_finite(model, bare, x)
-    if name is None:
-        return "the loss is not finite, though every layer's output is; take a smaller learning rate"
-    kind = "" if name == "the images" else f" ({type(bare.get_submodule(name)).__name__})"
-    return f"the loss is not finite, and the first that is not is the output of {name or 'the model'}{kind}"
-
-
-@torch.no_grad()
-def first_not_finite(model: nn.Module, bare: nn.Module, x: Tensor) -> str | None:
-    """Name the first layer of `bare` whose output is not finite when `model`, which wraps it or is it, sees `x`.
-
-    A layer is done before the block that holds it, so it is a block that is named only where its own code is the cause.
-    """
-    found: list[str] = [] if x.isfinite().all() else ["the images"]
-
-    def look(_module: nn.Module, _inputs: Any, output: Any, *, name: str) -> None:
-        if not all(y.isfinite().all() for y in tensors(output)):
-            found.append(name)
-
-    named = bare.named_modules()
-    hooks = [module.register_forward_hook(functools.partial(look, name=name)) for name, module in named]
-    try:
-        model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else None
-
-
 def network(options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module]]:
     """Build the model, put what `--norm` says in the place of its norms, and return it with those that stay frozen."""
     import quickstart
@@ -232,17 +169,6 @@ def network(options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module
     return arm(options.norm, model, options.init, options.alpha)
 
 
-def arm(norm: str, model: nn.Module, init: str = "preserve", alpha: float | None = None) -> tuple[nn.Module, list[Any]]:
-    """Put something in the place of the norms of a model; return it with the norms that stay in eval mode."""
-    if norm in CONVERTED:
-        model = normfree.convert(model, init=init, alpha=alpha)
-        return normfree.fuse(model) if norm == "fused" else model, []
-    if norm == "groupnorm":  # as Opacus' ModuleValidator.fix does it, and in timm's norm-and-activation layers too
-        return build_arms(Subject("timm", model, "preserve"), (norm,))[norm].model, []
-    frozen = find_norms(model) if norm == "frozen" else ()
-    return model, [model.get_submodule(name) for name in frozen]
-
-
 def loaders(options: Namespace, images: Any, model: nn.Module, accelerator: Accelerator) -> list[DataLoader[Any]]:
     """Return training, validation and test images through timm's transforms, as the model's own settings say."""
     config = resolve_data_config({"input_size": (3, options.size, options.size)} if options.size else {}, model=model)
@@ -259,49 +185,6 @@ def loaders(options: Namespace, images: Any, model: nn.Module, accelerator: Acce
     each = {"num_workers": options.workers, "pin_memory": accelerator.device.type == "cuda"}
     train = DataLoader(sets[0], options.batch, shuffle=True, drop_last=True, **each)
     return [train, *(DataLoader(part, 64 * accelerator.num_processes, **each) for part in sets[1:])]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints, the newest last."""
-    return sorted(folder.glob("epoch-*"))
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Write a checkpoint beside the previous one, which goes only once this one is whole and has its name."""
-    part = folder / "unfinished"
-    if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        part.replace(folder / f"epoch-{epoch:05d}")
-        for old in checkpoints(folder)[:-1]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def settle(options: Namespace, accelerator: Accelerator) -> None:
-    """Refuse to mix two runs in one folder; note what this one was asked for."""
-    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
-        raise SystemExit("launched as several processes, of which Accelerate sees one: without a GPU, say --cpu")
-    path = options.out / "settings.json"
-    asked = {key: value for key, value in vars(options).items() if key not in WHERE}
-    asked |= {"accumulate": accelerator.gradient_accumulation_steps, "mixed_precision": accelerator.mixed_precision}
-    asked = json.loads(json.dumps(asked, default=str))
-    if checkpoints(options.out) and not options.resume:
-        raise SystemExit(f"{options.out} holds checkpoints: say --resume to go on with them, or name another --out")
-    known = json.loads(path.read_text()) if checkpoints(options.out) else asked
-    other = [
-        f"{key} was {known.get(key)}, now {asked.get(key)}" for key in known | asked if known.get(key) != asked.get(key)
-    ]
-    if other:
-        raise SystemExit(f"{options.out} holds a run with other settings: {'; '.join(other)}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asked, indent=2))
 
 
 def save_model(model: nn.Module, options: Namespace, classes: int) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from images import Data, Part
+from steps import gradients, recorded
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -143,54 +144,22 @@ def fit(
     optimizer = torch.optim.SGD(recipe.groups(model, lr), lr=lr, momentum=recipe.momentum, nesterov=True)
     each = len(data.train.y) // batch  # an incomplete batch is dropped
     schedule = cosine(optimizer, recipe.warmup, epochs * each)
-    step: Callable[[Tensor, Tensor], Tensor] | None = None
+    step: Callable[[Tensor, Tensor], Tensor] = partial(gradients, model, bf16=bf16)
+    if data.train.x.is_cuda:
+        sample = data.train.x[:batch].contiguous(memory_format=layout)
+        step = recorded(model, sample, data.train.y[:batch], bf16)
     curve: list[float] = []
     for epoch in range(epochs):
         total = torch.zeros((), device=device)
         for i, (x, y) in enumerate(batches(data, batch)):
             schedule.step_update(epoch * each + i + 1)
-            x = x.contiguous(memory_format=layout)
-            if step is None:
-                step = recorded(model, x, y, bf16) if x.is_cuda else partial(gradients, model, bf16=bf16)
-            total += step(x, y)
+            total += step(x.contiguous(memory_format=layout), y)
             clip(model)
             optimizer.step()
         if not math.isfinite(total):  # asked once an epoch: on a GPU the answer waits for all work in flight
             return [*curve, math.nan]
         curve.append(total.item() / each)
     return curve
-
-
-def gradients(model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Tensor:
-    """Put the gradients of a batch in the place of the last one's, and return its loss."""
-    model.zero_grad()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    return loss.detach()
-
-
-def recorded(model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `gradients` of batches like this one as a CUDA graph: Python would launch many small layers too slowly."""
-    x, y, kept = x.clone(), y.clone(), [buffer.clone() for buffer in model.buffers()]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in a first pass, which cannot be recorded
-        gradients(model, x, y, bf16)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = gradients(model, x, y, bf16)
-    for buffer, before in zip(model.buffers(), kept, strict=True):  # the first pass has moved running statistics
-        buffer.copy_(before)
-
-    def replay(next_x: Tensor, next_y: Tensor) -> Tensor:
-        x.copy_(next_x)
-        y.copy_(next_y)
-        graph.replay()
-        return loss
-
-    return replay
 
 
 def cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> CosineLRScheduler:

@@ -33,6 +33,7 @@ def test_quickstart_sees_the_same_on_real_photographs(tmp_path: Path) -> None:
     assert (tmp_path / "lite0-nf.safetensors").stat().st_size > 10_000_000
 
 
+# "finetune_timm.py", with "resuming.py", "finite.py" and "labelled.py", is run by test_finetuning.py.
 def test_every_example_is_tested() -> None:
     text = Path(__file__).read_text()
     scripts = [path.name for path in EXAMPLES.glob("*.py")]
@@ -180,7 +181,7 @@ def _pictures(folder: Path) -> Path:
 def test_finetune_table_goes_on_and_writes_its_page_and_its_plot(tmp_path: Path) -> None:
     images = ("--images", _pictures(tmp_path / "images"), "--size", 64, "--model", "test_efficientnet")
     short = ("--batches", 12, 1, "--rates", 0.0625, 2.0**100, "--seeds", 2, "--epochs", 1)
-    lines = _grows_once(tmp_path, "finetune_table.py", 24, *images, *short)  # by "finetune_timm.py", "labelled.py"
+    lines = _grows_once(tmp_path, "finetune_table.py", 24, *images, *short)  # by "arms.py", "steps.py"
     cells = [line.split(",") for line in lines]
     assert {(cell[1], cell[3]) for cell in cells if cell[3] == "1"} == {("bn", "1"), ("preserve", "1")}
     assert len({cell[1] for cell in cells}) == 6

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import finetune_timm
+import finite
 import labelled
 import pytest
+import resuming
 import safetensors.torch
 import timm
 import torch
@@ -94,7 +96,7 @@ def test_it_learns_and_says_what_came_of_it(plain: Path) -> None:
     assert report["validation_accuracy"] == float(rows[-1]["validation_accuracy"])
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert (plain / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in finetune_timm.checkpoints(plain)] == ["epoch-00003"]
+    assert [path.name for path in resuming.checkpoints(plain)] == ["epoch-00003"]
 
 
 def test_the_model_is_what_normfree_loads(plain: Path, images: Path) -> None:
@@ -147,7 +149,7 @@ def test_killed_and_resumed_it_ends_where_it_would_have(moment: str, whole: Path
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [path.name for path in finetune_timm.checkpoints(out)] == ["epoch-00001"]
+    assert [path.name for path in resuming.checkpoints(out)] == ["epoch-00001"]
     assert (out / "unfinished").exists() == (moment == "while writing")
     finetune(out, images, *VARIED, "--resume")
     assert log(out) == log(whole)
@@ -257,16 +259,16 @@ def test_a_loss_that_is_not_finite_stops_with_a_name(images: Path, tmp_path: Pat
 def test_first_layer_that_is_not_finite() -> None:
     model = normfree.convert(timm.create_model("test_resnet"), init="preserve")
     x = noise(2, 3, 32, 32)
-    assert finetune_timm.first_not_finite(model, model, x) is None
-    assert finetune_timm.first_not_finite(model, model, x / 0) == "the images"
+    assert finite.first_not_finite(model, model, x) is None
+    assert finite.first_not_finite(model, model, x / 0) == "the images"
     with torch.no_grad():
         model.layer3[0].conv2.weight[0] = torch.inf
         model.layer4[0].conv1.weight[0] = torch.nan
-    assert finetune_timm.first_not_finite(model, model, x) == "layer3.0.conv2"
-    assert finetune_timm.blame(model, model, x).endswith(f"layer3.0.conv2 ({type(model.layer3[0].conv2).__name__})")
+    assert finite.first_not_finite(model, model, x) == "layer3.0.conv2"
+    assert finite.blame(model, model, x).endswith(f"layer3.0.conv2 ({type(model.layer3[0].conv2).__name__})")
     assert not any(module._forward_hooks for module in model.modules())
     head = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    assert finetune_timm.blame(head, head, noise(1, 4)).startswith("the loss is not finite, though")
+    assert finite.blame(head, head, noise(1, 4)).startswith("the loss is not finite, though")
 
 
 def test_draws_depend_on_seed_epoch_and_image_alone() -> None:

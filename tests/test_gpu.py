@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 import pytest
-import recipe
+import steps
 import torch
 from harness import noise, randomise
 from torch import Tensor, nn
@@ -71,14 +71,14 @@ def test_the_examples_record_what_they_would_do(norms: bool) -> None:
     model = resnet18(num_classes=5).cuda().train() if norms else converted("skipinit")
     y = torch.arange(4, device="cuda")
     buffers = [buffer.clone() for buffer in model.buffers()]
-    replay = recipe.recorded(model, noise(4, 3, 64, 64).cuda(), y)
+    replay = steps.recorded(model, noise(4, 3, 64, 64).cuda(), y)
     assert all(map(torch.equal, model.buffers(), buffers)), "the recording moved running statistics"
     x = 2 * noise(4, 3, 64, 64).flip(0).cuda()
     loss, ours = replay(x, y).item(), gradients(model)
     moved = [buffer.clone() for buffer in model.buffers()]
     for buffer, before in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(before)
-    assert loss == pytest.approx(recipe.gradients(model, x, y).item(), rel=1e-4)
+    assert loss == pytest.approx(steps.gradients(model, x, y).item(), rel=1e-4)
     assert close(ours, gradients(model), 1e-3)
     assert all(map(torch.allclose, model.buffers(), moved))
 
