@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normfree
 from normfree.norms import find_norms
-from normfree.observing import NormSpy, Still, module_stack, tensors
+from normfree.proofs.observing import NormSpy, Still, module_stack, tensors
 
 SIDE = 96
 

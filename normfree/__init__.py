@@ -7,19 +7,19 @@ from normfree import errors
 
 __version__ = "0.1.0"
 _HOMES = {  # imported when they are asked for: `normfree --help` must not import torch; the types are in __init__.pyi
-    "calibration": ["calibrate"],
+    "training.calibration": ["calibrate"],
     "checkpoint": ["load", "save"],
     "conversion": ["convert", "convert_"],
-    "exporting": ["export"],
-    "fusing": ["fuse"],
+    "deployment.export": ["export"],
+    "deployment.fuse": ["fuse"],
     "layers": ["SkipInit"],
     "norms": ["Norm", "register_norm"],
-    "optim": ["clip_grad", "param_groups"],
-    "planning": ["plan"],
+    "training.optim": ["clip_grad", "param_groups"],
+    "planning.plan": ["plan"],
     "plans": ["Plan"],
-    "propagation": ["Signals", "signals"],
-    "restoring": ["restore"],
-    "verifying": ["Report", "verify"],
+    "training.signals": ["Signals", "signals"],
+    "deployment.restore": ["restore"],
+    "proofs.verify": ["Report", "verify"],
 }
 __all__ = ["errors", *(name for names in _HOMES.values() for name in names)]
 

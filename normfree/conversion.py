@@ -6,11 +6,11 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from normfree.copying import deep_copy
-from normfree.holders import warn_of_optimizers
-from normfree.planning import plan
-from normfree.rewriting import rewrite
-from normfree.selecting import Patterns
+from normfree.planning.plan import plan
+from normfree.planning.selecting import Patterns
+from normfree.rewriting.applying import rewrite
+from normfree.rewriting.optimizers import warn_of_optimizers
+from normfree.tracing.copying import deep_copy
 
 __all__ = ["convert", "convert_"]
 

@@ -8,11 +8,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from normfree.analysis.sums import Kind
+from normfree.analysis.tails import Place
 from normfree.errors import CheckpointError
+from normfree.files.plain import from_plain
 from normfree.layers import Channels, skipinit_name
-from normfree.plain import from_plain
-from normfree.sums import Kind
-from normfree.tails import Place
 
 __all__ = ["Action", "Alpha", "Init", "NormEdit", "Plan", "SumEdit"]
 
@@ -55,7 +55,7 @@ class Alpha:
 
     Attributes:
         path: The module that carries it, or the block that adds.
-        place: Where in it; see :class:`normfree.tails.Candidate`.
+        place: Where in it; see :class:`normfree.analysis.tails.Candidate`.
         channels: The range of channels it scales, or all of them.
         addition: For ``sum``: which addition of the module's own forward.
         operand: For ``sum``: which operand of it.

@@ -11,7 +11,7 @@ from support_table import randomise as randomise
 from torch import Tensor, nn
 
 import normfree
-from normfree.copying import deep_copy
+from normfree.tracing.copying import deep_copy
 
 
 class Block(nn.Module):

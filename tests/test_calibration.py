@@ -13,8 +13,8 @@ from harness import Block, assert_close, noise, set_alphas
 from torch import Tensor, nn
 
 import normfree
-from normfree.calibration import CalibrationWarning
 from normfree.errors import UsageError
+from normfree.training.calibration import CalibrationWarning
 
 
 def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ def test_what_cannot_be_calibrated_is_named() -> None:
 
 
 def test_errors_leave_the_model_as_it_was() -> None:
-    from normfree.calibration import calibrate_
+    from normfree.training.calibration import calibrate_
 
     model = normfree.convert(
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))

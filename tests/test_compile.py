@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 import normfree
 from normfree import zoo
-from normfree.copying import deep_copy
 from normfree.norms import describe, find_norms
+from normfree.tracing.copying import deep_copy
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ import normfree
 from normfree import files, zoo
 from normfree.checkpoint import read_header
 from normfree.errors import CheckpointError, OutputError, UsageError
-from normfree.plain import from_plain
-from normfree.reference import Reference
+from normfree.files.plain import from_plain
+from normfree.proofs.reference import Reference
 
 
 class Net(nn.Module):

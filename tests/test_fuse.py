@@ -14,9 +14,9 @@ from torch import nn
 
 import normfree
 from normfree import zoo
-from normfree.copying import deep_copy
-from normfree.fusing import FuseWarning
+from normfree.deployment.fuse import FuseWarning
 from normfree.layers import is_normfree
+from normfree.tracing.copying import deep_copy
 
 
 def trained(model: nn.Module, init: str = "preserve") -> nn.Module:

@@ -10,7 +10,7 @@ from harness import both
 from torch import nn
 
 import normfree
-from normfree.holders import OptimizerWarning
+from normfree.rewriting.optimizers import OptimizerWarning
 
 
 def net() -> nn.Sequential:
@@ -66,7 +66,7 @@ def test_nobody_looks_for_optimizers_where_only_the_model_holds_its_parameters(m
     def fail() -> None:
         raise AssertionError("looking through all objects takes a fraction of a second")
 
-    monkeypatch.setattr("normfree.holders.gc.get_objects", fail)
+    monkeypatch.setattr("normfree.rewriting.optimizers.gc.get_objects", fail)
     model = net()
     model(torch.randn(2, 3, 6, 6)).sum().backward()
     assert normfree.convert_(model) is model

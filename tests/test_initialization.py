@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 import normfree
-from normfree.activations import gain_of
-from normfree.initialization import fan_in
+from normfree.analysis.activations import gain_of
+from normfree.training.initialization import fan_in
 
 
 class Mish2(nn.Module):

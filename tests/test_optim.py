@@ -12,7 +12,7 @@ from torch import nn
 
 import normfree
 from normfree.errors import UsageError
-from normfree.optim import SCALAR_RATE, clipped_parameters
+from normfree.training.optim import SCALAR_RATE, clipped_parameters
 
 
 def by_name(model: nn.Module, **options: float) -> dict[str, set[str]]:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import normfree
 from normfree.cli import app
 from normfree.cli.signals import _flat
-from normfree.copying import deep_copy
 from normfree.errors import UsageError
-from normfree.propagation import Moments, Signal, before_and_after, plot
+from normfree.tracing.copying import deep_copy
+from normfree.training.signals import Moments, Signal, before_and_after, plot
 
 STAGES = (3, 4, 6, 3)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import normfree
 from normfree import zoo
+from normfree.deployment.fuse import FuseWarning
 from normfree.errors import UnsupportedModelError, UsageError
-from normfree.fusing import FuseWarning
 
 NAMES = [
     "torchvision:resnet18",

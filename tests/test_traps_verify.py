@@ -10,7 +10,7 @@ from harness import assert_close, both, noise, prove, randomise
 from torch import Tensor, nn
 
 import normfree
-from normfree.copying import deep_copy, in_float64
+from normfree.tracing.copying import deep_copy, in_float64
 
 X = noise(4, 3, 6, 6)
 

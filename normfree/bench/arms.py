@@ -12,14 +12,14 @@ from torch import nn
 
 from normfree import zoo
 from normfree.conversion import convert
-from normfree.copying import deep_copy
+from normfree.deployment.fuse import FuseWarning, fuse_
 from normfree.errors import UsageError
-from normfree.fusing import FuseWarning, fuse_
 from normfree.layers import ChannelAffine, ScaledWeight
 from normfree.norms import Norm, describe, find_norms
-from normfree.planning import plan
+from normfree.planning.plan import plan
 from normfree.plans import Plan
-from normfree.rewriting import rewrite
+from normfree.rewriting.applying import rewrite
+from normfree.tracing.copying import deep_copy
 
 __all__ = ["ARMS", "Arm", "Subject", "arm_names", "build_arms"]
 

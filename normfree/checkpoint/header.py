@@ -16,9 +16,9 @@ from torch import Tensor
 
 import normfree
 from normfree.errors import CheckpointError
-from normfree.plain import from_plain
+from normfree.files.plain import from_plain
 from normfree.plans import Plan
-from normfree.reference import Reference
+from normfree.proofs.reference import Reference
 
 __all__ = ["FORMAT", "Header", "read_header", "weights_in"]
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from normfree import zoo
 from normfree.checkpoint.header import Header, read_header, weights_in
 from normfree.checkpoint.hub import read_config
-from normfree.copying import meta_copy
+from normfree.deployment.fuse import bake_
 from normfree.errors import CheckpointError, InternalError, UsageError
 from normfree.files import check_fits, read_state_dict, take
-from normfree.fusing import bake_
-from normfree.guards import PLAN_ATTRIBUTE
-from normfree.originals import ORIGINALS_ATTRIBUTE
-from normfree.rewriting import rewrite
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.rewriting.applying import rewrite
+from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
+from normfree.tracing.copying import meta_copy
 
 __all__ = ["build_original", "load"]
 

@@ -12,10 +12,10 @@ from normfree.checkpoint.header import WEIGHTS, Header
 from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
 from normfree.files import Pieces, check_output, stored, write_state
-from normfree.guards import PLAN_ATTRIBUTE
-from normfree.originals import ORIGINALS_ATTRIBUTE, Originals
+from normfree.planning.guards import PLAN_ATTRIBUTE
 from normfree.plans import Plan
-from normfree.reference import Reference
+from normfree.proofs.reference import Reference
+from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 
 __all__ = ["check_target", "header_of", "save", "write"]
 

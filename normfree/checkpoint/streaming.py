@@ -19,11 +19,11 @@ from normfree import zoo
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import check_fits, is_mapped, read_state_dict, reader
-from normfree.guards import PLAN_ATTRIBUTE
-from normfree.initialization import Draw, draws, he_normal_, zero_biases_
-from normfree.planning import plan
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.planning.plan import plan
 from normfree.plans import Plan
-from normfree.rewriting import rewrite
+from normfree.rewriting.applying import rewrite
+from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 
 __all__ = ["convert_file"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normfree.cli.options import JsonOption, SourceArgument, app, build_original
+from normfree.cli.printing import print_json, print_out, progress, reporting, table
 from normfree.errors import require
-from normfree.printing import print_json, print_out, progress, reporting, table
 
 if TYPE_CHECKING:
     from normfree.bench import Result

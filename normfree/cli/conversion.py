@@ -21,7 +21,7 @@ from normfree.cli.options import (
     build_original,
     parse_alpha,
 )
-from normfree.printing import (
+from normfree.cli.printing import (
     plan_tables,
     print_json,
     print_out,
@@ -130,7 +130,7 @@ def inspect(
     with reporting(as_json):
         with progress(3) as step:
             step("importing torch")
-            from normfree.planning import plan
+            from normfree.planning.plan import plan
 
             _, model = build_original(source, step, checkpoint, pretrained, num_classes)
             step("planning")
@@ -159,8 +159,8 @@ def verify(
         with progress(8) as step:
             step("importing torch")
             from normfree import checkpoint as files
-            from normfree import verifying
             from normfree.files import load_weights, read_state_dict
+            from normfree.proofs import verify as verifying
 
             header = files.read_header(file)
             step("loading")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from normfree.cli.options import JsonOption, app
-from normfree.printing import note, print_json, print_out, progress, reporting
+from normfree.cli.printing import note, print_json, print_out, progress, reporting
 
 __all__ = ["export", "fuse", "restore"]
 
@@ -66,8 +66,10 @@ def export(
     with reporting(as_json):
         with progress(4) as step:
             step("importing torch")
-            from normfree import checkpoint, exporting, files, fusing
-            from normfree.inputs import example_input
+            from normfree import checkpoint, files
+            from normfree.deployment import export as exporting
+            from normfree.deployment import fuse as fusing
+            from normfree.tracing.inputs import example_input
 
             exporting.format_of(out, format)
             files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
@@ -86,7 +88,9 @@ def export(
 def _loaded(step: Any, file: Path, out: Path, force: bool, action: str) -> tuple[Any, Any, list[str]]:
     """Load a file and do with it what is asked; return also what was warned about."""
     step("importing torch")
-    from normfree import checkpoint, fusing, restoring
+    from normfree import checkpoint
+    from normfree.deployment import fuse as fusing
+    from normfree.deployment import restore as restoring
 
     checkpoint.check_target(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
     step("loading")

@@ -12,7 +12,7 @@ from normfree.errors import NormfreeError, UsageError, one_line
 
 if TYPE_CHECKING:
     from normfree.plans import Plan
-    from normfree.verifying import Report
+    from normfree.proofs.verify import Report
 
 __all__ = ["Job", "Outcome", "each", "run"]
 
@@ -59,10 +59,11 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     import torch
 
     from normfree import checkpoint as files
-    from normfree import conversion, verifying, zoo
-    from normfree.guards import PLAN_ATTRIBUTE
-    from normfree.inputs import example_input
-    from normfree.reference import Reference
+    from normfree import conversion, zoo
+    from normfree.planning.guards import PLAN_ATTRIBUTE
+    from normfree.proofs import verify as verifying
+    from normfree.proofs.reference import Reference
+    from normfree.tracing.inputs import example_input
 
     inputs = () if job.checkpoint is None else (job.checkpoint,)
     files.check_target(job.out, overwrite=job.force, inputs=inputs)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from normfree.cli.printing import note
 from normfree.errors import UsageError
-from normfree.printing import note
 
 __all__ = [
     "CheckpointOption",

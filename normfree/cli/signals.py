@@ -17,11 +17,11 @@ from normfree.cli.options import (
     app,
     build_original,
 )
+from normfree.cli.printing import print_json, print_out, progress, reporting
 from normfree.errors import require
-from normfree.printing import print_json, print_out, progress, reporting
 
 if TYPE_CHECKING:
-    from normfree.propagation import Signal
+    from normfree.training.signals import Signal
 
 __all__ = ["signals"]
 
@@ -47,8 +47,8 @@ def signals(
             require("matplotlib", "plot")
         with progress(7) as step:
             step("importing torch")
-            from normfree import propagation
-            from normfree.inputs import example_input
+            from normfree.tracing.inputs import example_input
+            from normfree.training import signals as propagation
 
             name, model = build_original(source, step, checkpoint, pretrained)
             x, chosen = example_input(model, batch, size), cast(Any, init)

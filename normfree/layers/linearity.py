@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from normfree.copying import meta_copy
 from normfree.layers.carriers import Seen, scaled_weight_class
+from normfree.tracing.copying import meta_copy
 
 __all__ = ["is_carrier"]
 

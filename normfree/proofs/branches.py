@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.analysis.flow import Flow
+from normfree.analysis.sums import additions_of, find_sums, sum_names
 from normfree.errors import some
-from normfree.graph import Flow
-from normfree.observing import Recorder, Watched, out_of_place
 from normfree.plans import Alpha
 from normfree.proofs.case import Case, Proof, alpha_of, error_between
-from normfree.replaying import replay
-from normfree.sums import additions_of, find_sums, sum_names
+from normfree.proofs.observing import Recorder, Watched, out_of_place
+from normfree.proofs.replaying import replay
 
 __all__ = ["branches_vanish"]
 

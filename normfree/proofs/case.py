@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from normfree.copying import deep_copy, in_float64
 from normfree.errors import UsageError
-from normfree.observing import Still, tensors
 from normfree.plans import Plan
-from normfree.reference import Reference
+from normfree.proofs.observing import Still, tensors
+from normfree.proofs.reference import Reference
+from normfree.tracing.copying import deep_copy, in_float64
 
 __all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from normfree.deployment.fuse import bake_
 from normfree.errors import some
-from normfree.fusing import bake_
-from normfree.observing import NormSpy, Still, module_stack, tensors
 from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Proof, error_between
-from normfree.rewriting import rewrite
+from normfree.proofs.observing import NormSpy, Still, module_stack, tensors
+from normfree.rewriting.applying import rewrite
 
 __all__ = ["no_norm_runs", "same_function"]
 

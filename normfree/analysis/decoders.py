@@ -1,0 +1,74 @@
+"""What tells a decoder's path from a residual branch: it rises to a higher resolution, or it comes from elsewhere.
+
+Two kinds of upward steps do not count: one in the gate of a product, whose other factor has the resolution already, and
+one that takes back a downward step of the same module (attention on a coarser grid).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+
+from normfree.analysis.flow import Flow, Role
+
+__all__ = ["is_only_a_gate", "rising_step"]
+
+
+def rising_step(flow: Flow, path: Sequence[fx.Node], operand: fx.Node, owner: str) -> fx.Node | None:
+    """Return the first step upwards that counts on the way to ``operand``, or ``None``.
+
+    Args:
+        flow: The graph.
+        path: The nodes of the branch in topological order, its end included.
+        operand: The end of the branch.
+        owner: The module whose forward adds it to the skip path.
+    """
+    inside = set(path)
+    lowered: set[str] = set()
+    rises: dict[fx.Node, fx.Node | None] = {}
+    for node in path:
+        own = None
+        if _is_upward(flow, node):
+            own = None if lowered & _operations(flow, node, owner) else node
+        elif _is_downward(flow, node):
+            lowered |= _operations(flow, node, owner)
+        earlier = [rises[source] for source in flow.inputs[node] if source in inside]
+        if flow.roles[node] is Role.MUL and not all(earlier):
+            earlier = []  # the other factor is at this resolution without any step
+        rises[node] = next((rise for rise in earlier if rise is not None), own)
+    return rises[operand]
+
+
+def is_only_a_gate(flow: Flow, base: fx.Node, operand: fx.Node) -> bool:
+    """Whether ``operand`` is another feature map times a gate pooled from ``base``: attention between two levels."""
+    while flow.roles[operand] is not Role.MUL and len(flow.inputs[operand]) == 1:
+        operand = flow.inputs[operand][0]
+    if flow.roles[operand] is not Role.MUL or len(flow.inputs[operand]) != 2:
+        return False
+    fed = [factor for factor in flow.inputs[operand] if factor is base or flow.feeds(base, factor)]
+    return len(fed) == 1 and any(flow.roles[node] is Role.POOL for node in flow.between(base, fed[0]))
+
+
+def _operations(flow: Flow, node: fx.Node, owner: str) -> set[str]:
+    """Return the modules below ``owner`` whose own forward a node belongs to; a container has none."""
+    path, found = flow.graph.owners[node], set()
+    while path.startswith(f"{owner}." if owner else "") and path not in ("", owner):
+        if type(flow.modules[path]) is not nn.Sequential:
+            found.add(path)
+        path = path.rpartition(".")[0]
+    return found
+
+
+def _is_upward(flow: Flow, node: fx.Node) -> bool:
+    transposed = bool(getattr(flow.module(node), "transposed", False))
+    return flow.roles[node] is Role.UPSAMPLE or (transposed and _is_strided(flow, node))
+
+
+def _is_downward(flow: Flow, node: fx.Node) -> bool:
+    return flow.roles[node] is Role.POOL or (flow.roles[node] is Role.CONV and _is_strided(flow, node))
+
+
+def _is_strided(flow: Flow, node: fx.Node) -> bool:
+    stride = getattr(flow.module(node), "stride", 1)
+    return (max(stride) if isinstance(stride, tuple) else stride) != 1

@@ -1,0 +1,232 @@
+"""What the graphs say about each norm: what feeds it, what it feeds, and who would write through it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from normfree.analysis.activations import Activation, as_activation, following
+from normfree.analysis.flow import Flow, Role, is_inplace, writes_unannounced
+from normfree.norms import describe
+from normfree.tracing.roles import VIEWS
+
+__all__ = ["Site", "agree", "find_site", "rescaled_layers"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the graphs say about one norm.
+
+    Attributes:
+        name: Qualified name.
+        feed: What computes its input, for people.
+        producer: The conv or linear that feeds it and nothing else, if both are called once; else ``None``.
+        why: Why there is no producer.
+        feeds: Convolutions and linears that its output reaches through activations.
+        biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
+            that we cannot give one, or neither fed by any nor feeding any.
+        scaleless: Nor can anything take its scale: it is the identity branch of a parallel sum, or ends a branch alike.
+        fresh: Its input is a new tensor that nobody else reads, so writing into it is harmless.
+        input_written: Somebody else writes into its input in place, later.
+        writers: Modules that write into its output in place, and so into its input once it is gone.
+        unsafe_write: An operation that does the same and has no module to switch.
+    """
+
+    name: str
+    feed: str
+    producer: str | None
+    why: str
+    feeds: tuple[str, ...]
+    biasless: bool
+    scaleless: bool
+    fresh: bool
+    input_written: bool
+    writers: tuple[str, ...]
+    unsafe_write: bool
+
+
+def find_site(flow: Flow, node: fx.Node, prefix: str) -> Site:
+    """Return what one graph says about the norm that ``node`` calls; ``prefix`` is the path of its part."""
+    source = flow.inputs[node][0]
+    producer, why = _producer(flow, node, source)
+    writers, unsafe = _writers(flow, node)
+    feeds = tuple(prefix + path for path in dict.fromkeys(_feeds(flow, node)))
+    alone = not feeds and not _is_weighted(flow, source)
+    return Site(
+        name=prefix + str(node.target),
+        feed=_feed(flow, source, prefix),
+        producer=None if producer is None else prefix + producer,
+        why=why,
+        feeds=feeds,
+        biasless=_is_biasless(flow, source) or alone,
+        scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
+        fresh=_is_fresh(flow, source) and flow.users[source] == [node],
+        input_written=_input_is_written_later(flow, node, source),
+        writers=tuple(prefix + path for path in writers),
+        unsafe_write=unsafe,
+    )
+
+
+def _feed(flow: Flow, source: fx.Node, prefix: str) -> str:
+    module = flow.module(source)
+    if module is not None:
+        return f"{prefix}{source.target} ({type(module).__name__})"
+    return "input" if source.op == "placeholder" else source.name
+
+
+def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, str]:
+    """Return the conv or linear whose weight can take the norm's gain, or why there is none."""
+    module = flow.module(source)
+    if not flow.called_once(node):
+        return None, _called_often(flow, node, "the norm")
+    if module is None or flow.roles[source] is not Role.CONV:
+        return None, "not fed by a convolution or linear"
+    if not flow.carries(source):
+        return None, f"fed by {type(module).__name__}, whose output may not be linear in its weight"
+    if not flow.called_once(source):
+        return None, _called_often(flow, source, str(source.target))
+    others = [user.name for user in flow.users[source] if user is not node]
+    if others:
+        return None, f"{source.target} also feeds {', '.join(others)}"
+    if _features(module) != describe(flow.modules[str(node.target)]).features:
+        return None, "the norm's channels are not the output features of what feeds it"
+    if isinstance(module, nn.Linear) and not _is_matrix(flow, source):
+        return None, "fed by a linear whose output may have tokens in dimension 1"
+    return str(source.target), ""
+
+
+def _is_biasless(flow: Flow, source: fx.Node) -> bool:
+    while flow.roles[source] is Role.RESHAPE:
+        source = flow.inputs[source][0]
+    if flow.roles[source] is not Role.CONV or flow.carries(source):
+        return False
+    return getattr(flow.module(source), "bias", None) is None
+
+
+def _is_weighted(flow: Flow, source: fx.Node) -> bool:
+    """Whether a convolution or linear computes ``source``, seen through what only moves or pools its values."""
+    while flow.roles[source] in (Role.RESHAPE, Role.PASS, Role.POOL, Role.SLICE, Role.UPSAMPLE, Role.NORM):
+        source = flow.inputs[source][0]
+    return flow.roles[source] is Role.CONV
+
+
+def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
+    calls = flow.graph.calls[str(node.target)]
+    if calls > 1:
+        return f"{what} is called {calls} times"
+    return f"{what} is called by another part of the model too, or a forward asks for its class"
+
+
+def _features(module: nn.Module) -> int:
+    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
+
+
+def _is_matrix(flow: Flow, node: fx.Node) -> bool:
+    """Whether the graph itself shows that ``node`` has shape ``(N, C)``."""
+    while True:
+        role, module = flow.roles[node], flow.module(node)
+        if role is Role.RESHAPE:
+            if isinstance(module, nn.Flatten):
+                return bool(module.start_dim == 1 and module.end_dim == -1)
+            if node.target in (torch.flatten, "flatten"):
+                given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+                return bool(given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1)
+            return node.target in ("view", "reshape") and len(node.args) == 3
+        keeps_rank = isinstance(module, (nn.Linear, nn.BatchNorm1d)) or role is Role.PASS
+        if not (keeps_rank or as_activation(flow, node) is not None):
+            return False
+        if len(flow.inputs[node]) != 1:
+            return False
+        node = flow.inputs[node][0]
+
+
+def _feeds(flow: Flow, node: fx.Node) -> Iterator[str]:
+    for user in flow.users[node]:
+        if flow.carries(user):
+            yield str(user.target)
+        elif flow.roles[user] in (Role.PASS, Role.PAD) or as_activation(flow, user) is not None:
+            yield from _feeds(flow, user)
+
+
+def rescaled_layers(flow: Flow) -> Iterator[tuple[str, Activation | None]]:
+    """Yield the layers whose output a norm divides by its deviation, at once or further down the same path."""
+    norms = sum(flow.bit(node) for node in flow.nodes if flow.roles[node] is Role.NORM)
+    fed = {path for node in flow.nodes if flow.roles[node] is Role.NORM for path in _feeds(flow, node)}
+    for node in flow.nodes:
+        module = flow.module(node)
+        if flow.roles[node] is not Role.CONV or module is None or not flow.descendants[node] & norms:
+            continue
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            continue  # weight normalisation and parametrisations compute it from something else
+        if str(node.target) in fed or any(flow.roles[user] is Role.NORM for user in flow.users[node]):
+            yield str(node.target), following(flow, node)
+
+
+def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
+    """Find what writes in place into the norm's output, directly or through a view."""
+    switchable: dict[str, None] = {}
+    unsafe = False
+    for user in _writes(flow, node):
+        if user.op == "call_module" and not writes_unannounced(flow, user):
+            switchable[str(user.target)] = None
+        else:
+            unsafe = True
+    return tuple(switchable), unsafe
+
+
+def _input_is_written_later(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
+    """Whether somebody else writes into the norm's input once the norm has read it."""
+    while _is_alias(flow, source) or is_inplace(flow, source):
+        source = flow.inputs[source][0]
+    return any(flow.index[user] > flow.index[node] for user in _writes(flow, source, without=node))
+
+
+def _writes(flow: Flow, node: fx.Node, without: fx.Node | None = None) -> Iterator[fx.Node]:
+    """Yield the operations that write into the memory of ``node``, seen through views of it."""
+    aliases, seen = [node], {node}
+    while aliases:
+        alias = aliases.pop()
+        for user in flow.users[alias]:
+            writes = is_inplace(flow, user) and flow.inputs[user][0] is alias
+            if writes:
+                yield user
+            if user is not without and user not in seen and (writes or _is_alias(flow, user)):
+                seen.add(user)
+                aliases.append(user)
+
+
+def _is_alias(flow: Flow, node: fx.Node) -> bool:
+    """Whether the result may share memory with the first input."""
+    view = node.op == "call_method" and node.target in VIEWS
+    return view or flow.roles[node] in (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT)
+
+
+def _is_fresh(flow: Flow, source: fx.Node) -> bool:
+    """Whether ``source`` is a tensor of its own that its operation did not keep for backward."""
+    if source.op == "call_module":
+        return flow.carries(source)
+    return flow.roles[source] in (Role.CONV, Role.CAT) or source.target in (torch.add, operator.add)
+
+
+def agree(known: Site | None, site: Site) -> Site:
+    """Join what two graphs say about one norm: a producer only if it is the same in both."""
+    if known is None or known == site:
+        return site
+    same = known.producer == site.producer
+    return Site(
+        name=site.name,
+        feed=known.feed,
+        producer=known.producer if same else None,
+        why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
+        feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
+        biasless=known.biasless or site.biasless,
+        scaleless=known.scaleless or site.scaleless,
+        fresh=known.fresh and site.fresh,
+        input_written=known.input_written or site.input_written,
+        writers=tuple(dict.fromkeys(known.writers + site.writers)),
+        unsafe_write=known.unsafe_write or site.unsafe_write,
+    )

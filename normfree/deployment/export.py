@@ -1,0 +1,167 @@
+"""Out of PyTorch: a model as a ``torch.export`` program or an ONNX graph, for any size of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from normfree.errors import UnsupportedModelError, UsageError, one_line, require, some
+from normfree.files import check_output, replacing
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.tracing.copying import deep_copy
+from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
+
+__all__ = ["export", "format_of"]
+
+Format = Literal["pt2", "onnx"]
+TOLERANCE = 1e-4
+"""Relative to the largest output: what another runtime's order of operations may change in float32."""
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Inputs | None = None,
+    *,
+    format: Format | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Write a model in eval mode as a program that runs without its Python code, and compare the two.
+
+    Fuse it first (:func:`normfree.fuse`): what gain and alpha multiply is then computed once and for all.
+
+    Args:
+        model: A converted or fused model; it is not changed.
+        path: A file that ends in ``.pt2`` or ``.onnx``.
+        inputs: Arguments of ``model`` as for :func:`normfree.verify`, ``(N, C, *)``; the program takes any ``N``.
+            Default: white noise of the shape the model tells.
+        format: ``"pt2"`` for ``torch.export.save``, ``"onnx"`` for the exporter of ``torch.onnx`` that uses
+            ``torch.export`` (needs ``normfree[export]``). Default: what the ending says.
+        overwrite: Replace an existing file.
+
+    Returns:
+        The largest difference between what program and model return for a larger batch, relative to the largest value.
+
+    Raises:
+        UsageError: The ending does not fit, a package is missing, or the batch has fewer than two samples.
+        OutputError: The file exists, or cannot be written.
+        UnsupportedModelError: The model cannot be exported, a batch norm runs in it, or the program differs from it.
+
+    Example:
+        >>> import normfree, torch, torchvision
+        >>> model = normfree.fuse(normfree.convert(torchvision.models.resnet18(), init="preserve"))
+        >>> error = normfree.export(model, "resnet18.pt2", torch.randn(2, 3, 64, 64))
+        >>> torch.export.load("resnet18.pt2").module()(torch.randn(5, 3, 64, 64)).shape
+        torch.Size([5, 1000])
+    """
+    chosen = format_of(path, format)
+    out = check_output(path, overwrite=overwrite)
+    name = type(model).__name__
+    model = deep_copy(model).eval()
+    args, kwargs = arguments(example_input(model) if inputs is None else inputs)
+    if min((x.shape[0] for x in tree_leaves((args, kwargs)) if _has_batch(x)), default=0) < 2:
+        raise UsageError("export needs a batch of at least two: a size of one would be taken for a constant")
+    try:
+        program = _program(model, fresh(args), fresh(kwargs))
+    except Exception as error:  # whatever a model's own code leads torch.export to
+        raise UnsupportedModelError((f"{name}: torch.export cannot follow it: {one_line(error)}",)) from error
+    norms = [] if _keeps(model) else _norms(program)
+    if norms:
+        raise UnsupportedModelError((f"{name}: batch norms run in the exported program: {some(norms)}",))
+    larger = tree_map(lambda x: torch.cat([x, x[:1]]) if _has_batch(x) else x, (args, kwargs))
+    with replacing(out) as temporary:
+        run = (_write_onnx if chosen == "onnx" else _write_pt2)(program, temporary)
+        difference = _difference(model, run, *larger)
+        if not difference <= TOLERANCE:
+            raise UnsupportedModelError((f"{name}: the {chosen} program's output differs by {difference:.1e}",))
+    return difference
+
+
+def format_of(path: str | Path, format: str | None) -> Format:
+    """Return the format that a file has by its ending; packages that it needs are there.
+
+    Raises:
+        UsageError: It is none, is not the one that is asked for, or a package is missing.
+    """
+    ending = Path(path).suffix.removeprefix(".")
+    if ending not in ("pt2", "onnx") or format not in (None, ending):
+        raise UsageError(f"{path}: the name of a program ends in .{format or 'pt2 or .onnx'}")
+    for package in ("onnxscript", "onnxruntime") if ending == "onnx" else ():
+        require(package, "export")
+    return cast(Format, ending)
+
+
+def _has_batch(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's own
+    for x in filter(_has_batch, tree_leaves((args, kwargs))):
+        shapes[x] = {0: torch.export.Dim.DYNAMIC}
+    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs))
+
+
+def _keeps(model: nn.Module) -> bool:
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    return plan is not None and any(edit.action == "keep" for edit in plan.norms)
+
+
+def _norms(program: torch.export.ExportedProgram) -> list[str]:
+    """Name the batch norms that see what the user gives; one of weights alone is weight standardisation."""
+    given = set(program.graph_signature.user_inputs)
+    depends: set[torch.fx.Node] = set()
+    found = []
+    for node in program.graph.nodes:
+        if node.name in given or any(source in depends for source in node.all_input_nodes):
+            depends.add(node)
+            if "batch_norm" in str(node.target):
+                found.append(node.name)
+    return found
+
+
+Run = Callable[..., list[Tensor]]
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+    module = program.module()
+    return lambda *args, **kwargs: _tensors(module(*args, **kwargs))
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
+    import onnxruntime
+
+    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    if made is None:
+        raise UnsupportedModelError(("torch.onnx.export returned nothing",))
+    made.save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        given = [x.numpy() for x in _tensors((args, kwargs))]
+        return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, given, strict=True)))]
+
+    return run
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _difference(model: nn.Module, run: Run, args: Any, kwargs: Any) -> float:
+    expected = _tensors(model(*fresh(args), **fresh(kwargs)))
+    found = run(*fresh(args), **fresh(kwargs))
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return float("inf")
+    scales = [float(x.double().abs().max()) or 1.0 for x in expected]
+    differences = [float((x.double() - y.double()).abs().max()) for x, y in zip(found, expected, strict=True)]
+    return max((d / scale for d, scale in zip(differences, scales, strict=True)), default=0.0)

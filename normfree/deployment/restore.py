@@ -1,0 +1,223 @@
+"""The way back: a converted model becomes one with batch norms again, for tools that expect them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from normfree.deployment.fuse import FuseWarning, multiplying
+from normfree.errors import UnsupportedModelError, UsageError, some
+from normfree.layers import (
+    ChannelAffine,
+    ScaledOutput,
+    ScaledSum,
+    ScaledWeight,
+    SkipInit,
+    alpha_scale,
+    scaled_output_class,
+)
+from normfree.norms import describe
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.plans import NormEdit, Plan
+from normfree.rewriting.applying import hand_on_hooks, replace_everywhere
+from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded
+from normfree.tracing.copying import deep_copy
+
+__all__ = ["restore", "restore_"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def restore(model: M) -> M:
+    """Return a copy of a converted model with its batch norms back: the same output in eval mode, and no scalars.
+
+    What was not trained since the conversion is bit for bit what it was. After training the norms keep the statistics
+    they had, and their weight and bias are those that gain, bias and alpha amount to:
+    ``weight = alpha * gain * sqrt(var + eps)`` (the inverse of Ioffe & Szegedy 2015, algorithm 2). A norm that had no
+    affine gets one if it needs it.
+
+    Args:
+        model: What :func:`normfree.convert` made with ``init="preserve"``, or :func:`normfree.load` read; unchanged.
+
+    Raises:
+        UsageError: The model was not converted, not with ``"preserve"``, or is fused.
+        UnsupportedModelError: A norm type of your own cannot express what was learnt.
+
+    Warns:
+        FuseWarning: A scalar that is not 1 stays, because a branch ends in something non-linear; all are named.
+
+    Example:
+        >>> import torch, torchvision, normfree
+        >>> original = torchvision.models.resnet18()
+        >>> restored = normfree.restore(normfree.convert(original, init="preserve"))
+        >>> all(torch.equal(a, b) for a, b in zip(restored.state_dict().values(), original.state_dict().values()))
+        True
+    """
+    return restore_(deep_copy(model))
+
+
+@torch.no_grad()
+def restore_(model: M) -> M:
+    """Do in place what :func:`restore` does on a copy; all or nothing."""
+    plan, originals = _asked(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    slots: dict[int, nn.Module] = {}
+    problems: list[str] = []
+    for edit in plan.removed:
+        slot, layer = modules.get(edit.name), None if edit.producer is None else modules.get(edit.producer)
+        try:
+            slots[id(slot)] = _norm(edit, slot, layer, originals)
+        except ValueError as error:
+            problems.append(f"{edit.name} ({edit.type}): {error}")
+    if problems:
+        raise UnsupportedModelError(tuple(problems))
+    for alpha in plan.alphas:
+        module = modules[alpha.path]
+        if alpha.place in ("slot", "output") and _is_one(module._parameters.get("alpha")):
+            slots |= _without_alpha(module)
+        elif alpha.place == "sum" and _is_one(modules[alpha.holder]._parameters.get("alpha")):
+            slots[id(modules[alpha.holder])] = nn.Identity()
+    taken = {id(modules[path]): bias for path, bias in originals.biases.items()}
+    for module in list(model.modules()):
+        if isinstance(module, ScaledWeight):
+            _plain(module, id(module) in taken, taken.get(id(module)))
+        elif isinstance(module, ScaledSum):
+            _own_forward(module, slots)
+    replace_everywhere(model, slots)
+    for attribute in (PLAN_ATTRIBUTE, ORIGINALS_ATTRIBUTE):
+        del model.__dict__[attribute]
+    left = multiplying(model)
+    if left:
+        text = f"alpha is not 1 and stays a multiplication at {some(left)}: no weight ends that branch"
+        warnings.warn(text, FuseWarning, stacklevel=3)
+    return model
+
+
+def _asked(model: nn.Module) -> tuple[Plan, Originals]:
+    """Return what a model carries that can be restored."""
+    plan, originals = model.__dict__.get(PLAN_ATTRIBUTE), model.__dict__.get(ORIGINALS_ATTRIBUTE)
+    name = type(model).__name__
+    if plan is None:
+        raise UsageError(f"this {name} was not converted by normfree: it carries no plan")
+    if plan.fused:
+        raise UsageError(f"this {name} is fused: its gains are gone; restore the converted one")
+    if plan.init != "preserve" or originals is None:
+        raise UsageError(f"this {name} was converted with init={plan.init!r}, which keeps nothing of the norms")
+    return plan, originals
+
+
+def _norm(edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, originals: Originals) -> nn.Module:
+    """Return the norm that does what has taken its place.
+
+    Raises:
+        ValueError: There is none, or the model is no longer what was converted.
+    """
+    norm = originals.norms[edit.name]
+    if slot is None or not isinstance(layer if edit.producer is not None else slot, (ScaledWeight, ChannelAffine)):
+        raise ValueError(f"what has taken its place is gone from {edit.producer or edit.name}")
+    bias = None if edit.producer is None else originals.biases[edit.producer]
+    holder = slot if layer is None else layer
+    gain, shift = cast(Tensor, holder.gain), cast(Tensor, holder.bias)
+    norm.to(gain.device, gain.dtype)
+    was = folded(describe(norm), bias)
+    alpha = slot._parameters.get("alpha")
+    absorbs = getattr(slot, "act", None) is None
+    scales = [
+        alpha_scale(value, channels, len(gain))
+        for value, channels in (
+            (alpha if absorbs else None, getattr(slot, "channels", None)),
+            (None if layer is None else layer.alpha, getattr(layer, "alpha_channels", None)),
+        )
+        if isinstance(value, Tensor)
+    ]
+    same = torch.equal(was[0].to(gain), gain) and torch.equal(was[1].to(shift), shift)
+    if not (same and all(map(_is_one, scales))):
+        new_gain, new_shift = gain.double(), shift.double()
+        for factor in scales:
+            new_gain, new_shift = new_gain * factor.double(), new_shift * factor.double()
+        _solve(norm, new_gain, new_shift if bias is None else new_shift - new_gain * bias.to(new_gain))
+    hand_on_hooks(slot, norm)
+    norm.training = slot.training
+    if alpha is not None and not absorbs and not _is_one(alpha):
+        if getattr(slot, "channels", None) is not None:
+            raise ValueError("its alpha scales some channels behind an activation, which no norm can")
+        norm.__class__ = scaled_output_class(type(norm))
+        norm.register_parameter("alpha", alpha)
+    return norm
+
+
+def _solve(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
+    """Choose the weight and bias with which ``norm`` computes ``gain * x + shift``.
+
+    Both enter linearly, whatever a type of your own does with them; its statistics stay.
+    """
+    probe = copy.deepcopy(norm).double()
+    for name, start in (("weight", 1.0), ("bias", 0.0)):
+        value = getattr(probe, name, None)
+        if value is None:
+            setattr(probe, name, nn.Parameter(torch.full_like(gain, start)))
+        else:
+            value.fill_(start)
+    weight, bias = cast(Tensor, probe.weight), cast(Tensor, probe.bias)
+    weight.copy_(gain / describe(probe).affine()[0])
+    without = describe(probe).affine()[1]
+    bias.fill_(1)
+    bias.copy_((shift - without) / (describe(probe).affine()[1] - without))
+    found = describe(probe).affine()
+    if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, (gain, shift), strict=True)):
+        raise ValueError("no weight and bias of this type express what was learnt")
+    for name, value in (("weight", weight), ("bias", bias)):
+        held = getattr(norm, name, None)
+        if held is None:
+            setattr(norm, name, nn.Parameter(value.to(next(norm.buffers()).dtype)))
+            norm.__dict__["affine"] = True
+        else:
+            held.copy_(value)
+
+
+def _is_one(alpha: Tensor | None) -> bool:
+    return alpha is not None and bool((alpha == 1).all())
+
+
+def _without_alpha(module: nn.Module) -> dict[int, nn.Module]:
+    """Take a scalar of 1 off an output; return what must be replaced by what."""
+    if isinstance(module, ScaledOutput):
+        cast(nn.Module, module).__class__ = module._normfree_original
+        del module._parameters["alpha"]
+        return {}
+    kept = module.act if isinstance(module, ChannelAffine) and module.act is not None else nn.Identity()
+    if isinstance(module, SkipInit):
+        hand_on_hooks(module, kept)
+        kept.training = module.training
+    return {id(module): kept}
+
+
+def _plain(layer: ScaledWeight, folds: bool, bias: nn.Parameter | None) -> None:
+    """Give a carrier its old class and, if a norm takes gain and bias back, its old bias; else alpha goes into it."""
+    module = cast(nn.Module, layer)
+    if not folds and not _is_one(layer.alpha):
+        weight, scaled = layer.combined()
+        module._parameters["weight"] = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
+        module._parameters["bias"] = None if scaled is None else nn.Parameter(scaled, layer.bias.requires_grad)
+    if folds:
+        module._parameters["bias"] = bias
+        if bias is not None:
+            bias.data = bias.to(layer.weight)
+    module.__class__ = layer._normfree_original
+    for name in ("gain", "alpha"):
+        del module._parameters[name]
+    del module.__dict__["alpha_channels"]
+
+
+def _own_forward(block: ScaledSum, slots: dict[int, nn.Module]) -> None:
+    """Give a block its own forward back, if none of the scalars in the rewritten one is left."""
+    module = cast(nn.Module, block)
+    held = {name: child for name, child in module._modules.items() if isinstance(child, SkipInit)}
+    if all(id(child) in slots for child in held.values()):
+        module.__class__ = type(block).__bases__[1]
+        for name in held:
+            del module._modules[name]

@@ -1,0 +1,195 @@
+"""Findings -> Plan: every decision of a conversion is made here, and nothing is touched."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from normfree.analysis.activations import gain_of
+from normfree.analysis.findings import Findings, Site
+from normfree.errors import UnsupportedModelError
+from normfree.norms import Norm, describe, looks_like_norm
+from normfree.planning.placing import place_alphas
+from normfree.planning.selecting import kept_norms
+from normfree.plans import Action, Init, NormEdit, Plan
+from normfree.tracing.traces import Trace
+
+__all__ = ["Request", "decide"]
+
+Modules = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, of which model.
+
+    Attributes:
+        modules: The modules of the model, under every name.
+        norms: The first name of every norm with its further names.
+        described: What each norm is.
+        init: The starting point.
+        init_reason: Why it is that one.
+        alpha: Start of every scalar; ``None`` for the starting point's own.
+        include: Patterns of the norms that go.
+        exclude: Patterns of the norms that stay, and of sums without a scalar.
+        scope: ``"all"`` or ``"residual"``.
+        reset: Whether the weights that a norm rescaled are drawn anew.
+        inplace: Whether anything may go on writing in place into what a layer returned.
+    """
+
+    modules: Modules
+    norms: Mapping[str, tuple[str, ...]]
+    described: dict[str, Norm]
+    init: Init
+    init_reason: str
+    alpha: float | str | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    scope: str
+    reset: bool
+    inplace: bool
+
+
+def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
+    """Return the plan.
+
+    Raises:
+        NoNormError: The patterns leave nothing.
+        UnsupportedModelError: A forward reads a tensor of a norm that goes.
+    """
+    modules, skipinit = asked.modules, asked.init == "skipinit"
+    unknown = [name for name, module in modules.items() if looks_like_norm(module)]
+    kept = kept_norms(asked.described, findings, asked.include, asked.exclude, asked.scope, unknown)
+    problems = tuple(
+        f"{name}: {tensor} is read outside of the norm, and goes with it; exclude the norm, or compute without it"
+        for name, tensor in findings.read.items()
+        if name not in kept
+    )
+    if problems:
+        raise UnsupportedModelError(problems)
+    apart = _used_apart(modules, findings)
+    edits = tuple(
+        _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
+        for name, aliases in asked.norms.items()
+    )
+    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, asked.exclude, modules)
+    count = sum(len(total.alphas) for total in sums)
+    start = asked.alpha if asked.alpha is not None else (0.0 if skipinit else 1.0)
+    return Plan(
+        init=asked.init,
+        init_reason=asked.init_reason,
+        alpha=1 / math.sqrt(max(count, 1)) if start == "rsqrt_depth" else float(start),
+        norms=edits,
+        sums=sums,
+        biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
+        weights=tuple(_weights(edits, findings)) if skipinit else (),
+        out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
+        opaque=tuple(traced.opaque.items()),
+        reset=asked.reset,
+        inplace_activations=asked.inplace,
+    )
+
+
+def _norm_edit(
+    name: str,
+    aliases: tuple[str, ...],
+    asked: Request,
+    site: Site | None,
+    kept: str | None,
+    traced: Trace,
+    apart: set[int],
+) -> NormEdit:
+    modules, init = asked.modules, asked.init
+    module = modules[name]
+    edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
+    if kept is not None:
+        return edit
+    if site is None:
+        action: Action = "affine" if init == "preserve" else "bias"
+        return replace(edit, action=action, reason=_why_unseen(name, traced), copy=not asked.inplace)
+    obstacle = _hook_between(modules, edit.name, site.producer) or _bias_apart(modules, site.producer, init, apart)
+    if site.producer is not None and obstacle is None:
+        what = "gain and bias move" if init == "preserve" else "the bias moves"
+        edit = replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
+        return replace(edit, copy=site.unsafe_write and not asked.inplace)
+    action = "affine" if init == "preserve" or site.scaleless else ("bias" if site.biasless else "delete")
+    has_act = describe(module).act is not None
+    written = site.unsafe_write and not asked.inplace
+    if action == "delete":
+        written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
+    return replace(edit, action=action, reason=obstacle or site.why, copy=written)
+
+
+def _hook_between(modules: Modules, norm: str, producer: str | None) -> str | None:
+    """Name the layer whose hook sees, and may change, what passes from producer to norm."""
+    if producer is not None and modules[producer]._forward_hooks:
+        return f"a forward hook on {producer} sees its output"
+    return f"a forward pre-hook on {norm} sees its input" if modules[norm]._forward_pre_hooks else None
+
+
+def _used_apart(modules: Modules, findings: Findings) -> set[int]:
+    """Return the identities of parameters that more than one module holds, or that a forward reads itself."""
+    distinct = {id(module): module for module in modules.values()}.values()
+    held = Counter(id(p) for module in distinct for p in module._parameters.values() if p is not None)
+    named = dict(modules[""].named_parameters(remove_duplicate=False))
+    read = {id(named[name]) for name in findings.parameters if name in named}
+    return read | {parameter for parameter, count in held.items() if count > 1}
+
+
+def _bias_apart(modules: Modules, producer: str | None, init: Init, apart: set[int]) -> str | None:
+    """Say why a layer's bias cannot give way to the folded one, which ``preserve`` puts in its place."""
+    bias = None if producer is None or init == "skipinit" else modules[producer]._parameters.get("bias")
+    return None if bias is None or id(bias) not in apart else f"the bias of {producer} is used elsewhere too"
+
+
+def _why_unseen(name: str, traced: Trace) -> str:
+    around = [path for path in traced.opaque if name.startswith(f"{path}." if path else "")]
+    if not around:
+        return "never called"
+    path = max(around, key=len)
+    return f"no trace reaches it: {path or 'the root'} cannot be traced ({traced.opaque[path]})"
+
+
+def _biases(edits: tuple[NormEdit, ...], findings: Findings, modules: Modules) -> Iterable[str]:
+    wanted: dict[str, None] = {}
+    for edit in edits:
+        if edit.producer is not None:
+            wanted[edit.producer] = None
+        elif edit.action == "delete":
+            wanted.update(dict.fromkeys(findings.sites[edit.name].feeds))
+    return [path for path in wanted if getattr(modules[path], "bias", None) is None]
+
+
+def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[str, float]]:
+    """Layers that a norm rescaled and no norm rescales any more.
+
+    Only where every norm goes is that known for a layer from which several norms can be reached.
+    """
+    kept = [edit for edit in edits if edit.action == "keep"]
+    produced = {edit.producer for edit in edits if edit.producer is not None}
+    for path, activation in findings.rescaled.items():
+        if not kept or path in produced:
+            yield path, gain_of(activation)
+
+
+def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:
+    """Activations that would write into the input of a norm that is no longer there to copy it, or all of them."""
+    if not asked.inplace:
+        own = ((m, name) for name, m in asked.modules.items() if not isinstance(m, torch.jit.ScriptModule))
+        yield from {m: name for m, name in own if getattr(m, "inplace", False) is True}.values()
+        return
+    for edit in edits:
+        site = findings.sites.get(edit.name)
+        if edit.action != "delete" or site is None or site.fresh or edit.copy:
+            continue  # nothing to protect, or the slot copies
+        act = asked.described[edit.name].act
+        if act is not None:
+            if getattr(act, "inplace", False):
+                yield f"{edit.name}.act"
+        else:
+            yield from site.writers

@@ -1,0 +1,110 @@
+"""Sums -> where each scalar goes: the cheapest place that every edit of a norm leaves free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from normfree.analysis.findings import Branch, Sum
+from normfree.analysis.tails import Candidate
+from normfree.layers import Channels, skipinit_name
+from normfree.norms import describe, is_norm
+from normfree.planning.selecting import matches
+from normfree.plans import Alpha, NormEdit, SumEdit
+
+__all__ = ["place_alphas"]
+
+Modules = Mapping[str, nn.Module]
+
+
+def place_alphas(
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules
+) -> tuple[SumEdit, ...]:
+    """Decide for every sum where the scalars of its branches live, or why they have none.
+
+    Args:
+        sums: What the analysis found.
+        norms: What becomes of each norm; a branch that keeps all of its norms needs no scalar.
+        exclude: Patterns of sum names that get none.
+        modules: The modules of the model by name.
+    """
+    scaled = [
+        branch
+        for total in sums
+        if not matches(total.name, exclude)
+        for branch in total.branches
+        if _loses_a_norm(branch, norms)
+    ]
+    ends = Counter(candidate for branch in scaled for candidate in set(branch.candidates))
+    taken: dict[str, Alpha] = {}
+    edits = []
+    for total in sums:
+        alphas, declined, reason = [], [], total.reason
+        for branch in total.branches:
+            if not _loses_a_norm(branch, norms):
+                reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
+                continue
+            if matches(total.name, exclude):
+                reason = f"{total.reason}; its scalar is excluded by name"
+                continue
+            whole = [candidate for candidate in branch.candidates if ends[candidate] >= candidate.calls]
+            alpha = _place(whole, norms, modules, taken)
+            if alpha is None:
+                declined.append(branch.why or _SERVES_OTHERS)
+            else:
+                taken[alpha.holder] = alpha
+                alphas.append(alpha)
+        edits.append(SumEdit(total.name, total.kind, reason, tuple(alphas), tuple(declined)))
+    return tuple(edits)
+
+
+_SERVES_OTHERS = "no place takes the scalar: what ends the branch serves something else too"
+
+
+def _loses_a_norm(branch: Branch, norms: Mapping[str, NormEdit]) -> bool:
+    return any(norms[name].action != "keep" for name in branch.norms)
+
+
+def _place(
+    candidates: Iterable[Candidate], norms: Mapping[str, NormEdit], modules: Modules, taken: Mapping[str, Alpha]
+) -> Alpha | None:
+    """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last.
+
+    A module that is called several times ends as many branches, and has one scalar for all of them.
+    """
+    options = []
+    for candidate in candidates:
+        vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
+        if candidate.place == "norm" and norms[candidate.path].action == "keep":
+            candidate = replace(candidate, place="output")
+        hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))
+        alpha = _alpha(candidate, modules)
+        shared = candidate.calls > 1 and taken.get(alpha.holder) == alpha
+        if vanish and not hooked and (shared or _is_free(candidate, taken)):
+            options.append(alpha)
+    return min(options, key=lambda a: ("weight", "norm", "slot", "output", "sum").index(a.place), default=None)
+
+
+def _alpha(candidate: Candidate, modules: Modules) -> Alpha:
+    channels = _clamp(candidate.channels, modules[candidate.path])
+    return Alpha(candidate.path, candidate.place, channels, candidate.addition, candidate.operand)
+
+
+def _is_free(candidate: Candidate, taken: Mapping[str, Alpha]) -> bool:
+    """One scalar a place; a block's own class can change once, for its output or for the sums in its forward."""
+    if candidate.place == "sum":
+        return candidate.path not in taken and f"{candidate.path}.{skipinit_name(candidate.addition)}" not in taken
+    return not any(path == candidate.path or path.startswith(f"{candidate.path}.skipinit_") for path in taken)
+
+
+def _clamp(channels: Channels, module: nn.Module) -> Channels:
+    """An open slice ends at the module's last channel; one that takes them all is no slice."""
+    features = describe(module).features if is_norm(module) else None
+    features = features or getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    if channels is None or features is None:
+        return channels
+    start, stop = channels[0], min(channels[1], int(features))
+    return None if (start, stop) == (0, features) else (start, stop)

@@ -1,0 +1,145 @@
+"""nn.Module -> Plan: look, decide, and look again where a forward may notice the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from normfree.analysis.findings import Findings, analyse
+from normfree.errors import NoNormError, UnsupportedModelError
+from normfree.norms import Norm, describe, find_norms
+from normfree.planning.deciding import Modules, Request, decide
+from normfree.planning.guards import check_arguments, check_model, is_lazy, module_problems
+from normfree.planning.kinds import asked_unseen, changed_classes, goes_another_way
+from normfree.planning.selecting import Patterns, as_patterns
+from normfree.plans import Init, Plan
+from normfree.tracing.copying import meta_copy
+from normfree.tracing.leaves import calls_batch_norm
+from normfree.tracing.trace import trace
+from normfree.tracing.traces import Trace
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: nn.Module,
+    *,
+    init: Literal["auto", "skipinit", "preserve"] = "auto",
+    alpha: float | Literal["rsqrt_depth"] | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    scope: Literal["all", "residual"] = "all",
+    reset: bool = True,
+    inplace_activations: bool = True,
+) -> Plan:
+    """Say what :func:`normfree.convert` would do, without doing it.
+
+    Args:
+        model: Any module with batch normalisation in it. It is not changed.
+        init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew), ``"preserve"`` to keep the function
+            (alpha 1), ``"auto"`` for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``.
+        alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
+        include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
+        exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
+        scope: ``"residual"`` converts only the norms inside residual branches.
+        reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
+        inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
+            and what writes in place where a norm was gets a copy.
+
+    Raises:
+        NoNormError: There is nothing to convert, or the patterns leave nothing.
+        AlreadyConvertedError: The model was converted before.
+        WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
+            ScriptModule.
+        UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
+        UsageError: An argument makes no sense.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> print(normfree.plan(torchvision.models.resnet18()))
+        init: skipinit (no norm has been trained), alpha starts at 0
+        norms: 20 (20 fold)
+        sums: 8, 8 residual
+        alphas: 8 placed, 0 declined
+    """
+    check_arguments(init, alpha, scope)
+    check_model(model)
+    norms = find_norms(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    described = {name: describe(modules[name]) for name in norms}
+    chosen, why = _choose_init(init, described.values())
+    problems = module_problems(model, described, chosen, as_patterns(exclude))
+    if is_lazy(model):
+        raise UnsupportedModelError(tuple(problems.values()))
+    request = Request(
+        modules=modules,
+        norms=norms,
+        described=described,
+        init=chosen,
+        init_reason=why,
+        alpha=alpha,
+        include=as_patterns(include),
+        exclude=as_patterns(exclude),
+        scope=scope,
+        reset=reset,
+        inplace=inplace_activations,
+    )
+    with torch.random.fork_rng(devices=[]):  # the user's generator and modules stay as they are
+        copied = meta_copy(model)
+        sites = frozenset(name for first, more in norms.items() for name in (first, *more))
+        traced = trace(copied, sites)
+        findings = analyse(copied, traced, norms)
+        problems |= _functional(modules, traced, findings)
+        if problems:
+            raise UnsupportedModelError(tuple(problems.values()))
+        if not norms:
+            raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
+        return _unnoticed(copied, traced, sites, request, decide(request, traced, findings))
+
+
+def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str, str]:
+    """Find the places that call ``F.batch_norm`` themselves."""
+    unseen = {
+        path: f"{path or 'the root'}: cannot be traced and calls F.batch_norm; use an nn.BatchNorm module"
+        for path in traced.opaque
+        if calls_batch_norm(modules[path])
+    }
+    seen = "calls F.batch_norm on an activation; use an nn.BatchNorm module there"
+    return unseen | {place: f"{place}: {seen}" for place in findings.functional}
+
+
+def _unnoticed(copied: nn.Module, traced: Trace, sites: frozenset[str], request: Request, made: Plan) -> Plan:
+    """Return a plan after which every forward goes the way it goes now, whatever it asks about classes.
+
+    Layers that it asks about keep theirs; a norm cannot.
+
+    Raises:
+        UnsupportedModelError: A forward goes another way without a norm.
+    """
+    unseen = asked_unseen(request.modules, traced)
+    asked = traced.kinds | unseen
+    if not (unseen or _matters(copied, traced, sites, made)):
+        return made
+    made = decide(request, traced, analyse(copied, traced, request.norms, asked - request.norms.keys()))
+    gone = {edit.name for edit in made.removed}
+    lost = gone & (asked if _matters(copied, traced, sites, made) else unseen)
+    if lost:
+        what = "a forward asks for its class, and goes another way once it is gone; exclude it, or do not ask"
+        raise UnsupportedModelError(tuple(f"{name}: {what}" for name in request.norms if name in lost))
+    return made
+
+
+def _matters(copied: nn.Module, traced: Trace, sites: frozenset[str], made: Plan) -> bool:
+    """Whether a forward asks for a class that changes, and goes another way for it."""
+    return bool(traced.kinds & changed_classes(made)) and goes_another_way(copied, traced, sites, made)
+
+
+def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
+    if init == "skipinit" or init == "preserve":
+        return init, "asked for"  # type: ignore[return-value]  # narrowed by the comparison
+    if any(norm.trained() for norm in norms):
+        return "preserve", "norms have been trained or are frozen"
+    return "skipinit", "no norm has been trained"

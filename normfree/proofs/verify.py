@@ -1,0 +1,122 @@
+"""Proof, not a count: what a conversion promises, measured on the model itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from normfree.errors import UsageError
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.plans import Plan
+from normfree.proofs import PROOFS, Case, Proof
+from normfree.proofs.observing import tensors
+from normfree.proofs.reference import Reference
+from normfree.tracing.inputs import Inputs, arguments, example_input
+
+__all__ = ["Proof", "Report", "each_proof", "verify"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The proofs of one conversion; printing it shows them.
+
+    Attributes:
+        proofs: One entry a proof. ``passed`` is ``None`` where the conversion makes no such claim, or where the
+            original would be needed and is not here.
+    """
+
+    proofs: tuple[Proof, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no proof failed."""
+        return all(proof.passed is not False for proof in self.proofs)
+
+    def __str__(self) -> str:
+        words = {True: "ok", False: "FAILED", None: "not claimed"}
+        return "\n".join(f"{p.number} {words[p.passed]:11} {p.name}: {p.detail}" for p in self.proofs)
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps({"ok": self.ok, "proofs": [asdict(proof) for proof in self.proofs]})
+
+
+def verify(
+    model: nn.Module,
+    original: nn.Module | None = None,
+    inputs: Inputs | None = None,
+    *,
+    plan: Plan | None = None,
+) -> Report:
+    """Prove a conversion on copies in float64; neither model is changed.
+
+    A model that cannot run in float64 is run in its own type, and the report says so. The bound of an error is then
+    eight times what the output moves by when every weight is rounded once more.
+
+    Args:
+        model: What :func:`normfree.convert` returned, or :func:`normfree.fuse` made of it.
+        original: The model before conversion. Proof 3 needs it; proofs 4 to 6 compare with it.
+        inputs: Arguments of ``model``: a tensor ``(N, C, *)``, a tuple (of tensors, lists or dicts), or a mapping of
+            keyword arguments; a batch of at least two. Default: white noise of the shape the model's first layer or
+            its timm configuration asks for.
+        plan: The plan that was applied, if ``model`` is a piece of what was converted.
+
+    Returns:
+        The six proofs: (1) no batch-norm operator runs, (2) no output depends on the rest of the batch,
+        (3) ``preserve`` computes what the original computes, (4) alpha = 0 makes every scaled branch zero and nothing
+        writes into a skip path, (5) everything learns, (6) nothing of the norms is left in the state.
+
+    Raises:
+        UsageError: The model carries no plan, or the batch has fewer than two samples.
+
+    Example:
+        >>> import torch, normfree, torchvision
+        >>> original = torchvision.models.resnet18()
+        >>> normfree.verify(normfree.convert(original), original, torch.randn(2, 3, 64, 64)).ok
+        True
+    """
+    with torch.inference_mode(False), torch.enable_grad():  # the fifth proof takes gradients, whoever asks for it
+        return Report(tuple(each_proof(model, original, inputs, plan=plan)))
+
+
+def each_proof(
+    model: nn.Module,
+    original: nn.Module | None = None,
+    inputs: Inputs | None = None,
+    *,
+    plan: Plan | None = None,
+    structure: nn.Module | None = None,
+    reference: Reference | None = None,
+) -> Iterator[Proof]:
+    """Yield the proofs one by one as they are done; see :func:`verify`.
+
+    Args:
+        model: As there.
+        original: As there.
+        inputs: As there.
+        plan: As there.
+        structure: The original architecture with any weights, where the original itself is not to be had.
+        reference: Samples of what the original computed, likewise.
+    """
+    plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
+    if plan is None:
+        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    args, kwargs = arguments(example_input(model) if inputs is None else inputs)
+    sizes = {x.shape[0] for x in tensors((args, kwargs)) if x.dim() > 0}
+    if not sizes or min(sizes) < 2:
+        raise UsageError("verify needs a batch of at least two: with one sample nothing can depend on the others")
+    case = Case(model, original, structure if original is None else original, reference, plan, args, kwargs)
+    note = ""
+    for i, proof in enumerate(PROOFS):
+        try:
+            done = proof(case)
+        except Exception as error:  # whatever a forward raises that mixes float64 with tensors of its own
+            if i > 0 or case.own_dtype == torch.float64:
+                raise  # the first proof has run the model in both modes
+            case = replace(case, dtype=case.own_dtype)
+            done, note = proof(case), f" (in {str(case.dtype)[6:]}: in float64 it raises {type(error).__name__})"
+        yield replace(done, detail=done.detail + note)

@@ -1,0 +1,158 @@
+"""Plan -> model: applies a plan without making decisions.
+
+All checks and all new tensors first, then all writes: the writes are plain assignments that cannot fail, so a failed
+conversion leaves the model bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.analysis.tails import Place
+from normfree.errors import InternalError
+from normfree.layers import is_carrier, scaled_weight_class
+from normfree.norms import is_norm
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.plans import Plan
+from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
+from normfree.rewriting.preparing import Carrier, prepare
+from normfree.training.initialization import draw_
+
+__all__ = ["hand_on_hooks", "replace_everywhere", "rewrite"]
+
+
+def rewrite(model: nn.Module, plan: Plan) -> None:
+    """Apply ``plan`` to ``model`` in place.
+
+    Raises:
+        InternalError: The plan does not fit the model. The model is unchanged.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    find = functools.partial(_find, modules, type(model).__name__)
+    _check(plan, find)
+    writes = prepare(model, plan)
+    originals = Originals.of(modules, plan) if plan.init == "preserve" else None
+    out_of_place = [find(path) for path in plan.out_of_place]
+    drawn = [(find(path), gain) for path, gain in plan.drawn]
+    for path, carrier in writes.carriers.items():
+        _write_carrier(modules[path], carrier)
+    for path, (alpha, cls) in writes.outputs.items():
+        modules[path].__class__ = cls
+        modules[path]._parameters["alpha"] = alpha
+    for path, (held, cls) in writes.blocks.items():
+        modules[path].__class__ = cls
+        modules[path]._modules.update(held)
+    for activation in out_of_place:
+        activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
+    for path, slot in writes.slots.items():
+        _take_over(modules[path], slot)
+    replace_everywhere(model, {id(modules[path]): slot for path, slot in writes.slots.items()})
+    draw_(drawn)
+    model.__dict__[PLAN_ATTRIBUTE] = plan
+    if originals is not None:
+        model.__dict__[ORIGINALS_ATTRIBUTE] = originals
+
+
+def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:
+    if path not in modules:
+        raise InternalError(f"the plan names {path!r}, which this {model} does not have")
+    return modules[path]
+
+
+_FITS: dict[Place, Callable[[nn.Module], bool]] = {
+    "weight": is_carrier,
+    "norm": is_norm,
+    "slot": lambda module: type(module) is nn.Identity,
+    "sum": lambda module: any(True for _ in module.children()),
+    "output": lambda module: not isinstance(module, torch.jit.ScriptModule),
+}
+
+
+def _check(plan: Plan, find: Callable[[str], nn.Module]) -> None:
+    for edit in plan.removed:
+        if not is_norm(find(edit.name)):
+            raise InternalError(f"the plan removes a norm at {edit.name!r}, where the model has none")
+        if edit.producer is not None and not is_carrier(find(edit.producer)):
+            raise InternalError(f"{edit.producer!r} cannot take a gain and a bias")
+    for path in plan.biases:
+        if not is_carrier(find(path)):
+            raise InternalError(f"{path!r} cannot take a bias")
+    for alpha in plan.alphas:
+        module = find(alpha.path)
+        if not _FITS[alpha.place](module):
+            raise InternalError(f"alpha cannot live in the {alpha.place} of {alpha.path!r}")
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Hand on hooks, and what others read of a norm or hang on it: its width, its eps, where its input comes from."""
+    hand_on_hooks(old, new)
+    for name, value in old.__dict__.items():
+        if not (name.startswith("_") or isinstance(value, (Tensor, nn.Module)) or hasattr(new, name)):
+            new.__dict__[name] = value
+
+
+def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the same dicts: a handle must still find what it removes."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+
+
+def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
+    if carrier.bias is not None:
+        layer._parameters["bias"] = carrier.bias
+    if carrier.gain is None and carrier.alpha is None:
+        return
+    layer.__class__ = scaled_weight_class(type(layer))
+    layer._parameters["gain"] = carrier.gain
+    layer._parameters["alpha"] = carrier.alpha
+    layer.__dict__["alpha_channels"] = carrier.channels
+
+
+def replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
+    """Replace modules in all their parents: a shared one is registered under several names."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in slots:
+                parent._modules[name] = slots[id(child)]
+        if type(parent).__module__.startswith("torch.nn"):
+            continue  # torch's own layers keep no modules elsewhere
+        for name, value in parent.__dict__.items():
+            if name not in ("_modules", "_parameters", "_buffers") and isinstance(value, _REFERENCES):
+                parent.__dict__[name] = _replaced(value, slots)
+
+
+_REFERENCES = (list, tuple, dict, nn.Module, MethodType)
+
+
+def _replaced(value: Any, slots: dict[int, nn.Module]) -> Any:
+    """Replace modules that are also kept in plain lists, tuples and dicts, which torch does not know."""
+    if isinstance(value, nn.Module):
+        return slots.get(id(value), value)
+    if isinstance(value, MethodType):
+        slot = slots.get(id(value.__self__))
+        return value if slot is None else getattr(slot, value.__name__)
+    if isinstance(value, list):
+        value[:] = [_replaced(item, slots) for item in value]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _replaced(item, slots)
+    elif type(value) is tuple and any(isinstance(item, (nn.Module, list, dict, tuple)) for item in value):
+        return tuple(_replaced(item, slots) for item in value)
+    return value

@@ -1,0 +1,170 @@
+"""Blocks whose forward is rewritten: the last resort where a branch ends in something no module owns.
+
+A product or a concatenation written inline leaves no module that alpha could live in. Then the one block that owns the
+sum gets a forward generated from its own graph, in which the branch passes through a SkipInit module before it is
+added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the
+same object with the same children and is still an ``isinstance`` of its class.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from normfree.analysis.flow import Flow, Role
+from normfree.errors import UsageError
+from normfree.layers import ScaledSum, skipinit_name
+from normfree.tracing.calls import is_default
+from normfree.tracing.copying import meta_copy
+from normfree.tracing.tracer import Tracer
+from normfree.tracing.traces import MODES, Graph
+
+__all__ = ["only_default", "optional_arguments", "scaled_block_class", "why_not_scalable"]
+
+
+Places = tuple[tuple[int, int], ...]
+
+
+class _OwnForward(Tracer):
+    """Sees what a block's own forward does in its default call; its children are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # its signature is fx's
+        """Stop at every child."""
+        return True
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,  # noqa: ARG002  # its signature is fx's
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,  # noqa: ARG002  # the same
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make the default call, and keep the parameters that it leaves out, with a check that nobody gives them."""
+        args: list[Any] = []
+        for parameter in inspect.signature(self.root.forward).parameters.values():
+            if parameter.default is parameter.empty:
+                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
+            else:
+                proxy = self.create_proxy("placeholder", parameter.name, (parameter.default,), {})
+                self.create_proxy("call_function", only_default, (proxy, parameter.default, parameter.name), {})
+                args.append(parameter.default)
+        return lambda: root_fn(self.root, *args), []
+
+
+def only_default(value: Any, default: Any, name: str) -> None:
+    """Refuse an argument that the rewritten forward does not know what to do with.
+
+    Raises:
+        UsageError: It is not the default.
+    """
+    if not is_default(value, default):
+        raise UsageError(f"{name} was given to a forward that was rewritten for its default; exclude its sum instead")
+
+
+def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | None:
+    """Say why the forward of ``block`` cannot be rewritten, or return ``None`` if it can.
+
+    Args:
+        block: The module whose own forward adds; it should be on the meta device.
+        addition: Which of its additions of two activations.
+        operand: Which operand of that is the branch.
+    """
+    if "forward" in block.__dict__ or hasattr(block, skipinit_name(addition)):
+        return f"its forward is patched, or it has an attribute {skipinit_name(addition)} of its own"
+    parameters = list(inspect.signature(block.forward).parameters.values())
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return "its forward takes arguments by keyword only, or any number of them"
+    if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
+        return "its forward takes optional arguments whose defaults cannot be written down"
+    try:
+        scaled_block_class(block, ((addition, operand),))
+    except Exception as error:  # whatever the block's forward raises when it meets a proxy
+        return f"its own forward cannot be traced ({type(error).__name__})"
+    return None
+
+
+def optional_arguments(block: nn.Module) -> dict[str, Any]:
+    """Return the optional arguments of a block's forward with their defaults."""
+    parameters = inspect.signature(block.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
+    """Return the class that ``block`` becomes.
+
+    Its forward passes operands of its additions, each given as ``(addition, operand)``, through the :class:`SkipInit`
+    that it holds as :func:`skipinit_name` says.
+    """
+    original = type(block)
+    evaluate, train = _forwards(meta_copy(block), places)
+    members = {
+        "__module__": original.__module__,
+        "_places": places,
+        "_evaluate": evaluate,
+        "_train": train,
+        "forward": _forward,
+        "__reduce_ex__": _reduce,
+        "__deepcopy__": _deepcopy,
+    }
+    return type(f"Scaled{original.__name__}", (ScaledSum, original), members)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self._train(*args, **kwargs) if self.training else self._evaluate(*args, **kwargs)
+
+
+def _reduce(self: Any, _: Any) -> tuple[Any, ...]:
+    # The class is made at run time: pickle rebuilds it from the original class and from what the block holds.
+    return _rebuild, (type(self).__mro__[2], self._places, self.__dict__)
+
+
+def _rebuild(original: Any, places: Places, state: dict[str, Any]) -> nn.Module:
+    block = cast(nn.Module, object.__new__(original))
+    block.__dict__.update(state)
+    held = {name: block._modules.pop(name) for name in (skipinit_name(addition) for addition, _ in places)}
+    block.__class__ = scaled_block_class(block, places)
+    block._modules.update(held)
+    return block
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = type(self).__new__(type(self))
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _forwards(block: nn.Module, places: Places) -> tuple[Any, ...]:
+    """Return the forward of each mode as a function of ``self`` and the block's arguments."""
+    training = block.training
+    try:
+        return tuple(_generate(block.train(mode == "train"), mode, places) for mode in MODES)
+    finally:
+        block.train(training)
+
+
+def _generate(block: nn.Module, mode: str, places: Places) -> Any:
+    tracer = _OwnForward(layers={id(module): module is not block for module in block.modules()})
+    graph = tracer.look(block, mode, {})
+    flow = Flow(Graph(graph, tracer.owners, {}, tracer.calls), dict(block.named_modules(remove_duplicate=False)), ())
+    held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
+        name.startswith("_tensor_constant") for name in held
+    ):
+        raise TypeError("the forward makes tensors of its own")
+    additions = [n for n in flow.nodes if flow.roles[n] is Role.ADD]
+    for addition, operand in places:
+        node = additions[addition]
+        branch = node.args[operand]
+        if not isinstance(branch, fx.Node):
+            raise TypeError("the operand is a constant")
+        with graph.inserting_before(node):
+            scaled = graph.create_node("call_module", skipinit_name(addition), (branch,))
+        node.args = tuple(scaled if i == operand else arg for i, arg in enumerate(node.args))
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<{type(block).__qualname__} with alpha>", "exec"), scope)  # noqa: S102  # our own graph
+    return scope["forward"]

@@ -1,0 +1,1 @@
+"""Before and during training: initial weights, calibration, parameter groups and clipping, the size of signals."""

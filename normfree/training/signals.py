@@ -1,0 +1,221 @@
+"""How large a signal arrives at every residual sum, and how much of it the branch brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+
+from normfree.analysis.flow import Flow
+from normfree.analysis.sums import SumNode, additions_of, find_sums, sum_names
+from normfree.conversion import convert
+from normfree.errors import UsageError, require
+from normfree.norms import find_norms
+from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.planning.plan import plan as make_plan
+from normfree.plans import Init, Plan
+from normfree.proofs.replaying import replay
+from normfree.tracing.copying import deep_copy
+from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
+from normfree.training.initialization import draw_
+
+__all__ = ["Moments", "Signal", "Signals", "before_and_after", "plot", "signals"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of an activation ``(N, C, *)`` over batch and space, averaged over its channels.
+
+    Attributes:
+        second: The second moment.
+        mean: The squared mean of a channel.
+        variance: The variance of a channel: ``second - mean``.
+    """
+
+    second: float
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Measure an activation; the channels of one without space ``(N, C)`` are its second dimension, too."""
+        values = x.detach().double().movedim(1, 0).flatten(1)
+        second, mean = values.square().mean(1), values.mean(1).square()
+        return cls(float(second.mean()), float(mean.mean()), float((second - mean).mean()))
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is added at one residual sum.
+
+    Attributes:
+        name: The sum, as :func:`normfree.plan` names it.
+        skip: The skip path.
+        branch: The residual branch; the sum of them where there are several.
+        total: What the addition returns.
+    """
+
+    name: str
+    skip: Moments
+    branch: Moments
+    total: Moments
+
+    @property
+    def share(self) -> float:
+        """Second moment of the branch over that of the sum; not a number if the sum is zero."""
+        return self.branch.second / self.total.second if self.total.second else float("nan")
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The residual sums of a model in the order in which they run; printing it shows a table.
+
+    Attributes:
+        rows: One entry a sum.
+    """
+
+    rows: tuple[Signal, ...]
+
+    def __str__(self) -> str:
+        titles = [f"{part} {moment}" for part in ("skip", "branch", "sum") for moment in ("x2", "mean2", "var")]
+        lines = [["sum", *titles, "share"]]
+        for row in self.rows:
+            moments = [n for m in (row.skip, row.branch, row.total) for n in (m.second, m.mean, m.variance)]
+            lines.append([row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}"])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw second moments and the branch's share; the ending of ``path`` says in what format.
+
+        Raises:
+            UsageError: matplotlib is not installed.
+        """
+        plot({"": self}, path)
+
+
+def signals(model: nn.Module, x: Inputs | None = None) -> Signals:
+    """Measure what the skip path and the residual branch bring to every residual sum.
+
+    At initialisation batch norm makes each branch as large as the input of its stage, so that the ``l``-th sum of a
+    stage takes ``1 / (l + 1)`` of its second moment from its branch (De & Smith, NeurIPS 2020, section 2): deep blocks
+    are close to the identity. Where norms are deleted and nothing takes their place, the signal grows with every block
+    instead; after :func:`normfree.convert` with ``init="skipinit"`` it stays what it was.
+
+    A copy of the model is run in train mode, so norms use the statistics of the batch, with dropout off.
+
+    Args:
+        model: Any model, converted or not; it is not changed.
+        x: What it is run on: a tensor ``(N, C, *)``, a tuple of arguments, or a mapping of keyword arguments. Default:
+            white noise ``(16, C, *)`` of a shape the model takes.
+
+    Returns:
+        A row for each residual sum that ran, with the moments of skip path, branch and sum over ``(N, *)``.
+
+    Raises:
+        UsageError: No residual sum ran, or no input is known for the model.
+
+    Example:
+        >>> import normfree, timm, torch
+        >>> model = normfree.convert(timm.create_model("resnetv2_18"))
+        >>> rows = normfree.signals(model, torch.randn(8, 3, 64, 64)).rows
+        >>> len(rows), rows[1].share
+        (8, 0.0)
+    """
+    plan: Plan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    sites = frozenset(find_norms(model)) if plan is None else plan.sites
+    args, kwargs = arguments(example_input(model, batch=16) if x is None else x)
+    found: dict[str, Signal] = {}
+    copied = deep_copy(model)
+    for probe in replay(copied.train(), sites, lambda: fresh((list(args), kwargs)), _Probe, modes=("train",)):
+        for row in probe.rows():
+            found.setdefault(row.name, row)
+    if not found:
+        raise UsageError(f"no residual sum of this {type(model).__name__} ran: there is nothing to measure")
+    return Signals(tuple(found.values()))
+
+
+def before_and_after(model: nn.Module, init: Init | Literal["auto"] = "auto") -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model as it is, with its norms deleted (every alpha fixed at one), and converted, each with a title.
+
+    From scratch all three get the weights that the conversion would draw, so that only the norms make the difference.
+
+    Args:
+        model: A model with norms; it is not changed.
+        init: The starting point, as in :func:`normfree.convert`.
+    """
+    plan, model = make_plan(model, init=init), deep_copy(model)
+    draw_([(model.get_submodule(path), gain) for path, gain in plan.drawn])
+    yield "with its norms", model
+    yield "norms deleted", convert(model, init="skipinit", alpha=1.0, reset=False)
+    yield f"converted ({plan.init})", convert(model, init=plan.init, reset=False)
+
+
+class _Probe(fx.Interpreter):
+    """Runs a graph and measures the operands and the result of every residual sum."""
+
+    def __init__(self, module: nn.Module, flow: Flow, prefix: str) -> None:
+        super().__init__(module, graph=flow.graph.nodes)
+        self.names = {node: prefix + name for node, name in sum_names(flow).items()}
+        self.sums = [total for total in find_sums(flow) if total.skip is not None]
+        self.additions: dict[fx.Node, list[SumNode]] = {}
+        for total in self.sums:
+            for addition in additions_of(flow, total.node):
+                self.additions.setdefault(addition, []).append(total)
+        self.inputs = flow.inputs
+        self.measured: dict[tuple[fx.Node, fx.Node | None], Moments] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; what it adds is measured before, for it may write into it."""
+        for total in self.additions.get(n, ()):
+            for operand in (total.skip, *total.branches):
+                if operand is not None and operand in self.inputs[n]:
+                    self.measured[total.node, operand] = Moments.of(self.env[operand])
+        result = super().run_node(n)
+        if any(total.node is n for total in self.additions.get(n, ())):
+            self.measured[n, n] = Moments.of(result)
+        return result
+
+    def rows(self) -> Iterator[Signal]:
+        """Yield what was measured."""
+        for total in self.sums:
+            parts = [self.measured.get((total.node, operand)) for operand in (total.skip, *total.branches, total.node)]
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts):
+                yield Signal(self.names[total.node], known[0], _together(known[1:-1]), known[-1])
+
+
+def _together(branches: list[Moments]) -> Moments:
+    """Add the moments of several branches, as if they were independent."""
+    return Moments(*(sum(getattr(m, name) for m in branches) for name in ("second", "mean", "variance")))
+
+
+def plot(panels: Mapping[str, Signals], path: str | Path, title: str = "") -> None:
+    """Draw several measurements side by side, each under its own title.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 6), layout="constrained")
+    moments, shares = figure.subplots(2, len(panels), sharey="row", squeeze=False)
+    for name, measured, above, below in zip(panels, panels.values(), moments, shares, strict=True):
+        places = range(1, len(measured.rows) + 1)
+        for part in ("skip", "branch", "total"):
+            above.plot(places, [getattr(row, part).second for row in measured.rows], marker=".", label=part)
+        above.set_yscale("symlog", linthresh=1e-3)
+        above.set_title(name, fontsize=10)
+        below.plot(places, [row.share for row in measured.rows], marker=".", color="tab:red")
+        below.set_ylim(0, 1)
+    moments[0].set_ylabel("second moment")
+    moments[0].legend(fontsize=8)
+    shares[0].set_ylabel("share of the branch in the sum")
+    figure.suptitle(title)
+    figure.supxlabel("residual sum")
+    figure.savefig(str(path), dpi=150)
