@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from normfree.planning.plan import plan
+from normfree.planning.plan import look
 from normfree.planning.selecting import Patterns
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.optimizers import warn_of_optimizers
@@ -36,7 +36,7 @@ def convert_(
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
     """
-    made = plan(
+    made, met = look(
         model,
         init=init,
         alpha=alpha,
@@ -47,7 +47,7 @@ def convert_(
         inplace_activations=inplace_activations,
     )
     warn_of_optimizers(model, made)
-    rewrite(model, made)
+    rewrite(model, made, met())
     return model
 
 
@@ -95,7 +95,7 @@ def convert(
         Parameter containing:
         tensor([0.], requires_grad=True)
     """
-    made = plan(
+    made, met = look(
         model,
         init=init,
         alpha=alpha,
@@ -107,5 +107,5 @@ def convert(
     )
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
-    rewrite(converted, made)
+    rewrite(converted, made, met())
     return converted

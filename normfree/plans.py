@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +15,12 @@ from normfree.errors import CheckpointError
 from normfree.files.plain import from_plain
 from normfree.layers import Channels, skipinit_name
 
-__all__ = ["Action", "Alpha", "Init", "NormEdit", "Plan", "SumEdit"]
+__all__ = ["PLAN_ATTRIBUTE", "Action", "Alpha", "Carried", "Init", "NormEdit", "Plan", "SumEdit", "Units"]
 
 Action = Literal["fold", "affine", "delete", "bias", "keep"]
 Init = Literal["skipinit", "preserve"]
+PLAN_ATTRIBUTE = "_normfree_plan"
+"""Where a converted model keeps its plan."""
 _CHANNELS = 2**20
 """More than any layer has: a stored plan must not ask for more."""
 
@@ -90,6 +93,49 @@ class SumEdit:
 
 
 @dataclass(frozen=True)
+class Units:
+    """How many times what it stands for a parameter is: the coordinates in which a converted network learns.
+
+    A step of SGD then moves what it stands for by the square of that less, a step of Adam by that less. Chosen by
+    ``examples/finetuning_forms.py``; powers of two, so that the originals come back bit for bit.
+
+    Attributes:
+        weight: A weight behind which a norm was. A step of it moves the output by ``(gamma / sigma) ** 2`` over the
+            square of this; batch norm itself, at the first step, by a half to a quarter of ``(gamma / sigma) ** 2``,
+            as it takes mean and scale of a batch out of the gradient.
+        bias: A bias that a norm left.
+        alpha: A SkipInit scalar.
+        head: What a classifier sees is divided by a power of two, so that its norm is about this.
+    """
+
+    weight: float = 1.0
+    bias: float = 1.0
+    alpha: float = 1.0
+    head: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(math.frexp(unit)[0] == 0.5 and unit < 2**20 for unit in (self.weight, self.bias, self.alpha)):
+            raise ValueError(f"units are powers of two, not {self}")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A layer whose weight is in units of its own (``preserve``).
+
+    Attributes:
+        path: The layer.
+        unit: How many times the original weight its weight is; of a head, found when the plan is applied.
+        centred: Whether it learns as if its input had no mean: what it meets is known from the norms.
+        head: Whether it is what the last norms feed.
+    """
+
+    path: str
+    unit: float
+    centred: bool
+    head: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """All edits of one conversion. Printing it shows a summary; :meth:`to_json` and :meth:`from_json` round-trip.
 
@@ -101,6 +147,8 @@ class Plan:
         sums: Every sum of activations that a trace reached.
         biases: Layers that get a bias of zeros.
         weights: Layers that a norm rescaled (``skipinit``), with the gain of the activation behind them.
+        carried: Layers whose weight is in units of its own (``preserve``).
+        units: The units.
         reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
@@ -115,6 +163,8 @@ class Plan:
     sums: tuple[SumEdit, ...]
     biases: tuple[str, ...] = ()
     weights: tuple[tuple[str, float], ...] = ()
+    carried: tuple[Carried, ...] = ()
+    units: Units = Units()
     out_of_place: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
     reset: bool = True

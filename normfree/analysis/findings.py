@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from normfree.analysis.activations import Activation
 from normfree.analysis.flow import Flow, Role
+from normfree.analysis.moments import known_inputs
 from normfree.analysis.sites import Site, agree, find_site, rescaled_layers
 from normfree.analysis.sums import Kind, SumNode, additions_of, find_sums, sum_names
 from normfree.analysis.tails import Candidate, find_candidates
@@ -47,6 +48,7 @@ class Findings:
         sites: Norms that were reached by a trace.
         sums: Additions, in topological order.
         rescaled: Layers whose output scale a norm used to set, with the activation that follows each.
+        known: Layers of whose input the norms tell the mean, each with whether a norm follows it.
         functional: Places where ``F.batch_norm`` normalises an activation.
         read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
         parameters: Parameters that a forward reads itself, other than by calling the module that holds them.
@@ -55,6 +57,7 @@ class Findings:
     sites: Mapping[str, Site]
     sums: tuple[Sum, ...]
     rescaled: Mapping[str, Activation | None]
+    known: Mapping[str, bool]
     functional: tuple[str, ...]
     read: Mapping[str, str]
     parameters: frozenset[str]
@@ -111,6 +114,7 @@ def analyse(
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}
     rescaled: dict[str, Activation | None] = {}
+    known: dict[str, bool] = {}
     functional: dict[str, None] = {}
     read: dict[str, str] = {}
     parameters: set[str] = set()
@@ -121,6 +125,8 @@ def analyse(
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
         read.update({first[prefix + norm]: prefix + tensor for norm, tensor in flow.graph.read.items()})
         parameters.update(prefix + str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
+        for path, followed in known_inputs(flow).items():
+            known[prefix + path] = known.get(prefix + path, False) or followed
         rescaled.update({prefix + path: activation for path, activation in rescaled_layers(flow)})
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
@@ -143,7 +149,9 @@ def analyse(
         name: _without_doubtful_producer(site, consumers, owners, [n for n in norms if n not in found_sites], trace)
         for name, site in found_sites.items()
     }
-    return Findings(found_sites, tuple(found_sums.values()), rescaled, tuple(functional), read, frozenset(parameters))
+    return Findings(
+        found_sites, tuple(found_sums.values()), rescaled, known, tuple(functional), read, frozenset(parameters)
+    )
 
 
 def _only_norm(flow: Flow, node: fx.Node, prefix: str, first: Mapping[str, str]) -> str | None:

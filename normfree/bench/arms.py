@@ -17,7 +17,7 @@ from normfree.errors import UsageError
 from normfree.layers import ChannelAffine, ScaledWeight
 from normfree.norms import Norm, describe, find_norms
 from normfree.planning.plan import plan
-from normfree.plans import Plan
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
 from normfree.tracing.copying import deep_copy
 
@@ -104,14 +104,17 @@ def _normfree(subject: Subject) -> Arm:
 def _activation(subject: Subject) -> Arm:
     """Gain, bias and alpha of the converted model on activations, as every other implementation has them."""
     model = convert(subject.model, init=subject.init)
+    made: Plan = model.__dict__[PLAN_ATTRIBUTE]
+    folded = {edit.producer for edit in made.norms} if made.init == "preserve" else set()
     slots: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, ScaledWeight):
-            preserve = layer.gain is not None
-            affine = ChannelAffine(layer.gain, layer.bias if preserve else None, layer.alpha, layer.alpha_channels)
-            layer.gain = layer.alpha = None
-            if preserve:
-                layer.bias = None
+            gain = bias = None
+            if name in folded and layer.gain is not None:
+                gain, bias = nn.Parameter(layer.gain.clone()), nn.Parameter(layer.bias.detach() / layer.bias_unit)
+                layer.gain = layer.center = layer.offset = layer.bias = None
+            raw, layer.raw_alpha = layer.raw_alpha, None
+            affine = ChannelAffine(gain, bias, raw, layer.alpha_channels, unit=layer.alpha_unit)
             slots[name] = nn.Sequential(fuse_(nn.Sequential(layer))[0], affine)
     _put(model, slots)
     return Arm(model)

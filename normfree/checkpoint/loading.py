@@ -14,7 +14,7 @@ from normfree.checkpoint.hub import read_config
 from normfree.deployment.fuse import bake_
 from normfree.errors import CheckpointError, InternalError, UsageError
 from normfree.files import check_fits, read_state_dict, take
-from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.plans import PLAN_ATTRIBUTE
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import meta_copy

@@ -12,8 +12,7 @@ from normfree.checkpoint.header import WEIGHTS, Header
 from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
 from normfree.files import Pieces, check_output, stored, write_state
-from normfree.planning.guards import PLAN_ATTRIBUTE
-from normfree.plans import Plan
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.proofs.reference import Reference
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 

@@ -19,9 +19,8 @@ from normfree import zoo
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import check_fits, is_mapped, read_state_dict, reader
-from normfree.planning.guards import PLAN_ATTRIBUTE
 from normfree.planning.plan import plan
-from normfree.plans import Plan
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 

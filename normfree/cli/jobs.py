@@ -60,7 +60,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
 
     from normfree import checkpoint as files
     from normfree import conversion, zoo
-    from normfree.planning.guards import PLAN_ATTRIBUTE
+    from normfree.plans import PLAN_ATTRIBUTE
     from normfree.proofs import verify as verifying
     from normfree.proofs.reference import Reference
     from normfree.tracing.inputs import example_input

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.errors import UnsupportedModelError, UsageError, one_line, require, some
 from normfree.files import check_output, replacing
-from normfree.planning.guards import PLAN_ATTRIBUTE
+from normfree.plans import PLAN_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
 

@@ -9,20 +9,21 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from normfree.deployment.fuse import FuseWarning, multiplying
+from normfree.deployment.fuse import FuseWarning, multiplying, plain_
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
     ChannelAffine,
+    HasAlpha,
     ScaledOutput,
     ScaledSum,
     ScaledWeight,
     SkipInit,
     alpha_scale,
     scaled_output_class,
+    shift,
 )
 from normfree.norms import describe
-from normfree.planning.guards import PLAN_ATTRIBUTE
-from normfree.plans import NormEdit, Plan
+from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
 from normfree.rewriting.applying import hand_on_hooks, replace_everywhere
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded
 from normfree.tracing.copying import deep_copy
@@ -67,24 +68,27 @@ def restore_(model: M) -> M:
     modules = dict(model.named_modules(remove_duplicate=False))
     slots: dict[int, nn.Module] = {}
     problems: list[str] = []
+    units = {carried.path: carried.unit for carried in plan.carried}
     for edit in plan.removed:
         slot, layer = modules.get(edit.name), None if edit.producer is None else modules.get(edit.producer)
         try:
-            slots[id(slot)] = _norm(edit, slot, layer, originals)
+            slots[id(slot)] = _norm(edit, slot, layer, originals, units.get(edit.producer or "", 1.0))
         except ValueError as error:
             problems.append(f"{edit.name} ({edit.type}): {error}")
     if problems:
         raise UnsupportedModelError(tuple(problems))
     for alpha in plan.alphas:
         module = modules[alpha.path]
-        if alpha.place in ("slot", "output") and _is_one(module._parameters.get("alpha")):
+        if alpha.place in ("slot", "output") and _is_one(_alpha(module)):
             slots |= _without_alpha(module)
-        elif alpha.place == "sum" and _is_one(modules[alpha.holder]._parameters.get("alpha")):
+        elif alpha.place == "sum" and _is_one(_alpha(modules[alpha.holder])):
             slots[id(modules[alpha.holder])] = nn.Identity()
-    taken = {id(modules[path]): bias for path, bias in originals.biases.items()}
+    for path, bias in originals.biases.items():
+        if isinstance(modules[path], ScaledWeight):
+            _without_norm(modules[path], bias, units.get(path, 1.0))
     for module in list(model.modules()):
         if isinstance(module, ScaledWeight):
-            _plain(module, id(module) in taken, taken.get(id(module)))
+            _plain(module)
         elif isinstance(module, ScaledSum):
             _own_forward(module, slots)
     replace_everywhere(model, slots)
@@ -110,7 +114,15 @@ def _asked(model: nn.Module) -> tuple[Plan, Originals]:
     return plan, originals
 
 
-def _norm(edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, originals: Originals) -> nn.Module:
+def _alpha(module: nn.Module | None) -> Tensor | None:
+    """Return the alpha that a module carries, ``(1,)``, or ``None``."""
+    raw = None if module is None else module._parameters.get("raw_alpha")
+    return None if raw is None else raw / cast(HasAlpha, module).alpha_unit
+
+
+def _norm(
+    edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, originals: Originals, unit: float
+) -> nn.Module:
     """Return the norm that does what has taken its place.
 
     Raises:
@@ -120,23 +132,23 @@ def _norm(edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, origi
     if slot is None or not isinstance(layer if edit.producer is not None else slot, (ScaledWeight, ChannelAffine)):
         raise ValueError(f"what has taken its place is gone from {edit.producer or edit.name}")
     bias = None if edit.producer is None else originals.biases[edit.producer]
-    holder = slot if layer is None else layer
-    gain, shift = cast(Tensor, holder.gain), cast(Tensor, holder.bias)
+    gain, shifted = (slot.gain, slot.bias) if layer is None else _learnt(cast(ScaledWeight, layer), unit)
+    gain, shifted = cast(Tensor, gain), cast(Tensor, shifted)
     norm.to(gain.device, gain.dtype)
     was = folded(describe(norm), bias)
-    alpha = slot._parameters.get("alpha")
+    alpha = _alpha(slot)
     absorbs = getattr(slot, "act", None) is None
     scales = [
         alpha_scale(value, channels, len(gain))
         for value, channels in (
             (alpha if absorbs else None, getattr(slot, "channels", None)),
-            (None if layer is None else layer.alpha, getattr(layer, "alpha_channels", None)),
+            (_alpha(layer), getattr(layer, "alpha_channels", None)),
         )
-        if isinstance(value, Tensor)
+        if value is not None
     ]
-    same = torch.equal(was[0].to(gain), gain) and torch.equal(was[1].to(shift), shift)
+    same = torch.equal(was[0].to(gain), gain) and torch.equal(was[1].to(gain), shifted.to(gain))
     if not (same and all(map(_is_one, scales))):
-        new_gain, new_shift = gain.double(), shift.double()
+        new_gain, new_shift = gain.double(), shifted.double()
         for factor in scales:
             new_gain, new_shift = new_gain * factor.double(), new_shift * factor.double()
         _solve(norm, new_gain, new_shift if bias is None else new_shift - new_gain * bias.to(new_gain))
@@ -146,8 +158,19 @@ def _norm(edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, origi
         if getattr(slot, "channels", None) is not None:
             raise ValueError("its alpha scales some channels behind an activation, which no norm can")
         norm.__class__ = scaled_output_class(type(norm))
-        norm.register_parameter("alpha", alpha)
+        norm.register_parameter("raw_alpha", slot._parameters["raw_alpha"])
+        norm.__dict__["alpha_unit"] = cast(HasAlpha, slot).alpha_unit
     return norm
+
+
+def _learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
+    """Return what a layer multiplies and adds, without alpha, for a weight that is ``unit`` times smaller."""
+    gain, weight = cast(Tensor, layer.gain), layer.weight
+    shifted = torch.zeros_like(gain).double() if layer.bias is None else layer.bias.double() / layer.bias_unit
+    if layer.center is not None and layer.offset is not None:
+        met = shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), layer.center)
+        shifted = shifted + (layer.offset.double() - met.double())
+    return gain * unit, shifted
 
 
 def _solve(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
@@ -187,7 +210,8 @@ def _without_alpha(module: nn.Module) -> dict[int, nn.Module]:
     """Take a scalar of 1 off an output; return what must be replaced by what."""
     if isinstance(module, ScaledOutput):
         cast(nn.Module, module).__class__ = module._normfree_original
-        del module._parameters["alpha"]
+        del module._parameters["raw_alpha"]
+        del module.__dict__["alpha_unit"]
         return {}
     kept = module.act if isinstance(module, ChannelAffine) and module.act is not None else nn.Identity()
     if isinstance(module, SkipInit):
@@ -196,21 +220,29 @@ def _without_alpha(module: nn.Module) -> dict[int, nn.Module]:
     return {id(module): kept}
 
 
-def _plain(layer: ScaledWeight, folds: bool, bias: nn.Parameter | None) -> None:
-    """Give a carrier its old class and, if a norm takes gain and bias back, its old bias; else alpha goes into it."""
-    module = cast(nn.Module, layer)
-    if not folds and not _is_one(layer.alpha):
-        weight, scaled = layer.combined()
-        module._parameters["weight"] = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
-        module._parameters["bias"] = None if scaled is None else nn.Parameter(scaled, layer.bias.requires_grad)
-    if folds:
-        module._parameters["bias"] = bias
-        if bias is not None:
-            bias.data = bias.to(layer.weight)
-    module.__class__ = layer._normfree_original
-    for name in ("gain", "alpha"):
-        del module._parameters[name]
-    del module.__dict__["alpha_channels"]
+def _without_norm(module: nn.Module, bias: nn.Parameter | None, unit: float) -> None:
+    """Make a layer plain whose norm takes back gain, bias and alpha: with its old bias, and its weight in old units."""
+    weight = cast(nn.Parameter, module._parameters["weight"])
+    if unit != 1.0:
+        weight.data = weight.data / unit
+    module._parameters["bias"] = bias
+    if bias is not None:
+        bias.data = bias.to(weight)
+    plain_(module)
+
+
+def _plain(layer: ScaledWeight) -> None:
+    """Make any other carrier plain. One that has moved may need a bias that it had not."""
+    module, weight, old = cast(nn.Module, layer), layer.weight, layer.bias
+    combined, bias = layer.combined()
+    if bias is not None and layer.raw_alpha is None:  # what was not trained comes back without a rounding
+        bias = _learnt(layer, 1.0)[1].to(weight)
+    weight.data = combined.contiguous()
+    if bias is not None and (old is not None or bool(bias.any())):
+        old = nn.Parameter(torch.empty_like(bias), weight.requires_grad) if old is None else old
+        old.data = bias
+    plain_(module)
+    module._parameters["bias"] = old
 
 
 def _own_forward(block: ScaledSum, slots: dict[int, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""What remains where a norm was: modules in its slot, and layers that carry alpha and gain on their weight."""
+"""What remains where a norm was: modules in its slot, and layers that carry alpha and constants on their weight."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from normfree.layers.carriers import (
     scaled_weight_class,
     skipinit_name,
 )
+from normfree.layers.combining import shift
 from normfree.layers.copies import CopiedAffine, CopiedOutput, CopiedSkipInit
 from normfree.layers.linearity import is_carrier
-from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
+from normfree.layers.slots import ChannelAffine, Channels, Copy, HasAlpha, SkipInit, alpha_of, alpha_scale
 
 __all__ = [
     "ChannelAffine",
@@ -23,15 +24,18 @@ __all__ = [
     "CopiedOutput",
     "CopiedSkipInit",
     "Copy",
+    "HasAlpha",
     "ScaledOutput",
     "ScaledSum",
     "ScaledWeight",
     "SkipInit",
+    "alpha_of",
     "alpha_scale",
     "is_carrier",
     "is_normfree",
     "scaled_output_class",
     "scaled_weight_class",
+    "shift",
     "skipinit_name",
 ]
 

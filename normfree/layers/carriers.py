@@ -1,22 +1,20 @@
-"""Layers that carry alpha and gain.
+"""Layers that carry alpha, and the constants of the coordinates in which they learn.
 
-``alpha * (gain * conv(x; W) + bias) == conv(x; alpha * gain * W) + alpha * bias``: on the weight the scalar costs
+``alpha * (gain * conv(x; V) + bias) == conv(x; alpha * gain * V) + alpha * bias``: on the weight the scalar costs
 nothing per image, on the activation it costs one saved activation per block. So a convolution or linear layer
 that ends a residual branch, or that fed a norm, becomes the :class:`ScaledWeight` of its own class (its ``weight``
-keeps its key and its values); any other module that ends a branch becomes a :class:`ScaledOutput`. An instance
-becomes one by assignment to ``__class__``: same object, same keys, same hooks, and still an ``isinstance`` of what
-it was.
+keeps its key); any other module that ends a branch becomes a :class:`ScaledOutput`. An instance becomes one by
+assignment to ``__class__``: same object, same keys, same hooks, and still an ``isinstance`` of what it was.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
-import torch.fx
 from torch import Tensor, nn
 
-from normfree.layers.slots import Channels, alpha_scale
+from normfree.layers.combining import combine
+from normfree.layers.slots import Channels, HasAlpha, alpha_of
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -25,35 +23,6 @@ else:
 
 __all__ = ["ScaledOutput", "ScaledSum", "ScaledWeight", "Seen", "scaled_output_class", "scaled_weight_class"]
 __all__ += ["skipinit_name"]
-
-
-@torch.fx.wrap
-def scaled_weight(
-    weight: Tensor, gain: Tensor | None, alpha: Tensor | None, channels: Channels, groups: int | None
-) -> Tensor:
-    """Return ``alpha * gain * weight``; ``groups`` is given for a transposed convolution."""
-    factor = gain
-    if alpha is not None:
-        features = weight.shape[0] if groups is None else weight.shape[1] * groups
-        factor = alpha_scale(alpha, channels, features)
-        factor = factor if gain is None else gain * factor
-    if factor is None:
-        return weight
-    if factor.dim() == 0:
-        return weight * factor
-    if groups is None:
-        return weight * factor.reshape(-1, *(1,) * (weight.dim() - 1))
-    # Transposed: weight is (C_in, C_out / groups, *), and output channel g * C_out / groups + j lives in group g.
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    return (grouped * factor.reshape(groups, 1, -1, *(1,) * (weight.dim() - 2))).reshape(weight.shape)
-
-
-@torch.fx.wrap
-def scaled_bias(bias: Tensor | None, alpha: Tensor | None, channels: Channels) -> Tensor | None:
-    """Return ``alpha * bias``."""
-    if bias is None or alpha is None:
-        return bias
-    return bias * alpha_scale(alpha, channels, bias.shape[0])
 
 
 class Seen:
@@ -81,24 +50,34 @@ class _Scaled(_Module):
         return _empty, (mixin, original), *reduced[2:]
 
 
-class ScaledWeight(_Scaled):
-    """Mixin for a layer whose weight is multiplied by gain and alpha on the fly.
+class ScaledWeight(_Scaled, HasAlpha):
+    """Mixin for a layer that computes with another weight than the one that it learns; see :mod:`.combining`.
 
-    It runs the forward of its original class, which sees the product in place of the weight.
-    ``gain``: per output channel, ``(C,)``, or ``None``. ``alpha``: ``(1,)``, or ``None``.
+    It runs the forward of its original class, which sees the combined weight and bias in place of its own.
+
+    Attributes:
+        raw_alpha: What is learnt of alpha, ``(1,)``: alpha times :attr:`alpha_unit`; or ``None``.
+        gain: Constant of each output channel, ``(C,)``, or ``None``.
+        center: Constant, the mean of what a filter meets, ``(groups, C_in / groups * kernel)``, or ``None``.
+        offset: Constant that belongs to ``center``, ``(C,)``, or ``None``.
+        bias_unit: A constant: ``bias`` is that many times what it stands for.
+        alpha_channels: Range of output channels that alpha scales, or all of them.
     """
 
-    gain: nn.Parameter | None
-    alpha: nn.Parameter | None
+    gain: Tensor | None
+    center: Tensor | None
+    offset: Tensor | None
+    bias_unit: float
     alpha_channels: Channels
     weight: Any
     bias: Any
 
     def combined(self) -> tuple[Tensor, Tensor | None]:
-        """Return ``(alpha * gain * weight, alpha * bias)``, differentiably."""
+        """Return the weight and the bias that the layer computes with, differentiably."""
         groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
-        weight = scaled_weight(self.weight, self.gain, self.alpha, self.alpha_channels, groups)
-        return weight, scaled_bias(self.bias, self.alpha, self.alpha_channels)
+        alpha = alpha_of(self.raw_alpha, self.alpha_unit)
+        constants = self.gain, self.center, self.offset, self.alpha_channels
+        return combine(self.weight, self.bias, alpha, *constants, groups, self.bias_unit)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the original class does with the combined weight and bias."""
@@ -107,18 +86,17 @@ class ScaledWeight(_Scaled):
 
     def extra_repr(self) -> str:
         """Say what is carried."""
-        carried = [name for name in ("gain", "alpha") if getattr(self, name) is not None]
+        carried = [name for name in ("gain", "center", "alpha") if getattr(self, name) is not None]
         return ", ".join([super().extra_repr(), *carried])
 
 
-class ScaledOutput(_Scaled):
+class ScaledOutput(_Scaled, HasAlpha):
     """Mixin for any other module that ends a branch: alpha times its output."""
-
-    alpha: nn.Parameter
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return alpha times what the original class returns."""
-        return cast(Tensor, super().forward(*args, **kwargs) * self.alpha.reshape(()))
+        alpha = alpha_of(cast(Tensor, self.raw_alpha), self.alpha_unit)
+        return cast(Tensor, super().forward(*args, **kwargs) * alpha.reshape(()))
 
 
 class ScaledSum(_Module):
@@ -131,7 +109,7 @@ def skipinit_name(addition: int) -> str:
 
 
 def scaled_weight_class(original: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of a layer's class that carries gain and alpha on the weight; see :func:`is_carrier`.
+    """Return the subclass of a layer's class that carries alpha and constants; see :func:`is_carrier`.
 
     Raises:
         TypeError: No class may be derived from ``original``.

@@ -51,7 +51,7 @@ def is_carrier(module: nn.Module) -> bool:
     return _inherits(cls, base) or (cls.__call__ is nn.Module.__call__ and _hands_on(module, _FUNCTIONS[base]))
 
 
-_TAKEN = ("gain", "alpha", "alpha_channels", "combined")
+_TAKEN = ("alpha", "alpha_channels", "alpha_unit", "center", "combined", "gain", "offset", "raw_alpha")
 
 
 def _may_be_derived_from(cls: type[nn.Module]) -> bool:

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-__all__ = ["ChannelAffine", "Channels", "Copy", "SkipInit", "affine", "alpha_scale", "scale"]
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+__all__ = ["ChannelAffine", "Channels", "Copy", "HasAlpha", "SkipInit", "affine", "alpha_of", "alpha_scale", "scale"]
 
 Channels = tuple[int, int] | None
 """Range ``[start, stop)`` of output channels that alpha scales; ``None`` scales all of them."""
+
+
+@overload
+def alpha_of(raw: Tensor, unit: float) -> Tensor: ...
+@overload
+def alpha_of(raw: Tensor | None, unit: float) -> Tensor | None: ...
+def alpha_of(raw: Tensor | None, unit: float) -> Tensor | None:
+    """Return alpha, ``(1,)``, differentiably: what is learnt over its unit."""
+    return raw if raw is None or unit == 1.0 else raw / unit
+
+
+class HasAlpha(_Module):
+    """What a SkipInit scalar is stored in, and read from.
+
+    Attributes:
+        raw_alpha: What is learnt, ``(1,)``: alpha times :attr:`alpha_unit`; ``None`` without alpha.
+        alpha_unit: A constant: 1, or larger where alpha is to learn in smaller steps than the weights.
+    """
+
+    __jit_unused_properties__ = ("alpha",)
+    raw_alpha: nn.Parameter | None
+    alpha_unit: float
+
+    @property
+    def alpha(self) -> float | None:
+        """The SkipInit scalar as a number; assign one to change it. What learns is ``raw_alpha``."""
+        raw = self._parameters["raw_alpha"]
+        return None if raw is None else float(raw.detach()) / self.alpha_unit
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        raw = self._parameters["raw_alpha"]
+        if raw is None:
+            raise AttributeError(f"this {type(self).__name__} carries no alpha")
+        with torch.no_grad():
+            raw.fill_(value * self.alpha_unit)
 
 
 def alpha_scale(alpha: Tensor, channels: Channels, features: int) -> Tensor:
@@ -52,12 +93,14 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return shaped.to(x.dtype)
 
 
-class SkipInit(nn.Module):
+class SkipInit(HasAlpha, nn.Module):
     """Multiply by one learnable scalar: the SkipInit multiplier of De & Smith (NeurIPS 2020, section 4).
 
     Args:
         alpha: Starting value. 0 makes the branch vanish; ``1 / sqrt(d)`` for ``d`` branches also trains.
         channels: Scale only this range of channels (dimension 1), or all of them.
+        unit: What is learnt is ``unit`` times alpha: with SGD alpha then takes steps that are ``unit ** 2`` times
+            smaller, with Adam ``unit`` times.
 
     Shape:
         ``(N, C, *)`` to the same.
@@ -68,68 +111,81 @@ class SkipInit(nn.Module):
         tensor([[0.5000, 0.5000]], grad_fn=<MulBackward0>)
     """
 
+    if TYPE_CHECKING:
+        raw_alpha: nn.Parameter
+
     def __init__(
         self,
         alpha: float = 0.0,
         channels: Channels = None,
         *,
+        unit: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
+        self.alpha_unit = unit
         # (1,) and not 0-dim: FSDP refuses 0-dim parameters.
-        self.alpha = nn.Parameter(torch.full((1,), alpha, device=device, dtype=dtype))
+        self.raw_alpha = nn.Parameter(torch.full((1,), alpha * unit, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``alpha * input``."""
-        return scale(input, self.alpha, self.channels)
+        alpha: Tensor = self.raw_alpha
+        if self.alpha_unit != 1.0:
+            alpha = alpha / self.alpha_unit
+        return scale(input, alpha, self.channels)
 
     def extra_repr(self) -> str:
         """Say which channels are scaled."""
         return "" if self.channels is None else f"channels={self.channels}"
 
 
-class ChannelAffine(nn.Module):
+class ChannelAffine(HasAlpha, nn.Module):
     """What is left of a norm that no weight could absorb: ``alpha * act(drop(gain * x + bias))``.
 
     Every part may be missing. ``drop`` and ``act`` are the ones a fused norm-and-activation brought along and keep
     their keys. Without an activation alpha is folded into gain and bias, which costs nothing per image.
 
     Args:
-        gain: Per-channel scale, shape ``(C,)``.
+        gain: Per-channel scale, shape ``(C,)``: a parameter, or a constant, for which no activation is kept.
         bias: Per-channel shift, shape ``(C,)``.
-        alpha: SkipInit scalar, shape ``(1,)``.
+        raw_alpha: What is learnt of the SkipInit scalar, shape ``(1,)``: alpha times ``unit``.
         channels: Range of channels that alpha scales, or all of them.
         drop: Dropout that followed the norm.
         act: Activation that followed the norm.
         copy: Whether what comes in must be kept as it is from whatever works in place, as a norm did by itself.
+        unit: See :class:`SkipInit`.
 
     Shape:
         ``(N, C, *)`` to the same.
     """
 
-    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no parameter that may be missing
-        gain: nn.Parameter | None
+    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no tensor that may be missing
+        gain: Tensor | None
         bias: nn.Parameter | None
-        alpha: nn.Parameter | None
 
     def __init__(
         self,
-        gain: nn.Parameter | None = None,
+        gain: Tensor | None = None,
         bias: nn.Parameter | None = None,
-        alpha: nn.Parameter | None = None,
+        raw_alpha: nn.Parameter | None = None,
         channels: Channels = None,
         drop: nn.Module | None = None,
         act: nn.Module | None = None,
         copy: bool = False,
+        unit: float = 1.0,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.copy = copy
-        self.register_parameter("gain", gain)
+        self.alpha_unit = unit
+        if gain is None or isinstance(gain, nn.Parameter):
+            self.register_parameter("gain", gain)
+        else:
+            self.register_buffer("gain", gain)
         self.register_parameter("bias", bias)
-        self.register_parameter("alpha", alpha)
+        self.register_parameter("raw_alpha", raw_alpha)
         self.drop = drop
         self.act = act
 
@@ -137,12 +193,14 @@ class ChannelAffine(nn.Module):
         """Return ``alpha * act(drop(gain * input + bias))``."""
         last = self.drop is None and self.act is None
         x = input.clone() if self.copy else input
-        x = affine(x, self.gain, self.bias, self.alpha if last else None, self.channels)
+        alpha: Tensor | None = self.raw_alpha
+        if alpha is not None and self.alpha_unit != 1.0:
+            alpha = alpha / self.alpha_unit
+        x = affine(x, self.gain, self.bias, alpha if last else None, self.channels)
         if self.drop is not None:
             x = self.drop(x)
         if self.act is not None:
             x = self.act(x)
-        alpha = self.alpha
         if alpha is not None and not last:
             x = scale(x, alpha, self.channels)
         return x

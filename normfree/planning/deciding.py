@@ -13,15 +13,18 @@ from torch import nn
 from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
 from normfree.errors import UnsupportedModelError
+from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
-from normfree.plans import Action, Init, NormEdit, Plan
+from normfree.plans import Action, Carried, Init, NormEdit, Plan, Units
 from normfree.tracing.traces import Trace
 
-__all__ = ["Request", "decide"]
+__all__ = ["UNITS", "Request", "decide"]
 
 Modules = Mapping[str, nn.Module]
+UNITS: Mapping[Init, Units] = {"skipinit": Units(), "preserve": Units(weight=2.0, bias=2.0, alpha=4.0, head=8.0)}
+"""The coordinates of each starting point."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         sums=sums,
         biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
         weights=tuple(_weights(edits, findings)) if skipinit else (),
+        carried=() if skipinit else tuple(_carried(edits, findings, modules, apart, traced)),
+        units=UNITS[asked.init],
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
         opaque=tuple(traced.opaque.items()),
         reset=asked.reset,
@@ -175,6 +180,29 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
     for path, activation in findings.rescaled.items():
         if not kept or path in produced:
             yield path, gain_of(activation)
+
+
+def _carried(
+    edits: tuple[NormEdit, ...], findings: Findings, modules: Modules, apart: set[int], traced: Trace
+) -> Iterable[Carried]:
+    """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
+
+    A weight that somebody else uses too stays what it is.
+    """
+    kept = any(edit.action == "keep" for edit in edits)
+    produced = {edit.producer: None for edit in edits if edit.producer is not None}
+    rescaled = {} if kept else findings.rescaled
+    heads = () if kept else [path for path, followed in findings.known.items() if not followed]
+    for path in dict.fromkeys([*produced, *rescaled, *heads]):
+        layer = modules[path]
+        if path not in produced and not is_carrier(layer):
+            continue
+        hidden = any(path.startswith(f"{opaque}." if opaque else "") for opaque in traced.opaque)
+        own = id(layer.weight) not in apart and not hidden
+        head = path not in produced and path not in rescaled
+        centred = path in findings.known and not getattr(layer, "transposed", False)
+        if own or path in produced:
+            yield Carried(path, UNITS["preserve"].weight if own and not head else 1.0, centred, head)
 
 
 def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:

@@ -13,12 +13,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError
 from normfree.layers import is_normfree
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
-from normfree.plans import Init
+from normfree.plans import PLAN_ATTRIBUTE, Init
 
-__all__ = ["PLAN_ATTRIBUTE", "check_arguments", "check_model", "check_wrapping", "is_lazy", "module_problems"]
-
-PLAN_ATTRIBUTE = "_normfree_plan"
-"""Where a converted root keeps its plan, so that it can be saved and verified."""
+__all__ = ["check_arguments", "check_model", "check_wrapping", "is_lazy", "module_problems"]
 
 
 def check_arguments(init: str, alpha: object, scope: str) -> None:

@@ -25,8 +25,8 @@ __all__ = ["asked_unseen", "changed_classes", "goes_another_way"]
 
 def changed_classes(plan: Plan) -> frozenset[str]:
     """Return the modules that will have another class, or whose place something else will take."""
-    producers = {edit.producer for edit in plan.norms if edit.producer is not None and plan.init == "preserve"}
-    return frozenset({edit.name for edit in plan.removed} | producers | {alpha.path for alpha in plan.alphas})
+    carried = {layer.path for layer in plan.carried}
+    return frozenset({edit.name for edit in plan.removed} | carried | {alpha.path for alpha in plan.alphas})
 
 
 def goes_another_way(model: nn.Module, traced: Trace, sites: frozenset[str], plan: Plan) -> bool:
@@ -54,7 +54,7 @@ def _classes(model: nn.Module, plan: Plan) -> Iterator[None]:
     writes = prepare(model, replace(plan, inplace_activations=True))  # a copy would be one more operation
     after: dict[str, type[nn.Module]] = {path: type(slot) for path, slot in writes.slots.items()}
     for path, carrier in writes.carriers.items():
-        if carrier.gain is not None or carrier.alpha is not None:
+        if carrier.changes_class:
             after[path] = scaled_weight_class(type(model.get_submodule(path)))
     for path, (_, made) in (writes.outputs | writes.blocks).items():
         original = type(model.get_submodule(path))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import nn
 
-from normfree.analysis.findings import Findings, analyse
+from normfree.analysis.findings import Findings, analyse, flows
+from normfree.analysis.moments import Moments, input_moments
 from normfree.errors import NoNormError, UnsupportedModelError
 from normfree.norms import Norm, describe, find_norms
 from normfree.planning.deciding import Modules, Request, decide
@@ -21,7 +22,7 @@ from normfree.tracing.leaves import calls_batch_norm
 from normfree.tracing.trace import trace
 from normfree.tracing.traces import Trace
 
-__all__ = ["plan"]
+__all__ = ["look", "plan"]
 
 
 def plan(
@@ -65,6 +66,31 @@ def plan(
         sums: 8, 8 residual
         alphas: 8 placed, 0 declined
     """
+    made, _ = look(
+        model,
+        init=init,
+        alpha=alpha,
+        include=include,
+        exclude=exclude,
+        scope=scope,
+        reset=reset,
+        inplace_activations=inplace_activations,
+    )
+    return made
+
+
+def look(
+    model: nn.Module,
+    *,
+    init: str,
+    alpha: float | str | None,
+    include: Patterns,
+    exclude: Patterns,
+    scope: str,
+    reset: bool,
+    inplace_activations: bool,
+) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
+    """Return the plan, and what computes, from the model's own norms, what the carried layers of the plan meet."""
     check_arguments(init, alpha, scope)
     check_model(model)
     norms = find_norms(model)
@@ -97,7 +123,23 @@ def plan(
             raise UnsupportedModelError(tuple(problems.values()))
         if not norms:
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
-        return _unnoticed(copied, traced, sites, request, decide(request, traced, findings))
+        made = _unnoticed(copied, traced, sites, request, decide(request, traced, findings))
+    return made, lambda: _met(copied, traced, sites, described, made)
+
+
+def _met(
+    copied: nn.Module, traced: Trace, sites: frozenset[str], described: Mapping[str, Norm], made: Plan
+) -> dict[str, Moments]:
+    """Return what the carried layers meet, by path; where graphs differ, or nothing is known, they are left out."""
+    found: dict[str, Moments | None] = {}
+    names = {alias: edit.name for edit in made.norms for alias in (edit.name, *edit.aliases)}
+    centred = [carried.path for carried in made.carried if carried.centred]
+    for prefix, _, flow in flows(copied, traced, sites, distinct=True):
+        below = {path.removeprefix(prefix): described[name] for path, name in names.items() if path.startswith(prefix)}
+        paths = [path.removeprefix(prefix) for path in centred if path.startswith(prefix)]
+        for path, moments in input_moments(flow, below, paths).items():
+            found[prefix + path] = moments if found.get(prefix + path, moments) is not None else None
+    return {path: moments for path, moments in found.items() if moments is not None}
 
 
 def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str, str]:

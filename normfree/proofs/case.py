@@ -171,8 +171,8 @@ def error_between(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def alpha_of(model: nn.Module, path: str) -> nn.Parameter:
-    """Return the alpha that the module at ``path`` carries."""
-    alpha = model.get_submodule(path).alpha
-    if not isinstance(alpha, nn.Parameter):
+    """Return what the module at ``path`` learns of its alpha; zero where alpha is."""
+    raw = model.get_submodule(path)._parameters.get("raw_alpha")
+    if raw is None:
         raise TypeError(f"{path} carries no alpha")
-    return alpha
+    return raw

@@ -44,9 +44,9 @@ def same_function(case: Case) -> Proof:
             3, name, error <= tolerance, error, f"relative error {error:.1e}, where {tolerance:.1e} is rounding"
         )
     exact = case.run(case.exact(case.original, training=False))
-    # Gains are stored in the model's own dtype: that the edits are exact shows when they are made in float64.
+    # Constants are stored in the model's own dtype: that the edits are exact shows when they are made in float64.
     again = case.exact(case.original, training=False)
-    rewrite(again, case.plan)
+    rewrite(again, case.plan, {})
     if case.plan.fused:
         bake_(again)
     error = error_between(exact, case.run(again))

@@ -65,7 +65,7 @@ def _expected(case: Case) -> list[str] | None:
     Without the original, of all that ask for one.
     """
     if case.structure is None:
-        return [name for name, p in case.model.named_parameters() if p.requires_grad and not name.endswith("alpha")]
+        return [name for name, p in case.model.named_parameters() if p.requires_grad and not name.endswith("raw_alpha")]
     try:
         grads = _gradients(case, case.exact(case.structure, training=True))
     except RuntimeError:
@@ -84,5 +84,9 @@ def _without_gradient(alphas: dict[str, nn.Parameter]) -> list[str]:
 @torch.no_grad()
 def _open_scales(model: nn.Module, closed: set[int]) -> None:
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in ("alpha", "gain") and id(parameter) not in closed and not torch.any(parameter):
+        if (
+            name.rpartition(".")[2] in ("raw_alpha", "gain")
+            and id(parameter) not in closed
+            and not torch.any(parameter)
+        ):
             parameter.fill_(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,10 @@ def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]
     """Compare with the original: only what the plan names may differ, in keys and (``preserve``) in values."""
     names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
     slots = tuple(f"{name}." for name in names)
-    touched = {f"{edit.producer}.{leaf}" for edit in case.plan.removed for leaf in ("gain", "bias")}
-    touched |= {f"{path}.bias" for path in case.plan.biases} | {f"{a.holder}.alpha" for a in case.plan.alphas}
+    touched = {f"{edit.producer}.bias" for edit in case.plan.removed} | {f"{path}.bias" for path in case.plan.biases}
+    touched |= {f"{layer.path}.{leaf}" for layer in case.plan.carried for leaf in ("gain", "center", "offset")}
+    touched |= {f"{alpha.holder}.raw_alpha" for alpha in case.plan.alphas}
+    scaled = _aliases(case.model, {f"{layer.path}.weight" for layer in case.plan.carried})
     shared = _aliases(case.model, touched)
     lost = [k for k in before if k not in state and not k.startswith(slots)]
     new = [k for k in state if k not in before and k not in shared and not k.startswith(slots)]
@@ -45,10 +49,18 @@ def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]
         and k not in shared | _aliases(case.model, drawn)
         and not k.startswith(slots)
         and not torch.equal(state[k].cpu(), before[k].cpu())
+        and not (k in scaled and _times_power_of_two(state[k].cpu(), before[k].cpu()))
     ]
     compare = case.original is not None and case.plan.init == "preserve" and not case.plan.fused
     named = {"keys lost": lost, "keys unplanned": new, "values changed": moved if compare else []}
     return [f"{what}: {some(keys)}" for what, keys in named.items() if keys]
+
+
+def _times_power_of_two(after: Tensor, before: Tensor) -> bool:
+    """Whether every entry was multiplied by one and the same power of two, as the plan does to a weight."""
+    largest = before.abs().argmax()
+    factor = after.flatten()[largest] / before.flatten()[largest]
+    return math.frexp(float(factor))[0] == 0.5 and torch.equal(after, before * factor)
 
 
 def _aliases(model: nn.Module, names: set[str]) -> set[str]:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from normfree.errors import UsageError
-from normfree.planning.guards import PLAN_ATTRIBUTE
-from normfree.plans import Plan
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.proofs import PROOFS, Case, Proof
 from normfree.proofs.observing import tensors
 from normfree.proofs.reference import Reference

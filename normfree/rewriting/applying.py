@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.analysis.moments import Moments
 from normfree.analysis.tails import Place
 from normfree.errors import InternalError
 from normfree.layers import is_carrier, scaled_weight_class
 from normfree.norms import is_norm
-from normfree.planning.guards import PLAN_ATTRIBUTE
-from normfree.plans import Plan
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 from normfree.rewriting.preparing import Carrier, prepare
 from normfree.training.initialization import draw_
@@ -27,8 +27,14 @@ from normfree.training.initialization import draw_
 __all__ = ["hand_on_hooks", "replace_everywhere", "rewrite"]
 
 
-def rewrite(model: nn.Module, plan: Plan) -> None:
+def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> None:
     """Apply ``plan`` to ``model`` in place.
+
+    Args:
+        model: The model.
+        plan: The plan.
+        met: What the carried layers meet, by path. ``None`` where weights and constants come from a file: then weights
+            stay what they are.
 
     Raises:
         InternalError: The plan does not fit the model. The model is unchanged.
@@ -36,7 +42,7 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     find = functools.partial(_find, modules, type(model).__name__)
     _check(plan, find)
-    writes = prepare(model, plan)
+    writes = prepare(model, plan, met)
     originals = Originals.of(modules, plan) if plan.init == "preserve" else None
     out_of_place = [find(path) for path in plan.out_of_place]
     drawn = [(find(path), gain) for path, gain in plan.drawn]
@@ -44,7 +50,8 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
         _write_carrier(modules[path], carrier)
     for path, (alpha, cls) in writes.outputs.items():
         modules[path].__class__ = cls
-        modules[path]._parameters["alpha"] = alpha
+        modules[path]._parameters["raw_alpha"] = alpha
+        modules[path].__dict__["alpha_unit"] = plan.units.alpha
     for path, (held, cls) in writes.blocks.items():
         modules[path].__class__ = cls
         modules[path]._modules.update(held)
@@ -80,6 +87,9 @@ def _check(plan: Plan, find: Callable[[str], nn.Module]) -> None:
             raise InternalError(f"the plan removes a norm at {edit.name!r}, where the model has none")
         if edit.producer is not None and not is_carrier(find(edit.producer)):
             raise InternalError(f"{edit.producer!r} cannot take a gain and a bias")
+    for carried in plan.carried:
+        if not is_carrier(find(carried.path)):
+            raise InternalError(f"{carried.path!r} cannot learn in units of its own")
     for path in plan.biases:
         if not is_carrier(find(path)):
             raise InternalError(f"{path!r} cannot take a bias")
@@ -117,12 +127,15 @@ def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
 def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
     if carrier.bias is not None:
         layer._parameters["bias"] = carrier.bias
-    if carrier.gain is None and carrier.alpha is None:
+    if not carrier.changes_class:
         return
     layer.__class__ = scaled_weight_class(type(layer))
-    layer._parameters["gain"] = carrier.gain
-    layer._parameters["alpha"] = carrier.alpha
-    layer.__dict__["alpha_channels"] = carrier.channels
+    layer._parameters["raw_alpha"] = carrier.raw_alpha
+    layer._buffers.update(gain=carrier.gain, center=carrier.center, offset=carrier.offset)
+    layer.__dict__.update(alpha_channels=carrier.channels, alpha_unit=carrier.alpha_unit, bias_unit=carrier.bias_unit)
+    weight = layer._parameters["weight"]
+    if carrier.times != 1.0 and weight is not None:
+        weight.data = weight.data * carrier.times
 
 
 def replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:

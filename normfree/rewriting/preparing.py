@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.analysis.moments import Moments, norm_of
 from normfree.errors import InternalError
 from normfree.layers import (
     ChannelAffine,
@@ -21,24 +23,38 @@ from normfree.layers import (
     ScaledOutput,
     SkipInit,
     scaled_output_class,
+    shift,
     skipinit_name,
 )
 from normfree.norms import Norm, describe
-from normfree.plans import Alpha, NormEdit, Plan
+from normfree.plans import Alpha, Carried, NormEdit, Plan, Units
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.originals import folded
 
-__all__ = ["Carrier", "Writes", "prepare"]
+__all__ = ["Carrier", "Writes", "centred_at", "prepare"]
 
 
 @dataclass
 class Carrier:
-    """New parameters of one layer that stays where it is."""
+    """What one layer that stays where it is gets: see :class:`normfree.layers.ScaledWeight`.
 
-    gain: nn.Parameter | None = None
+    ``times`` is how many times the layer's weight its new one is.
+    """
+
+    gain: Tensor | None = None
     bias: nn.Parameter | None = None
-    alpha: nn.Parameter | None = None
+    raw_alpha: nn.Parameter | None = None
     channels: Channels = None
+    center: Tensor | None = None
+    offset: Tensor | None = None
+    bias_unit: float = 1.0
+    alpha_unit: float = 1.0
+    times: float = 1.0
+
+    @property
+    def changes_class(self) -> bool:
+        """Whether the layer computes with another weight than its own; else it only gets a bias."""
+        return not (self.gain is None and self.raw_alpha is None and self.center is None)
 
 
 @dataclass
@@ -51,8 +67,14 @@ class Writes:
     blocks: dict[str, tuple[dict[str, nn.Module], type[nn.Module]]] = field(default_factory=dict)
 
 
-def prepare(model: nn.Module, plan: Plan) -> Writes:
-    """Compute what ``plan`` writes into ``model``, without touching it."""
+def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> Writes:
+    """Compute what ``plan`` writes into ``model``, without touching it.
+
+    Args:
+        model: The model.
+        plan: The plan.
+        met: What the carried layers meet, by path; ``None`` where the constants come from a file.
+    """
     writes = Writes()
     modules = dict(model.named_modules(remove_duplicate=False))
     preserve = plan.init == "preserve"
@@ -60,7 +82,10 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
     for edit in plan.removed:
         writes.slots[edit.name] = _slot(modules[edit.name], edit, plan, in_slot.get(edit.name), model)
         if edit.producer is not None and preserve:
-            writes.carriers[edit.producer] = _fold(modules[edit.producer], modules[edit.name])
+            writes.carriers[edit.producer] = _fold(modules[edit.producer], modules[edit.name], plan)
+    for carried in plan.carried:
+        carrier = writes.carriers.setdefault(carried.path, Carrier())
+        _carry(modules[carried.path], carrier, carried, plan.units, met)
     for path in plan.biases:
         layer = modules[path]
         bias = torch.zeros(_features(layer), dtype=_weight(layer).dtype, device=_weight(layer).device)
@@ -69,15 +94,15 @@ def prepare(model: nn.Module, plan: Plan) -> Writes:
         module = modules[alpha.path]
         if alpha.place == "weight":
             carrier = writes.carriers.setdefault(alpha.path, Carrier())
-            carrier.alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
-            carrier.channels = alpha.channels
+            carrier.raw_alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
+            carrier.channels, carrier.alpha_unit = alpha.channels, plan.units.alpha
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(plan, _alpha_beside(plan, module, model), alpha.channels)
         elif alpha.place == "output":
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 cls = ChannelAffine if plan.inplace_activations else CopiedAffine
-                writes.slots[alpha.path] = cls(alpha=scalar, act=module)
+                writes.slots[alpha.path] = cls(raw_alpha=scalar, act=module, unit=plan.units.alpha)
             else:
                 mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
                 writes.outputs[alpha.path] = scalar, scaled_output_class(type(module), mixin)
@@ -113,7 +138,11 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
         fresh = torch.zeros(norm.features, device=like.device)
         affine = norm.affine() if plan.init == "preserve" else (fresh + 1 if edit.action == "affine" else None, fresh)
         train = _learns(norm.weight, norm, _trains(model))
-        gain = None if affine[0] is None else nn.Parameter(affine[0].to(like.dtype), train)
+        gain = None if affine[0] is None else affine[0].to(like.dtype)
+        if (
+            gain is not None and plan.init == "skipinit"
+        ):  # under ``preserve`` it is a constant, and no activation is kept
+            gain = nn.Parameter(gain, train)
         bias = nn.Parameter(affine[1].to(like.dtype), _learns(norm.bias, norm, train))
     if alpha is not None:
         scalar = _alpha_beside(plan, module, model)
@@ -125,7 +154,8 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     hooked = gain is not None or bias is not None or scalar is not None
     cls = CopiedAffine if edit.copy and hooked and not plan.inplace_activations else ChannelAffine
     copy = edit.copy and edit.action in ("fold", "delete")
-    return cls(gain, bias, scalar, alpha.channels if alpha else None, norm.drop, norm.act, copy)
+    channels = alpha.channels if alpha else None
+    return cls(gain, bias, scalar, channels, norm.drop, norm.act, copy, plan.units.alpha)
 
 
 def _learns(value: Tensor | None, norm: Norm, otherwise: bool) -> bool:
@@ -142,24 +172,66 @@ def _trains(model: nn.Module) -> bool:
 
 
 def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
-    slot = SkipInit(channels=channels) if plan.inplace_activations else CopiedSkipInit(channels=channels)
-    slot.alpha = alpha
+    cls = SkipInit if plan.inplace_activations else CopiedSkipInit
+    slot = cls(channels=channels, unit=plan.units.alpha)
+    slot.raw_alpha = alpha
     return slot
 
 
-def _fold(layer: nn.Module, module: nn.Module) -> Carrier:
+def _fold(layer: nn.Module, module: nn.Module, plan: Plan) -> Carrier:
+    """Return what a layer takes over from the norm behind it; the constant in front of its weight is to be divided."""
     norm = describe(module)
     weight, old = _weight(layer), layer._parameters["bias"]
     gain, bias = folded(norm, old)
     trained = _learns(norm.weight, norm, weight.requires_grad)
     learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or [trained]
     return Carrier(
-        gain=nn.Parameter(gain.to(weight.dtype), trained), bias=nn.Parameter(bias.to(weight.dtype), any(learns))
+        gain=gain.to(weight.dtype),
+        bias=nn.Parameter((bias * plan.units.bias).to(weight.dtype), any(learns)),
+        bias_unit=plan.units.bias,
     )
 
 
+@torch.no_grad()
+def _carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Mapping[str, Moments] | None) -> None:
+    """Choose the coordinates of a layer: its weight grows by a power of two, and the constants undo it."""
+    weight = _weight(layer)
+    moments = None if met is None else met.get(carried.path)
+    if carried.centred:
+        carrier.center = centred_at(layer, None if moments is None else moments.mean)
+    unit = carried.unit
+    if carried.head and moments is not None:
+        places = weight[0].numel() // max(len(moments.mean), 1)
+        norm = norm_of(moments.variance, max(places, 1))
+        unit = 2.0 ** round(math.log2(norm / units.head)) if norm > 0 else 1.0
+    ones = weight.new_ones(_features(layer))
+    carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
+    carrier.times = 1.0 if met is None else unit
+    if carrier.center is not None:
+        groups = getattr(layer, "groups", 1)
+        scale = (carrier.gain * unit).reshape(-1, *(1,) * (weight.dim() - 1))
+        carrier.offset = shift(weight * scale, carrier.center.reshape(groups, -1))
+
+
+def centred_at(layer: Any, mean: Tensor | None) -> Tensor:
+    """Return the mean of what each entry of a layer's filters meets, ``(groups, C_in / groups * kernel)``.
+
+    Args:
+        layer: A convolution or linear layer.
+        mean: Of its input channels, or of the channels that were flattened into its input; zeros if it is not known.
+    """
+    weight, groups = _weight(layer), getattr(layer, "groups", 1)
+    wide = weight.shape[1] * groups
+    if mean is None or len(mean) == 0 or wide % len(mean):
+        return weight.new_zeros(groups, weight[0].numel())
+    mean = mean.to(weight.device, weight.dtype).repeat_interleave(wide // len(mean))
+    kernel = weight[0, 0].numel()
+    return mean.reshape(groups, -1, 1).expand(-1, -1, kernel).reshape(groups, -1).contiguous()
+
+
 def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:
-    return nn.Parameter(torch.full((1,), plan.alpha, device=like.device, dtype=like.dtype), requires_grad)
+    start = torch.full((1,), plan.alpha * plan.units.alpha, device=like.device, dtype=like.dtype)
+    return nn.Parameter(start, requires_grad)
 
 
 def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Parameter:

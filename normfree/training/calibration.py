@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
-from normfree.layers import ChannelAffine, ScaledWeight, alpha_scale
-from normfree.planning.guards import PLAN_ATTRIBUTE
-from normfree.plans import Plan
+from normfree.layers import ChannelAffine, ScaledWeight, alpha_of, alpha_scale
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.proofs.observing import Still
 from normfree.tracing.copying import deep_copy
 
@@ -150,7 +149,7 @@ class _Calibrator:
     def before(self, layer: nn.Module, _: Any) -> None:
         """Take alpha out of the way: what it scales is looked at as if it were one."""
         if isinstance(layer, ScaledWeight):
-            self.alpha, layer.alpha = layer.alpha, None
+            self.alpha, layer.raw_alpha = layer.raw_alpha, None
 
     def standardize(self, slot: nn.Module, args: tuple[Tensor]) -> None:
         """Set the bias, and the gain if there is one, that a norm left behind in its slot, from what comes in."""
@@ -177,8 +176,9 @@ class _Calibrator:
             self.done = True
             output = self._calibrate(layer, output, channels)
         if isinstance(layer, ScaledWeight) and self.alpha is not None:
-            layer.alpha = self.alpha
-            factor = alpha_scale(layer.alpha, layer.alpha_channels, output.shape[channels])
+            layer.raw_alpha = self.alpha
+            alpha = alpha_of(self.alpha, layer.alpha_unit)
+            factor = alpha_scale(alpha, layer.alpha_channels, output.shape[channels])
             output = output * (factor if factor.dim() == 0 else _along(factor, output, channels))
         return output
 

@@ -110,6 +110,6 @@ def _classifier(model: nn.Module) -> nn.Module | None:
 
 def _alphas(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        alpha = module._parameters.get("alpha")
-        if alpha is not None and is_normfree(module):
-            yield alpha
+        raw = module._parameters.get("raw_alpha")
+        if raw is not None and is_normfree(module):
+            yield raw

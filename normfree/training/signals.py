@@ -14,9 +14,8 @@ from normfree.analysis.sums import SumNode, additions_of, find_sums, sum_names
 from normfree.conversion import convert
 from normfree.errors import UsageError, require
 from normfree.norms import find_norms
-from normfree.planning.guards import PLAN_ATTRIBUTE
 from normfree.planning.plan import plan as make_plan
-from normfree.plans import Init, Plan
+from normfree.plans import PLAN_ATTRIBUTE, Init, Plan
 from normfree.proofs.replaying import replay
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
