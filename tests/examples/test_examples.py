@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def _run(name: str, *arguments: object) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Block, alphas, assert_preserved, both, kinds, noise, plan_of, prove, randomise, set_alphas
-from test_blocks import Gated
+from harness import Block, Gated, alphas, assert_preserved, both, kinds, noise, plan_of, prove, randomise, set_alphas
 from torch import Tensor, nn
 
 import normfree

@@ -1,8 +1,9 @@
-"""What the trap tests share: models that have seen data, and the proof of a conversion."""
+"""What the tests share: models that have seen data, and the proof of a conversion."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 import normfree
 from normfree.tracing.copying import deep_copy
+
+ROOT = Path(__file__).parents[2]
+"""The repository: what is in it is found from here, however deep the test that asks."""
 
 
 class Block(nn.Module):
@@ -24,6 +28,25 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Gated(nn.Module):
+    """Ends in a product that nothing but its own forward computes; drops by hand, in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        y = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
+        if self.training:
+            y = nn.functional.dropout(y, 0.5)
+        y += x
+        return y
+
+    def describe(self) -> str:
+        return "gated"
 
 
 both = pytest.mark.parametrize("init", ["skipinit", "preserve"])

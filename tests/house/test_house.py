@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 
 import normfree
 
-ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "normfree").rglob("*.py"))
 
 

@@ -10,30 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import alphas, assert_close, assert_preserved, noise, plan_of, prove, randomise
+from harness import Gated, alphas, assert_close, assert_preserved, noise, plan_of, prove, randomise
 from torch import Tensor, nn
 
 import normfree
 from normfree.errors import UsageError
-
-
-class Gated(nn.Module):
-    """Ends in a product that nothing but its own forward computes; drops by hand, in training only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn(self.conv(x)))
-        y = y * torch.sigmoid(self.fc(y.mean((2, 3), keepdim=True)))
-        if self.training:
-            y = nn.functional.dropout(y, 0.5)
-        y += x
-        return y
-
-    def describe(self) -> str:
-        return "gated"
 
 
 class Optional(Gated):
