@@ -1,6 +1,6 @@
-"""What only a network without batch statistics can do, on networks that people use, in float64.
+"""What only a network without batch statistics can do, in float64: on timm's test networks, and on large ones.
 
-Data-parallel and sharded training of the same networks is in ``test_distributed.py``.
+Data-parallel and sharded training is in ``test_distributed.py`` and ``test_distributed_networks.py``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ Y = torch.tensor([0, 1, 2, 1])
 Gradients = dict[str, Tensor]
 
 
-CASES = [("resnet50", "preserve"), ("efficientnet_b0", "skipinit"), ("efficientnet_b0", "preserve")]
+CASES = [
+    *(("test_resnet", "preserve"), ("test_efficientnet", "skipinit"), ("test_efficientnet", "preserve")),
+    *(("resnet50", "preserve"), ("efficientnet_b0", "skipinit"), ("efficientnet_b0", "preserve")),
+]
+PARAMETERS = [
+    pytest.param(case, id="-".join(case), marks=() if case[0].startswith("test_") else pytest.mark.broad)
+    for case in CASES
+]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     """Return a network with batch norm, and the same without."""
     torch.manual_seed(0)

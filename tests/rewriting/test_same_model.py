@@ -24,7 +24,7 @@ X = noise(2, 3, 64, 64)
 @pytest.fixture(scope="module", params=["skipinit", "preserve"])
 def model(request: pytest.FixtureRequest) -> ResNet:
     torch.manual_seed(0)
-    original = timm.create_model("resnet50")
+    original = timm.create_model("resnet50", layers=(1, 1, 1, 1))
     randomise(original)
     converted: ResNet = normfree.convert(original, init=request.param)
     with torch.no_grad():
@@ -151,12 +151,12 @@ def test_autocast_stays_in_low_precision_through_every_block(model: ResNet, dtyp
             module.register_forward_hook(look(name))
     with torch.autocast("cpu", dtype):
         watched(X)
-    assert len(dtypes) == 16
+    assert len(dtypes) == 4
     assert set(dtypes.values()) == {dtype}
 
 
 def test_several_threads_plan_what_one_does() -> None:
-    models = [torchvision.models.resnet18(), torchvision.models.shufflenet_v2_x0_5(), timm.create_model("levit_128s")]
+    models = [*map(timm.create_model, ("test_resnet", "test_byobnet")), torchvision.models.shufflenet_v2_x0_5()]
     expected = [normfree.plan(model).to_json() for model in models]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: [normfree.plan(model).to_json() for model in models], range(4)))
