@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import alphas, assert_preserved, both, noise, prove, randomise
+from harness import assert_preserved, both, noise, prove, randomise
+from readings import alphas
 from torch import Tensor, nn
 
 import normfree

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from harness import actions, alphas, assert_preserved, both, kinds, noise, norms, plan_of, prove, randomise, set_alphas
+from harness import assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import actions, alphas, kinds, norms, plan_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import alphas, assert_close, assert_preserved, both, kinds, noise, prove, randomise, set_alphas
+from harness import assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import alphas, kinds
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import alphas, assert_preserved, both, kinds, noise, norms, plan_of, prove, randomise
+from harness import assert_preserved, both, noise, prove, randomise
+from readings import alphas, kinds, norms, plan_of
 from torch import Tensor, nn
 
 

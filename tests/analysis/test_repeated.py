@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Block, Gated, alphas, assert_preserved, both, kinds, noise, plan_of, prove, randomise, set_alphas
+from harness import Block, Gated, assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import alphas, kinds, plan_of
 from torch import Tensor, nn
 
 import normfree

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import actions, assert_close, assert_preserved, both, noise, norms, plan_of, prove, randomise
+from harness import assert_close, assert_preserved, both, noise, prove, randomise
+from readings import actions, norms, plan_of
 from torch import Tensor, nn
 
 import normfree

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import alphas, assert_close, assert_preserved, both, kinds, noise, plan_of, prove, randomise, set_alphas
+from harness import assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import alphas, kinds, plan_of
 from timm.layers import SEModule
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-import torchvision
-from harness import assert_close, noise, norms, plan_of, randomise, set_alphas
+from harness import assert_close, noise, randomise, set_alphas
+from marks import broad
+from readings import norms, plan_of
+from small import dense, preactivated
 from torch import nn
 
 import normfree
@@ -24,13 +27,45 @@ def trained(model: nn.Module, init: str = "preserve") -> nn.Module:
     return set_alphas(normfree.convert(randomise(model).double(), init=init), 0.7).eval()
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "resnext50_32x4d", "mobilenet_v2", "densenet121", "vgg11_bn", "googlenet"]
-)
-def test_fused_model_computes_the_same(name: str) -> None:
-    options = {"init_weights": True} if name == "googlenet" else {}
-    model = trained(torchvision.models.get_model(name, **options))
-    fused = normfree.fuse(model)
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "preactivated": lambda: preactivated(2, 2, classes=7),
+    "dense": lambda: dense(classes=7),
+}
+NETWORKS = [
+    *SMALL,
+    "timm:test_resnet",
+    "timm:test_efficientnet",
+    "timm:test_byobnet",
+    "torchvision:shufflenet_v2_x0_5",
+    *broad(
+        "torchvision:resnet18",
+        "torchvision:resnext50_32x4d",
+        "torchvision:mobilenet_v2",
+        "torchvision:regnet_y_400mf",
+        "torchvision:vgg11_bn",
+        "torchvision:googlenet",
+        "timm:resnetv2_50",
+        "timm:efficientnet_b0",
+        "timm:densenet121",
+        "timm:repvgg_a0",
+        "timm:rexnet_100",
+        "timm:mobilenetv3_small_050",
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def named(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    """A network that has seen data, and its name."""
+    name = request.param
+    return name, randomise(SMALL[name]() if name in SMALL else zoo.build(zoo.find(name), num_classes=7)).eval()
+
+
+def test_fused_model_computes_the_same(named: tuple[str, nn.Module]) -> None:
+    model = set_alphas(normfree.convert(deep_copy(named[1]).double(), init="preserve"), 0.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuseWarning)
+        fused = normfree.fuse(model)
     x = noise(2, 3, 64, 64, dtype=torch.float64)
     assert_close(fused(x), model(x))
     assert plan_of(fused).fused
@@ -61,8 +96,7 @@ def test_every_layer_type_comes_back_as_its_own(layer: nn.Module) -> None:
 
 
 def test_bias_free_layer_that_only_carries_alpha_stays_bias_free() -> None:
-    model = timm.create_model("resnetv2_50", num_classes=3)
-    model = set_alphas(normfree.convert(model.double(), init="preserve"), 0.5).eval()
+    model = set_alphas(normfree.convert(preactivated(2).double(), init="preserve"), 0.5).eval()
     fused = normfree.fuse(model)
     x = noise(2, 3, 32, 32, dtype=torch.float64)
     assert_close(fused(x), model(x))
@@ -71,19 +105,17 @@ def test_bias_free_layer_that_only_carries_alpha_stays_bias_free() -> None:
 
 
 def test_alpha_on_a_channel_range_and_behind_gates() -> None:
-    for name in ("rexnet_100", "seresnet50", "ghostnet_100"):
+    x = noise(2, 3, 64, 64, dtype=torch.float64)
+    for name in ("rexnet_100", "seresnet18"):
         model = trained(timm.create_model(name))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FuseWarning)
-            fused = normfree.fuse(model)
-        x = noise(2, 3, 64, 64, dtype=torch.float64)
-        assert_close(fused(x), model(x))
+        assert_close(normfree.fuse(model)(x), model(x))
 
 
-def test_what_stays_a_multiplication_is_named() -> None:
-    model = trained(timm.create_model("ghostnet_100"))
+def test_what_stays_a_multiplication_is_named_and_computes_the_same() -> None:
+    model, x = trained(timm.create_model("ghostnet_100")), noise(2, 3, 64, 64, dtype=torch.float64)
     with pytest.warns(FuseWarning, match=r"alpha stays a multiplication at blocks\.0"):
-        normfree.fuse(model)
+        fused = normfree.fuse(model)
+    assert_close(fused(x), model(x))
 
 
 def test_tied_weight_stays_what_it_was_elsewhere() -> None:
@@ -103,41 +135,29 @@ def test_tied_weight_stays_what_it_was_elsewhere() -> None:
 
 
 def test_training_mode_dtype_and_frozen_parameters_survive() -> None:
-    model = normfree.convert(randomise(torchvision.models.resnet18()), init="preserve").bfloat16().train()
-    model.conv1.weight.requires_grad_(False)
+    model = normfree.convert(randomise(timm.create_model("test_resnet")), init="preserve").bfloat16().train()
+    model.fc.weight.requires_grad_(False)
     fused = normfree.fuse(model)
     assert fused.training
     assert {p.dtype for p in fused.parameters()} == {torch.bfloat16}
-    assert not fused.conv1.weight.requires_grad
+    assert not fused.fc.weight.requires_grad
     assert fused.layer1[0].conv1.weight.requires_grad
 
 
 def test_nothing_to_fuse_is_an_error() -> None:
+    model = timm.create_model("test_resnet")
     with pytest.raises(normfree.errors.UsageError, match="this ResNet carries no gain and no alpha: convert it first"):
-        normfree.fuse(torchvision.models.resnet18())
-    fused = normfree.fuse(normfree.convert(torchvision.models.resnet18()))
+        normfree.fuse(model)
+    fused = normfree.fuse(normfree.convert(model))
     assert norms(fused) == []
     with pytest.raises(normfree.errors.UsageError, match="convert it first"):
         normfree.fuse(fused)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "torchvision:resnet18",
-        "torchvision:mobilenet_v2",
-        "torchvision:shufflenet_v2_x0_5",
-        "torchvision:regnet_y_400mf",
-        "timm:resnetv2_50",
-        "timm:efficientnet_b0",
-        "timm:densenet121",
-        "timm:repvgg_a0",
-        "timm:rexnet_100",
-        "timm:mobilenetv3_small_050",
-    ],
-)
-def test_fused_model_computes_the_same_in_float32_and_from_its_file(name: str, tmp_path: Path) -> None:
-    original = randomise(zoo.build(zoo.find(name), num_classes=7)).eval()
+def test_fused_model_computes_the_same_in_float32_and_from_its_file(
+    named: tuple[str, nn.Module], tmp_path: Path
+) -> None:
+    name, original = named
     model = set_alphas(normfree.convert(original, init="preserve"), 0.7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FuseWarning)
@@ -148,15 +168,17 @@ def test_fused_model_computes_the_same_in_float32_and_from_its_file(name: str, t
         # Rounding of another order of operations; the bound is the larger of 1e-6 and what float32 itself loses here.
         own = float((before - exact).abs().max() / exact.abs().max())
         assert_close(after, before, max(1e-6, 2 * own))
-        normfree.save(fused, tmp_path / "fused.safetensors", source=name, num_classes=7)
-        loaded = normfree.load(tmp_path / "fused.safetensors").eval()
+        about = {} if name in SMALL else {"source": name, "num_classes": 7}
+        normfree.save(fused, tmp_path / "fused.safetensors", **about)
+        like = SMALL[name]() if name in SMALL else None  # all others are found by their name
+        loaded = normfree.load(tmp_path / "fused.safetensors", model=like).eval()
         assert torch.equal(loaded(x), after)
     assert [type(module) for module in loaded.modules()] == [type(module) for module in fused.modules()]
 
 
 @pytest.mark.parametrize("init", ["skipinit", "preserve"])
 def test_a_fused_model_is_verified_but_for_its_scalars(init: str) -> None:
-    original = randomise(torchvision.models.resnet18())
+    original = randomise(timm.create_model("test_resnet"))
     fused = normfree.fuse(normfree.convert(original, init=init))
     report = normfree.verify(fused, original, noise(2, 3, 32, 32))
     assert report.ok, str(report)

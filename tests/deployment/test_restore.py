@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from harness import Block, assert_close, noise, norms, randomise, set_alphas
+from harness import Block, assert_close, noise, randomise, set_alphas
+from marks import broad
+from readings import norms
+from small import dense, preactivated
 from torch import Tensor, nn
 
 import normfree
@@ -16,21 +20,31 @@ from normfree import zoo
 from normfree.deployment.fuse import FuseWarning
 from normfree.errors import UnsupportedModelError, UsageError
 
+SMALL: dict[str, Callable[[], nn.Module]] = {"preactivated": lambda: preactivated(2, 2), "dense": dense}
 NAMES = [
-    "torchvision:resnet18",
-    "timm:resnetv2_50",
-    "timm:efficientnet_b0",
-    "timm:densenet121",
-    "timm:regnety_002",
+    *SMALL,
+    "timm:test_resnet",
+    "timm:test_efficientnet",
     "timm:repvgg_a0",
-    "timm:ghostnet_100",
+    *broad(
+        "torchvision:resnet18",
+        "timm:resnetv2_50",
+        "timm:efficientnet_b0",
+        "timm:densenet121",
+        "timm:regnety_002",
+        "timm:ghostnet_100",
+    ),
 ]
 X = noise(2, 3, 64, 64, dtype=torch.float64)
 
 
+def build(name: str) -> nn.Module:
+    return randomise(SMALL[name]() if name in SMALL else zoo.build(zoo.find(name), num_classes=5))
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def original(request: pytest.FixtureRequest) -> nn.Module:
-    return randomise(zoo.build(zoo.find(request.param), num_classes=5))
+    return build(request.param)
 
 
 def assert_same_state(found: nn.Module, expected: nn.Module) -> None:
@@ -74,9 +88,9 @@ def test_after_training_it_is_equivalent(original: nn.Module) -> None:
         assert_close(fresh(X), converted(X))
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnetv2_50"])
+@pytest.mark.parametrize("name", ["timm:test_resnet", "preactivated"])
 def test_trained_scalars_are_absorbed(name: str) -> None:
-    original = randomise(zoo.build(zoo.find(name), num_classes=5))
+    original = build(name)
     converted = set_alphas(normfree.convert(original, init="preserve").double(), 0.3).eval()
     restored = normfree.restore(converted)
     assert list(restored.state_dict()) == list(original.state_dict())
@@ -95,8 +109,8 @@ def test_a_scalar_that_nothing_absorbs_stays_and_is_named() -> None:
 
 
 def test_from_a_file_bit_for_bit_and_after_training_in_another_process(tmp_path: Path) -> None:
-    original = randomise(timm.create_model("resnetv2_50", num_classes=5))
-    about = {"source": "timm:resnetv2_50", "num_classes": 5}
+    original = randomise(timm.create_model("resnetv2_18", num_classes=5))
+    about = {"source": "timm:resnetv2_18", "num_classes": 5}
     normfree.save(normfree.convert(original, init="preserve"), tmp_path / "a.safetensors", **about)
     loaded = normfree.load(tmp_path / "a.safetensors")
     assert_same_state(normfree.restore(loaded), original)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from harness import assert_close, noise, plan_of, randomise
+from harness import assert_close, noise, randomise
+from readings import plan_of
 from torch import nn
 
 import normfree

@@ -9,8 +9,9 @@ import pytest
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
-from harness import actions, alphas, assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
+from harness import assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
 from odd_layers import LINEAR, OTHERS, Halved
+from readings import actions, alphas
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 

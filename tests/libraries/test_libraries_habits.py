@@ -11,19 +11,8 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import (
-    actions,
-    alphas,
-    assert_close,
-    assert_preserved,
-    both,
-    kinds,
-    noise,
-    norms,
-    plan_of,
-    prove,
-    randomise,
-)
+from harness import assert_close, assert_preserved, both, noise, prove, randomise
+from readings import actions, alphas, kinds, norms, plan_of
 from torch import Tensor, nn
 
 import normfree

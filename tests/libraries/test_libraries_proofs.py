@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Block, alphas, both, noise, prove, randomise
+from harness import Block, both, noise, prove, randomise
+from readings import alphas
 from torch import Tensor, nn
 
 import normfree

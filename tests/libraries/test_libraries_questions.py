@@ -8,20 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import (
-    Block,
-    actions,
-    alphas,
-    assert_close,
-    assert_preserved,
-    both,
-    kinds,
-    noise,
-    norms,
-    plan_of,
-    prove,
-    randomise,
-)
+from harness import Block, assert_close, assert_preserved, both, noise, prove, randomise
+from readings import actions, alphas, kinds, norms, plan_of
 from torch import Tensor, is_tensor, nn
 
 import normfree

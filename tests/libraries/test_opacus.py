@@ -15,8 +15,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
-from harness import Block, assert_close, both, noise, plan_of, prove, randomise, set_alphas
+from harness import Block, assert_close, both, noise, prove, randomise, set_alphas
+from marks import broad
+from readings import plan_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -87,7 +88,7 @@ def stem(*blocks: nn.Module) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: torchvision.models.resnet18(num_classes=3),
+    "resnet": lambda: timm.create_model("test_resnet", num_classes=3),
     "regnety_002": lambda: timm.create_model("regnety_002", num_classes=3),
     "gate": lambda: stem(AddsInPlace(Gate())),
     "activation": lambda: stem(AddsInPlace(nn.ELU(inplace=True))),
@@ -104,7 +105,7 @@ def private(name: str, init: str) -> nn.Module:
 
 
 @both
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["resnet", *SMALL, *broad("regnety_002")])
 def test_gradients_of_every_sample_are_those_of_a_loop(name: str, init: str) -> None:
     model = private(name, init).double().train()
     loop, x = copy.deepcopy(model), noise(2, 3, 32, 32, dtype=torch.float64)
@@ -130,13 +131,13 @@ def test_proofs_hold_without_anything_in_place(name: str, init: str) -> None:
 
 @both
 def test_without_the_option_opacus_cannot_hook_what_is_written_to_in_place(init: str) -> None:
-    model = GradSampleModule(normfree.convert(NETWORKS["resnet18"](), init=init).train())
+    model = GradSampleModule(normfree.convert(NETWORKS["resnet"](), init=init).train())
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         model(noise(2, 3, 32, 32))
 
 
 @both
-@pytest.mark.parametrize("name", ["resnet18", "regnety_002"])
+@pytest.mark.parametrize("name", ["resnet", *broad("regnety_002")])
 def test_an_epoch_of_private_training(name: str, init: str) -> None:
     model = private(name, init)
     assert ModuleValidator.validate(model) == []
@@ -173,7 +174,7 @@ def test_a_saved_model_comes_back_as_it_was_converted(name: str, init: str, tmp_
 
 @both
 def test_by_default_nothing_changes(init: str) -> None:
-    plan = normfree.plan(torchvision.models.resnet18(), init=init)
+    plan = normfree.plan(NETWORKS["resnet"](), init=init)
     assert plan.inplace_activations
     assert plan.out_of_place == ()
     assert not any(edit.copy for edit in plan.norms)
@@ -182,7 +183,7 @@ def test_by_default_nothing_changes(init: str) -> None:
 
 @both
 def test_every_kind_of_copy_is_tried_here(init: str) -> None:
-    modules = [module for name in NETWORKS for module in private(name, init).modules()]
+    modules = [module for name in SMALL for module in private(name, init).modules()]
     found = {cls.__name__ for module in modules for cls in type(module).__mro__}
     assert {"Copy", "CopiedAffine", "CopiedOutput", "CopiedSkipInit"} <= found
 

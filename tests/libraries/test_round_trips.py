@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from harness import assert_close, both, noise, norms, plan_of, randomise, set_alphas
+from harness import assert_close, both, noise, randomise, set_alphas
+from marks import broad
+from readings import norms, plan_of
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from torchvision.models import detection, resnet18
+from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -30,7 +32,7 @@ def same(found: list[Tensor] | tuple[Tensor, ...], expected: list[Tensor] | tupl
 
 
 @pytest.mark.parametrize("kind", ["list", "hook", "fx"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["test_resnet", *broad("resnet18", "mobilenetv3_small_050")])
 @torch.no_grad()
 def test_feature_extractors(name: str, kind: str) -> None:
     options = {} if kind == "list" else {"feature_cls": kind}
@@ -60,7 +62,7 @@ def test_features_that_are_collected_inside_the_blocks() -> None:
 @both
 @torch.no_grad()
 def test_a_feature_extractor_made_of_a_converted_model(init: str) -> None:
-    converted = set_alphas(normfree.convert(randomise(timm.create_model("resnet18")), init=init), 0.5).eval()
+    converted = set_alphas(normfree.convert(randomise(timm.create_model("test_resnet")), init=init), 0.5).eval()
     final, intermediates = converted.forward_intermediates(X)
     features = timm.models.FeatureListNet(copy.deepcopy(converted), out_indices=(0, 1, 2, 3, 4))
     same(features(X), intermediates)
@@ -85,7 +87,7 @@ def test_intermediate_layers_of_a_transformer_with_a_convolutional_stem(init: st
 
 
 @both
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["test_resnet", *broad("resnet18", "mobilenetv3_small_050", "repvgg_a0")])
 def test_conversion_before_and_after_another_head_is_the_same(name: str, init: str) -> None:
     original = randomise(timm.create_model(name, num_classes=7))
     before, after = copy.deepcopy(original), copy.deepcopy(original)
@@ -122,7 +124,7 @@ def steps(model: nn.Module, average: Any, count: int = 3) -> list[dict[str, Tens
 
 @both
 def test_moving_averages(init: str) -> None:
-    model = normfree.convert(randomise(resnet18(num_classes=3)), init=init, alpha=0.5)
+    model = normfree.convert(randomise(timm.create_model("test_resnet", num_classes=3)), init=init, alpha=0.5)
     expected = copy.deepcopy(model.state_dict())
     ema, swa = ModelEmaV3(model, decay=0.5), AveragedModel(model)
     torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
@@ -144,10 +146,10 @@ def test_moving_averages(init: str) -> None:
         assert_close(torchs.module.state_dict()[key], moving[key], 1e-5)
     assert type(ema.module) is type(swa.module) is type(model)
     update_bn([X], swa)  # a run over the data that batch norm would need: here there is nothing to update
-    assert_close(swa.module.conv1.weight, sum(state["conv1.weight"] for state in states) / 3, 1e-5)
+    assert_close(swa.module.fc.weight, sum(state["fc.weight"] for state in states) / 3, 1e-5)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, *broad(nn.BatchNorm2d)])
 def test_backbones_of_detectors(norm: type[nn.Module]) -> None:
     original = randomise(
         resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3, norm_layer=norm)
@@ -175,7 +177,7 @@ def test_backbones_of_detectors(norm: type[nn.Module]) -> None:
 def test_timm_saves_and_resumes(init: str, tmp_path: Path) -> None:
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = normfree.convert(randomise(resnet18(num_classes=3)), init=init, alpha=0.5)
+        model = normfree.convert(randomise(timm.create_model("test_resnet", num_classes=3)), init=init, alpha=0.5)
         return model, torch.optim.SGD(normfree.param_groups(model, lr=0.01), momentum=0.9)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -198,6 +200,6 @@ def test_timm_saves_and_resumes(init: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
     averaged, _ = build()
     load_checkpoint(averaged, str(tmp_path / "last.pth.tar"), use_ema=True)
-    assert not torch.equal(averaged.conv1.weight, model.conv1.weight)
+    assert not torch.equal(averaged.fc.weight, model.fc.weight)
     with pytest.raises(RuntimeError, match="Missing key"):
-        load_checkpoint(resnet18(num_classes=3), str(tmp_path / "last.pth.tar"))
+        load_checkpoint(timm.create_model("test_resnet", num_classes=3), str(tmp_path / "last.pth.tar"))

@@ -9,7 +9,8 @@ import pytest
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
-from harness import actions, assert_close, assert_preserved, both, noise, norms, plan_of, prove, randomise
+from harness import assert_close, assert_preserved, both, noise, prove, randomise
+from readings import actions, norms, plan_of
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import actions, assert_close, assert_preserved, both, noise, plan_of, prove, randomise
+from harness import assert_close, assert_preserved, both, noise, prove, randomise
+from readings import actions, plan_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 

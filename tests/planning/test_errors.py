@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import actions, assert_preserved, both, noise, norms, prove, randomise
+from harness import assert_preserved, both, noise, prove, randomise
+from readings import actions, norms
 from torch import Tensor, nn
 
 import normfree

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import Block, actions, alphas, assert_close, both, noise, norms, plan_of, prove, randomise
+from harness import Block, assert_close, both, noise, prove, randomise
+from readings import actions, alphas, norms, plan_of
 from torch import Tensor, nn
 
 import normfree

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from harness import assert_close, both, plan_of
+from harness import assert_close, both
 from hypothesis import assume, given
 from random_networks import Network, without_dropout
 from random_strategies import networks
+from readings import plan_of
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Gated, alphas, assert_close, assert_preserved, noise, plan_of, prove, randomise
+from harness import Gated, assert_close, assert_preserved, noise, prove, randomise
+from readings import alphas, plan_of
 from torch import Tensor, nn
 
 import normfree

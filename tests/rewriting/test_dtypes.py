@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import actions, alphas, assert_close, both, noise, prove, randomise
+from harness import assert_close, both, noise, prove, randomise
+from readings import actions, alphas
 from torch import Tensor, nn
 
 import normfree

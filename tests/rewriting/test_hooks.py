@@ -8,20 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import (
-    Block,
-    actions,
-    alphas,
-    assert_close,
-    assert_preserved,
-    both,
-    noise,
-    norms,
-    plan_of,
-    prove,
-    randomise,
-    set_alphas,
-)
+from harness import Block, assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import actions, alphas, norms, plan_of
 from torch import Tensor, nn
 
 import normfree

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import alphas, assert_close, assert_preserved, both, noise, norms, plan_of, prove, randomise, set_alphas
+from harness import assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import alphas, norms, plan_of
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from endings import Block, X, converted, ends, make
-from harness import alphas, assert_close, both, noise, prove, randomise, set_alphas
+from harness import assert_close, both, noise, prove, randomise, set_alphas
+from readings import alphas
 from torch import Tensor, nn
 
 import normfree

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import alphas, randomise, set_alphas
+from harness import randomise, set_alphas
+from readings import alphas
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 

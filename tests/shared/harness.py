@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from readings import plan_of
 from support_table import randomise as randomise
 from torch import Tensor, nn
 
@@ -88,33 +89,6 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> No
 
 def _double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else copy.deepcopy(x)
-
-
-def plan_of(model: nn.Module) -> normfree.Plan:
-    """Return the plan that a converted model carries."""
-    plan = model._normfree_plan
-    assert isinstance(plan, normfree.Plan)
-    return plan
-
-
-def actions(model: nn.Module) -> dict[str, str]:
-    """Return what became of every norm."""
-    return {edit.name: edit.action for edit in plan_of(model).norms}
-
-
-def kinds(model: nn.Module) -> list[str]:
-    """Return the kind of every sum."""
-    return [total.kind for total in plan_of(model).sums]
-
-
-def alphas(model: nn.Module) -> list[str]:
-    """Return the modules that carry an alpha, from the parameters and not from the plan."""
-    return [name.removesuffix(".alpha") for name, _ in model.named_parameters() if name.endswith(".alpha")]
-
-
-def norms(model: nn.Module) -> list[str]:
-    """Return the names of the batch norms in the module tree."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def set_alphas(model: nn.Module, value: float) -> nn.Module:

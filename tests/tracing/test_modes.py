@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import actions, assert_preserved, both, noise, norms, prove, randomise
+from harness import assert_preserved, both, noise, prove, randomise
+from readings import actions, norms
 from torch import Tensor, nn
 
 

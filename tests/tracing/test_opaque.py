@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import (
-    Block,
-    actions,
-    alphas,
-    assert_close,
-    assert_preserved,
-    both,
-    kinds,
-    noise,
-    norms,
-    plan_of,
-    prove,
-    randomise,
-)
+from harness import Block, assert_close, assert_preserved, both, noise, prove, randomise
+from readings import actions, alphas, kinds, norms, plan_of
 from torch import Tensor, nn
 
 import normfree
