@@ -8,7 +8,7 @@ from hypothesis import settings
 
 _common = settings(deadline=None, print_blob=True)
 settings.register_profile("same", _common, derandomize=True)
-settings.register_profile("search", _common, derandomize=False)
+settings.register_profile("search", _common)
 settings.load_profile("same")  # --hypothesis-profile comes later, and wins
 
 

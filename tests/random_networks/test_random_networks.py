@@ -1,8 +1,8 @@
 """Every promise, on residual networks that hypothesis puts together at random.
 
-Run more with ``pytest tests/test_random_networks.py --hypothesis-profile=thousand --hypothesis-seed=1``, or set
-NORMFREE_EXAMPLES. A failure prints the description of the smallest network that fails; ``hold(description, init)``
-replays it.
+The default run takes the same few every time, ``-m broad`` the same five hundred from each starting point, and
+``-m broad --hypothesis-profile=search --hypothesis-seed=1`` others. A failure prints the description of the smallest
+network that fails; ``hold(description, init)`` replays it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from harness import assert_close, both
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from random_networks import Network, without_dropout
 from random_strategies import networks
 from readings import plan_of
@@ -33,8 +33,18 @@ PLAN_DEPENDS_ON_MODE = False
 
 
 @both
+@settings(max_examples=15)
 @given(network=networks())
 def test_every_random_network_keeps_every_promise(network: Network, init: Init) -> None:
+    assume(trains(network))
+    hold(network, init)
+
+
+@pytest.mark.broad
+@both
+@settings(max_examples=500)
+@given(network=networks())
+def test_a_thousand_random_networks_keep_every_promise(network: Network, init: Init) -> None:
     assume(trains(network))
     hold(network, init)
 
