@@ -8,6 +8,7 @@ import pytest
 import torch
 from endings import X, converted, ends
 from harness import Block, assert_close, both, noise, randomise, set_alphas
+from marks import broad
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -87,13 +88,13 @@ NETWORKS = {
 }
 
 
-@both
 @pytest.mark.parametrize("name", NETWORKS)
-def test_no_more_compilations_than_the_bare_network(name: str, init: str) -> None:
+def test_no_more_compilations_than_the_bare_network(name: str) -> None:
     model = randomise(NETWORKS[name]())
     expected = compilations(bare(model), noise(*X))
-    torch._dynamo.reset()
-    assert compilations(normfree.convert(model, init=init), noise(*X)) == expected
+    for init in ("skipinit", "preserve"):
+        torch._dynamo.reset()
+        assert compilations(normfree.convert(model, init=init), noise(*X)) == expected, init
 
 
 @both
@@ -110,17 +111,17 @@ def test_switching_between_training_and_evaluation_compiles_nothing_anew(init: s
     assert counter.frame_count == 1
 
 
-@both
-@pytest.mark.parametrize("source", ["torchvision:resnet18", "timm:tf_efficientnet_lite0"])
-def test_real_networks_compile_into_one_graph_for_each_mode(source: str, init: str) -> None:
+@pytest.mark.parametrize("source", ["timm:test_resnet", *broad("torchvision:resnet18", "timm:tf_efficientnet_lite0")])
+def test_real_networks_compile_into_one_graph_for_each_mode(source: str) -> None:
     model = zoo.build(zoo.find(source))
     x = torch.randn(2, 3, 64, 64)
     expected = compilations(bare(model), x)
-    torch._dynamo.reset()
-    assert compilations(normfree.convert(model, init=init), x) <= expected
+    for init in ("skipinit", "preserve"):
+        torch._dynamo.reset()
+        assert compilations(normfree.convert(model, init=init), x) <= expected, init
 
 
-@both
+@pytest.mark.parametrize("init", ["preserve", *broad("skipinit")])  # which has no gain, and nothing else
 @ends
 def test_compiled_gradients_are_the_same(end: str, init: str) -> None:
     model, x = converted(end, init).train(), noise(*X)

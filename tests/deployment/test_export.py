@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from harness import Block, assert_close, noise, randomise
+from marks import broad
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -17,7 +18,7 @@ from normfree import errors
 from normfree.cli import app
 from normfree.errors import OutputError, UnsupportedModelError, UsageError
 
-NAMES = ["test_resnet", "test_efficientnet", "resnetv2_18d"]
+NAMES = ["test_efficientnet", *broad("test_resnet", "resnetv2_18d")]
 pytestmark = pytest.mark.filterwarnings(
     # of torch's own exporters and of TorchScript, about themselves
     "ignore::DeprecationWarning",

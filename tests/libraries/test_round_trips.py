@@ -31,8 +31,16 @@ def same(found: list[Tensor] | tuple[Tensor, ...], expected: list[Tensor] | tupl
         assert_close(one, other, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["list", "hook", "fx"])
-@pytest.mark.parametrize("name", ["test_resnet", *broad("resnet18", "mobilenetv3_small_050")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mobilenetv3_small_050", "list"),
+        ("test_resnet", "hook"),
+        ("test_resnet", "fx"),
+        *(pytest.param("resnet18", kind, marks=pytest.mark.broad) for kind in ("list", "hook", "fx")),
+        *(pytest.param("mobilenetv3_small_050", kind, marks=pytest.mark.broad) for kind in ("hook", "fx")),
+    ],
+)
 @torch.no_grad()
 def test_feature_extractors(name: str, kind: str) -> None:
     options = {} if kind == "list" else {"feature_cls": kind}

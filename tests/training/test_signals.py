@@ -24,7 +24,7 @@ STAGES = (3, 4, 6, 3)
 
 
 def noise() -> Tensor:
-    return torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
