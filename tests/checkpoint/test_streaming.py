@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from harness import randomise
+from marks import broad
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -56,8 +57,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("init", ["preserve", "skipinit"])
-@pytest.mark.parametrize("name", [NAME, "torchvision:regnet_y_400mf", "timm:levit_128s"])
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [
+        (NAME, "preserve"),
+        (NAME, "skipinit"),
+        ("torchvision:regnet_y_400mf", "skipinit"),
+        ("timm:levit_128s", "preserve"),
+        *broad(("torchvision:regnet_y_400mf", "preserve"), ("timm:levit_128s", "skipinit")),
+    ],
+)
 def test_the_same_bytes_as_from_memory(name: str, init: str, tmp_path: Path) -> None:
     state = randomise(zoo.build(zoo.find(name))).state_dict()
     for ending in (".safetensors", ".pth"):
@@ -182,7 +191,8 @@ def _convert(arguments: tuple[Path, Path]) -> bytes:
     return out.read_bytes()
 
 
-def test_threads_and_processes_write_the_same_file(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [0, *broad(2)])
+def test_threads_and_processes_write_the_same_file(checkpoint: Path, tmp_path: Path, processes: int) -> None:
     expected = whole(NAME, checkpoint, tmp_path / "a.safetensors")
     found: list[bytes] = []
     jobs = [(checkpoint, tmp_path / f"thread{i}.safetensors") for i in range(4)]
@@ -191,9 +201,10 @@ def test_threads_and_processes_write_the_same_file(checkpoint: Path, tmp_path: P
         thread.start()
     for thread in threads:
         thread.join()
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found += pool.map(_convert, [(checkpoint, tmp_path / f"process{i}.safetensors") for i in range(2)])
-    assert found == [expected] * 6
+    if processes:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            found += pool.map(_convert, [(checkpoint, tmp_path / f"process{i}.safetensors") for i in range(processes)])
+    assert found == [expected] * (4 + processes)
 
 
 def test_threads_that_write_one_name_leave_one_whole_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,5 +8,6 @@ import pytest
 
 
 def broad(*values: Any) -> list[Any]:
-    """Return parameters that only a run of everything takes."""
-    return [pytest.param(value, marks=pytest.mark.broad) for value in values]
+    """Return parameters that only a run of everything takes; a tuple holds one for each of several names."""
+    several = (value if isinstance(value, tuple) else (value,) for value in values)
+    return [pytest.param(*each, marks=pytest.mark.broad) for each in several]
