@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import finetune_timm
 import finite
 import labelled
 import pytest
@@ -19,10 +18,9 @@ import resuming
 import safetensors.torch
 import timm
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from harness import noise
 from PIL import Image
-from test_examples import EXAMPLES
+from scripts import EXAMPLES, run_here
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
@@ -50,13 +48,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def finetune(out: Path, images: Path, *arguments: object) -> Path:
-    """Run the example in this process, as a process of its own would, on one thread: more of them round otherwise."""
-    torch.set_num_threads(1)  # fixtures of the module come before what `conftest` does for a test
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(*SHORT, "--images", images, "--out", out, *arguments))
-        finetune_timm.main()
+    """Run the example in this process."""
+    run_here("finetune_timm.py", *SHORT, "--images", images, "--out", out, *arguments)
     return out
 
 
@@ -110,7 +103,6 @@ def test_the_model_is_what_normfree_loads(plain: Path, images: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-import finetune_timm
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import os
+import pkgutil
 import re
+import shlex
 import site
 import subprocess
 import sys
+import tempfile
 import venv
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
+import finetune_timm
 import pytest
+import quickstart
+import scripts
+from accelerate.commands.launch import launch_command_parser
+from harness import ROOT
 
-ROOT = Path(__file__).parents[2]
+import normfree
+
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SHELL = [text for language, text in BLOCKS if language == "bash"]
@@ -53,6 +65,45 @@ def test_console_blocks_print_what_they_say(number: int, tmp_path: Path, monkeyp
     assert not failures, "".join(failures)
 
 
+def commands(block: str) -> list[list[str]]:
+    """The words of every command of a shell block."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(part) for line in lines for part in line.split("&&")]
+
+
+def run_here(program: str, *words: str) -> None:
+    """Do in this process what a shell would start; what needs others is held to what it may be asked."""
+    if program == "normfree":
+        scripts.normfree(*words)
+    elif program == "python":
+        scripts.run_here(Path(words[0]).name, *words[1:])
+    elif program == "accelerate":
+        assert words[0] == "launch"
+        launched = launch_command_parser().parse_args(words[1:])
+        with scripts.as_if_alone(*map(str, (launched.training_script, *launched.training_script_args))):
+            assert finetune_timm.parse().cpu
+    elif program == "pip":
+        extras = re.findall(r"\w+", words[-1])
+        assert (words[0], words[-1][0]) == ("install", ".")
+        assert set(extras) <= set(metadata.metadata("normfree").get_all("Provides-Extra"))
+    else:
+        assert (program, words) == ("pytest", ()), "what runs this"
+
+
+@pytest.mark.parametrize("number", range(len(SHELL)))
+def test_shell_blocks_run_here(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(quickstart, "subprocess", SimpleNamespace(run=scripts.started_here))
+    asked = commands(SHELL[number])
+    for words in asked:
+        run_here(*words)
+    written = {path.name for path in tmp_path.rglob("*.*")}
+    for words in asked:
+        for option in {"-o", "--plot"} & set(words):
+            assert words[words.index(option) + 1] in written
+
+
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh virtual environment that sees this one's packages, so that torch is not downloaded once more."""
@@ -63,8 +114,9 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("number", range(len(SHELL)))
-def test_shell_blocks_run(number: int, fresh: Path, tmp_path: Path) -> None:
+def test_shell_blocks_run_in_a_fresh_environment(number: int, fresh: Path, tmp_path: Path) -> None:
     """In a copy of what git tracks, so that `pip install .` builds what a user gets."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -85,13 +137,7 @@ def test_shell_blocks_run(number: int, fresh: Path, tmp_path: Path) -> None:
 
 def test_docstring_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = (
-        "import doctest, importlib, pkgutil, sys, normfree\n"
-        "names = [m.name for m in pkgutil.walk_packages(normfree.__path__, 'normfree.') if '__main__' not in m.name]\n"
-        "results = [doctest.testmod(importlib.import_module(name)) for name in names]\n"
-        "print(sum(r.attempted for r in results))\n"
-        "sys.exit(sum(r.failed for r in results))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.splitlines()[-1]) >= 15
+    names = [m.name for m in pkgutil.walk_packages(normfree.__path__, "normfree.") if "__main__" not in m.name]
+    results = {name: doctest.testmod(importlib.import_module(name)) for name in names}
+    assert {name: result.failed for name, result in results.items() if result.failed} == {}
+    assert sum(result.attempted for result in results.values()) >= 15

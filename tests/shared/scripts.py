@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from harness import ROOT
 from typer.testing import CliRunner
 
@@ -23,21 +24,24 @@ EXAMPLES = ROOT / "examples"
 
 
 @contextlib.contextmanager
-def _as_if_alone(*arguments: str) -> Iterator[io.StringIO]:
-    """Catch what is printed, let warnings be what they are elsewhere, and leave one thread behind."""
+def as_if_alone(*arguments: str) -> Iterator[io.StringIO]:
+    """Start as in a process of its own: arguments, one thread, warnings that are no errors; catch what is printed."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as said,
         mock.patch.object(sys, "argv", list(arguments)),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        torch.set_num_threads(1)  # fixtures of a module come before what `conftest` does for a test
         yield said
     torch.set_num_threads(1)
 
 
 def run_here(name: str, *arguments: object) -> str:
     """Call an example's ``main`` with these arguments and return what it prints."""
-    with _as_if_alone(str(EXAMPLES / name), *map(str, arguments)) as said:
+    with as_if_alone(str(EXAMPLES / name), *map(str, arguments)) as said:
         importlib.import_module(Path(name).stem).main()
     return said.getvalue()
 
@@ -64,6 +68,6 @@ def started_here(command: list[str], **_options: Any) -> subprocess.CompletedPro
     if (how, what) == ("-m", "normfree"):
         return subprocess.CompletedProcess(command, 0, normfree(*arguments))
     assert how == "-c"
-    with _as_if_alone(how, *arguments) as said:
+    with as_if_alone(how, *arguments) as said:
         exec(compile(what, "<what a script starts>", "exec"), {"__name__": "__main__"})  # noqa: S102
     return subprocess.CompletedProcess(command, 0, said.getvalue())
