@@ -1,4 +1,4 @@
-"""All six proofs on real networks, from both starting points."""
+"""All six proofs from both starting points: on a small network of every kind, and on those that people use."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ import pytest
 import torch
 from harness import randomise
 from networks import NETWORKS, Network
+from structures import STRUCTURES, Structure
 
 import normfree
 from normfree.norms import is_norm
 
 
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_every_proof_holds_on_every_kind_of_structure(kind: str) -> None:
+    hold(STRUCTURES[kind])
+
+
+@pytest.mark.broad
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.source)
-def test_every_proof_holds_from_both_starting_points(network: Network) -> None:
+def test_every_proof_holds_on_the_networks_that_people_use(network: Network) -> None:
+    hold(network)
+
+
+def hold(network: Network | Structure) -> None:
     original = network.build()
     randomise(original)
     before = copy.deepcopy(original.state_dict())
     x = network.inputs()
 
     plan = normfree.plan(original, init="skipinit")
-    kinds, sums = Counter(total.kind for total in plan.sums), network.sums
-    assert (kinds["residual"], kinds["parallel"], kinds["merge"]) == (sums.residual, sums.parallel, sums.merge)
-    assert len(plan.alphas) == (sums.residual if network.scaled is None else network.scaled)
+    kinds = Counter(total.kind for total in plan.sums)
+    assert (kinds["residual"], kinds["parallel"], kinds["merge"]) == network.sums
+    assert len(plan.alphas) == (network.sums[0] if network.scaled is None else network.scaled)
     assert plan.declined == ()
 
     for init, start in (("skipinit", 0.0), ("preserve", 1.0)):

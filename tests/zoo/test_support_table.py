@@ -10,12 +10,17 @@ import pytest
 import support_table
 import torch
 import unusual_inputs
+from marks import broad
 
 ROWS = support_table.table()
 # Another version of a library may have other models, and others under the same name.
 SAME_VERSIONS = all(row["versions"] in ("", support_table.VERSIONS) for row in ROWS.values())
 NAMES = [name for name in support_table.names() if SAME_VERSIONS or name in ROWS]
 CHUNK = 20
+FEW = NAMES[:: len(NAMES) // 15]
+CHUNKS = [NAMES[start : start + CHUNK] for start in range(0, len(NAMES), CHUNK)]
+SMALLEST = support_table.smallest([row for row in ROWS.values() if row["model"] in NAMES])
+BY_SIZE = sorted(SMALLEST, key=lambda name: int(ROWS[name]["parameters"]))
 
 
 def _structure(name: str) -> dict[str, Any] | None:
@@ -25,10 +30,10 @@ def _structure(name: str) -> dict[str, Any] | None:
         return structure
 
 
-@pytest.mark.parametrize("start", range(0, len(NAMES), CHUNK), ids=lambda i: NAMES[i])
-def test_every_model_is_planned_as_the_table_says(start: int) -> None:
+@pytest.mark.parametrize("names", [FEW, *broad(*CHUNKS)], ids=lambda names: names[0])
+def test_every_model_is_planned_as_the_table_says(names: list[str]) -> None:
     wrong = []
-    for name in NAMES[start : start + CHUNK]:
+    for name in names:
         planned, row = _structure(name), ROWS.get(name)
         if planned is None or row is None:
             if (planned is None) != (row is None):
@@ -40,7 +45,7 @@ def test_every_model_is_planned_as_the_table_says(start: int) -> None:
     assert wrong == [], "renew the table: python examples/support_table.py"
 
 
-@pytest.mark.parametrize("name", support_table.smallest([row for row in ROWS.values() if row["model"] in NAMES]))
+@pytest.mark.parametrize("name", BY_SIZE[:2] + broad(*BY_SIZE[2:]))
 def test_smallest_model_of_every_file_is_proved_as_the_table_says(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries' own models
