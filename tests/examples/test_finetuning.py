@@ -19,6 +19,7 @@ import safetensors.torch
 import timm
 import torch
 from harness import noise
+from marks import broad
 from PIL import Image
 from scripts import EXAMPLES, run_here
 from torch import nn
@@ -103,6 +104,7 @@ def test_the_model_is_what_normfree_loads(plain: Path, images: Path) -> None:
 
 KILLED = """
 import os, signal, sys
+import finetune_timm
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
@@ -129,7 +131,7 @@ finetune_timm.main()
 """
 
 
-@pytest.mark.parametrize("moment", ["while writing", "within an epoch"])
+@pytest.mark.parametrize("moment", ["while writing", *broad("within an epoch")])
 def test_killed_and_resumed_it_ends_where_it_would_have(moment: str, whole: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     arguments = command(*SHORT, "--images", images, "--out", out, *VARIED)[1:]
@@ -171,6 +173,7 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(whole, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.broad
 def test_two_processes_do_what_one_does(plain: Path, images: Path, tmp_path: Path) -> None:
     done = launch(*SHORT, "--images", images, "--out", tmp_path, "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,7 @@ import pytest
 import torch
 import training_cost
 from harness import noise
+from marks import broad
 
 from normfree import zoo
 from normfree.bench import Setting, run
@@ -30,8 +31,14 @@ def test_table_shows_the_memory_of_the_bare_network(model: str, init: str) -> No
     assert ours["activation_operators"] == bare["activation_operators"]
 
 
-@pytest.mark.parametrize("init", ["skipinit", "preserve"])
-@pytest.mark.parametrize("model", ["torchvision:resnet18", "torchvision:mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("model", "init"),
+    [
+        ("torchvision:resnet18", "preserve"),
+        ("torchvision:mobilenet_v2", "skipinit"),
+        *broad(("torchvision:resnet18", "skipinit"), ("torchvision:mobilenet_v2", "preserve")),
+    ],
+)
 def test_figures_are_what_the_table_says(model: str, init: Any) -> None:
     setting = Setting(batch=2, runs=0, init=init, arms=("normfree", "bare"))
     results = run(model, zoo.build(zoo.find(model)), setting, images=noise(2, 3, 224, 224))
@@ -47,7 +54,7 @@ def test_figures_are_what_the_table_says(model: str, init: Any) -> None:
 def test_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "rows.csv"
     short = ["training_cost.py", "--runs", "0", "--size", "32", "--batch", "2", "--arms", "normfree,bare"]
-    monkeypatch.setattr("sys.argv", [*short, "--csv", str(table), "torchvision:resnet18"])
+    monkeypatch.setattr("sys.argv", [*short, "--csv", str(table), "timm:test_resnet"])
     training_cost.main()
     once = table.read_text()
     training_cost.main()

@@ -19,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("world", "name"), [(2, "resnet50"), (4, "efficientnet_b0")])
 def test_data_parallel_gradients_are_those_of_the_whole_batch(folder: Path, world: int, name: str) -> None:
     for rank in range(world):
@@ -28,12 +29,13 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch(folder: Path, worl
 
 
 def test_there_is_nothing_to_synchronise() -> None:
-    model = networks_worker.build("efficientnet_b0")
+    model = networks_worker.build("test_efficientnet")
     before = [type(module) for module in model.modules()]
     assert nn.SyncBatchNorm.convert_sync_batchnorm(model) is model
     assert [type(module) for module in model.modules()] == before
 
 
+@pytest.mark.broad
 def test_sharded_training_saves_and_loads_a_full_state(folder: Path) -> None:
     for rank in range(networks_worker.WORLD):
         before, after = torch.load(folder / str(rank))["sharded"]

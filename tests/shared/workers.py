@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from recipe import Outcome
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -88,11 +87,3 @@ def sharded(model: nn.Module, mine: Tensor) -> Result:
     local = {name: tuple(parameter.to_local().shape) for name, parameter in model.named_parameters()}
     gradients = {name: gradient.full_tensor() for name, gradient in train(model, mine).items()}
     return gradients, {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}, local
-
-
-def recorded(arm: str, lr: float, seed: int) -> Outcome:
-    """What an experiment's run returns: the arms have their accuracy from a table, and one of them diverges."""
-    share = {"bn": 0.5, "skipinit": 0.75, "deleted": None}[arm]
-    if share is None:
-        return Outcome(None, None, 1.0, "nan", "diverged")
-    return Outcome(share - lr / 10, share - seed / 10, 1.0, "2 1", "trained")
