@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
+from harness import Block, assert_close, assert_preserved, both, noise, prove, randomise, set_alphas
 from readings import alphas, kinds
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 
-class Block(nn.Module):
+class RandomBlock(Block):
     """``x + random(conv-bn-relu-conv-bn(x))``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.random(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
@@ -27,27 +22,27 @@ class Block(nn.Module):
         raise NotImplementedError
 
 
-class FunctionalDropout(Block):
+class FunctionalDropout(RandomBlock):
     def random(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5, self.training)
 
 
-class FunctionalDropout2d(Block):
+class FunctionalDropout2d(RandomBlock):
     def random(self, x: Tensor) -> Tensor:
         return F.dropout2d(x, p=0.5, training=self.training)
 
 
-class TorchDropout(Block):
+class TorchDropout(RandomBlock):
     def random(self, x: Tensor) -> Tensor:
         return torch.dropout(x, 0.5, self.training)
 
 
-class FunctionalDepth(Block):
+class FunctionalDepth(RandomBlock):
     def random(self, x: Tensor) -> Tensor:
         return stochastic_depth(x, 0.5, "row", self.training)
 
 
-class ModuleBlock(Block):
+class ModuleBlock(RandomBlock):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.drop = layer
@@ -56,7 +51,7 @@ class ModuleBlock(Block):
         return self.drop(x)
 
 
-class HandWritten(Block):
+class HandWritten(RandomBlock):
     """Drop path as many repositories write it, with the mask drawn inline and the scaling in place."""
 
     def random(self, x: Tensor) -> Tensor:
@@ -66,7 +61,7 @@ class HandWritten(Block):
         return x.div(0.5) * mask
 
 
-class DropConnect(Block):
+class DropConnect(RandomBlock):
     """Drop path as in EfficientNet-PyTorch: ``torch.rand`` of a shape read from the input."""
 
     def random(self, x: Tensor) -> Tensor:

@@ -32,6 +32,13 @@ def test_top_level_is_what_the_design_says() -> None:
     assert top == set(allowed.split())
 
 
+def test_every_room_of_the_package_has_tests_under_its_name() -> None:
+    rooms = {path.name for path in (ROOT / "normfree").iterdir() if (path / "__init__.py").exists()}
+    tests = list((ROOT / "tests").glob("*/test_*.py"))
+    assert rooms <= {path.parent.name for path in tests}
+    assert len({path.name for path in tests}) == len(tests), "pytest imports test files by their names alone"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small_and_quiet(path: Path) -> None:
     text = path.read_text()

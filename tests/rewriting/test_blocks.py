@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Gated, assert_close, assert_preserved, noise, prove, randomise
+from harness import Block, Gated, assert_close, assert_preserved, noise, prove, randomise
 from readings import alphas, plan_of
 from torch import Tensor, nn
 
@@ -74,13 +74,11 @@ def test_both_modes_are_rewritten_and_the_class_is_kept() -> None:
     assert torch.equal(converted(X), converted(X))
 
 
-class Weighed(nn.Module):
+class Weighed(Block):
     """Adds twice in its own forward, and has an attribute `alpha` that is something else."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
         self.alpha = nn.Parameter(torch.rand(2, 4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
