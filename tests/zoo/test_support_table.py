@@ -10,7 +10,10 @@ import pytest
 import support_table
 import torch
 import unusual_inputs
+from harness import randomise
 from marks import broad
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 ROWS = support_table.table()
 # Another version of a library may have other models, and others under the same name.
@@ -82,6 +85,16 @@ def test_what_a_run_plans_and_measures_is_merged_into_the_table(
         "timm:test_resnet": "ok",
     }
     assert "| timm:test_resnet |" in support_table.PAGE.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")  # raw outputs are measured
+def test_small_detector_is_proved() -> None:
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d)
+    detector = randomise(FasterRCNN(backbone, num_classes=3))
+    row = unusual_inputs.verify_detector(detector)
+    assert unusual_inputs.verifier(detector) is unusual_inputs.verify_detector
+    assert row["status"] == "ok"
+    assert float(row["preserve_error"]) < 1e-9
 
 
 def test_wrong_conversion_of_a_detector_is_reported() -> None:
