@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from endings import X, converted, ends
 from harness import assert_close, noise, randomise, set_alphas
 from marks import broad
 from readings import norms, plan_of
@@ -93,6 +94,15 @@ def test_every_layer_type_comes_back_as_its_own(layer: nn.Module) -> None:
     assert type(fused[0]) is type(layer)
     assert sorted(name for name, _ in fused[0].named_parameters()) == ["bias", "weight"]
     assert not any(map(is_normfree, fused.modules()))
+
+
+@ends
+def test_alpha_at_every_kind_of_end_is_fused(end: str) -> None:
+    model, x = converted(end, "preserve").double(), noise(*X, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuseWarning)
+        fused = normfree.fuse(model)
+    assert_close(fused(x), model(x))
 
 
 def test_bias_free_layer_that_only_carries_alpha_stays_bias_free() -> None:
