@@ -170,6 +170,7 @@ def test_several_batches_are_averaged_in_a_slot_too() -> None:
         assert float(once(x).var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1, rel=1e-3)
         assert_close(twice(x), once(x), 1e-5)
         assert float(both(x).var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1 / 4, rel=1e-3)
+        assert float((both(x) + both(4 * x)).mean((0, 2, 3)).abs().max()) < 1e-4, "both weigh the same"
 
 
 @pytest.mark.parametrize(
