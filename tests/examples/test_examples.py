@@ -73,7 +73,9 @@ def test_convert_files_measures_and_cleans_up(run: Run, tmp_path: Path) -> None:
     header, *rows = (tmp_path / "files.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows] == [".safetensors", ".pth"]
     shares = [float(row.split(",")[header.split(",").index("peak_share")]) for row in rows]
-    assert run is run_here or max(shares) < 1.5, "resident memory is far from what a model of that size would add twice over"
+    assert run is run_here or max(shares) < 1.5, (
+        "resident memory is far from what a model of that size would add twice over"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["files.csv"]
 
 
