@@ -1,0 +1,106 @@
+"""The house rules that a machine can hold: lint, format, types, file sizes, and what may be imported where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+
+import normfree
+
+FILES = sorted((ROOT / "normfree").rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)],
+    ids=["lint", "format", "types"],
+)
+def test_clean(command: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_top_level_is_what_the_design_says() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines()}
+    allowed = "normfree examples tests pyproject.toml README.md CHANGELOG.md LICENSE .gitignore .ci"
+    assert top == set(allowed.split())
+
+
+def test_every_room_of_the_package_has_tests_under_its_name() -> None:
+    rooms = {path.name for path in (ROOT / "normfree").iterdir() if (path / "__init__.py").exists()}
+    tests = list((ROOT / "tests").glob("*/test_*.py"))
+    assert rooms <= {path.parent.name for path in tests}
+    assert len({path.name for path in tests}) == len(tests), "pytest imports test files by their names alone"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_small_and_quiet(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 250
+    tree = ast.parse(text)
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "raise an error that says where"
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert "print" not in calls, "the command line writes, and nothing else does"
+    assert ast.get_docstring(tree), "a module says why it is there"
+
+
+def test_types_of_the_public_names_stand_beside_them() -> None:
+    stub = ast.parse((ROOT / "normfree" / "__init__.pyi").read_text())
+    typed = {
+        (node.module, alias.name) for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    homes = {(f"normfree.{module}", name) for module, names in normfree._HOMES.items() for name in names}
+    assert typed == homes | {("normfree", "errors")}
+    assert sorted(normfree.__all__) == sorted(name for _, name in typed)
+    assert all(getattr(normfree, name) is not None for name in normfree.__all__)
+
+
+FLOORS = (
+    "errors",
+    "tracing.copying files",
+    "norms layers training.initialization tracing.roles",
+    "tracing.calls tracing.asking tracing.proxies tracing.leaves tracing.inputs",
+    "tracing.tracer tracing.traces training.optim",
+    "tracing.trace",
+    "analysis.flow",
+    "analysis.activations analysis.decoders rewriting.blocks",
+    "analysis.sums",
+    "analysis.tails analysis.sites",
+    "analysis.findings plans",
+    "planning.guards planning.selecting proofs.observing rewriting.originals",
+    "rewriting.preparing",
+    "planning.placing planning.kinds proofs.replaying rewriting.optimizers",
+    "planning.deciding",
+    "planning.plan rewriting.applying proofs.reference zoo",
+    "conversion deployment.fuse training.calibration",
+    "deployment.restore proofs",
+    "checkpoint deployment.export",
+    "bench proofs.verify training.signals",
+    "cli",
+)
+"""What may import what: a file imports from the floors above it in this list. A folder stands for all of its files that
+are not named."""
+
+
+def _floor(module: str) -> int:
+    level = {name: i for i, line in enumerate(FLOORS) for name in line.split()}
+    return level.get(".".join(module.split(".")[:2]), level.get(module.split(".")[0], -1))
+
+
+def test_dependencies_point_downwards_only() -> None:
+    for path in FILES:
+        module = ".".join(path.relative_to(ROOT / "normfree").with_suffix("").parts)
+        if module in ("__init__", "__main__"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("normfree."):
+                other = node.module.removeprefix("normfree.")
+                same = module.split(".")[0] == other.split(".")[0] and _floor(other) == _floor(module)
+                assert _floor(other) > -1, f"{other} has no floor"
+                assert same or _floor(other) < _floor(module), f"{module} imports {other}"
