@@ -65,7 +65,9 @@ def convert(
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
     SkipInit (De & Smith, NeurIPS 2020, section 4): a residual branch that starts near zero needs no normalisation.
-    Every norm is removed; the layer that fed it gets a bias, and under ``"preserve"`` a per-channel gain.
+    Every norm is removed, and the layer that fed it gets a bias. Under ``"preserve"`` weights, biases and alphas are
+    learnt in units in which they train at the learning rates that the original liked: the weight behind a norm is kept
+    times two, behind a constant of each channel, and learns as if its input had no mean (:class:`normfree.plans.Units`).
 
     Args:
         model: Any module with batch normalisation in it; it is not changed.
@@ -92,8 +94,7 @@ def convert(
         >>> import normfree, torchvision
         >>> model = normfree.convert(torchvision.models.resnet18())
         >>> model.layer1[0].conv2.alpha
-        Parameter containing:
-        tensor([0.], requires_grad=True)
+        0.0
     """
     made, met = look(
         model,

@@ -22,8 +22,9 @@ from normfree.proofs.reference import Reference
 
 __all__ = ["FORMAT", "Header", "read_header", "weights_in"]
 
-FORMAT = 2
-"""1: converted models. 2: also fused ones, and the original's norms beside the plan."""
+FORMAT = 3
+"""1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with constants
+in place of gains that were trained: what was trained in the earlier form is not read into this one."""
 _KEY, _NORMS = "normfree", "normfree.norms"
 WEIGHTS = "model.safetensors"
 """Their name in a folder, by the convention of the Hugging Face Hub."""
@@ -107,6 +108,11 @@ def read_header(path: str | Path) -> Header:
             written = dict(raw.get("versions") or {}).get("normfree", "a newer one")
             raise CheckpointError(
                 f"{path}: format {version} of normfree {written}, newer than the {FORMAT} known here; update normfree"
+            )
+        if version < FORMAT:
+            raise CheckpointError(
+                f"{path}: format {version}, in which gain and weight were two parameters; this version keeps the gain as a "
+                "constant and reads format 3: convert the original again, or read the file with the version that wrote it"
             )
         fields = {name: raw.get(name) for name in ("source", "num_classes", "reference")}
         fields["norms"] = found.get(_NORMS)

@@ -49,7 +49,7 @@ def save(
         >>> import normfree, torchvision
         >>> model = normfree.convert(torchvision.models.resnet18())
         >>> normfree.save(model, "resnet18.safetensors", source="torchvision:resnet18")
-        >>> normfree.load("resnet18.safetensors").layer1[0].conv2.alpha.item()
+        >>> normfree.load("resnet18.safetensors").layer1[0].conv2.alpha
         0.0
     """
     header = header_of(model, source, num_classes, plan, reference)

@@ -19,9 +19,10 @@ from normfree import zoo
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import check_fits, is_mapped, read_state_dict, reader
-from normfree.planning.plan import plan
+from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
+from normfree.rewriting.preparing import offset_of
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 
 __all__ = ["convert_file"]
@@ -65,16 +66,35 @@ def convert_file(
     check_fits(model.state_dict(keep_vars=True), weights, where, hint)
     streamed = _fill(model, weights)
     del weights
-    made = plan(model, **options)
+    made, met = look(model, **options)
     layers = [(model.get_submodule(path), gain) for path, gain in made.drawn]
     drawn = draws(layers)
     zero_biases_(layers)
-    rewrite(model, dataclasses.replace(made, reset=False))
+    rewrite(model, dataclasses.replace(made, reset=False), met(), scale=False)
+    factors = _scaled(model, made, streamed, Path(checkpoint))
     model.__dict__[PLAN_ATTRIBUTE] = made
     metadata = header_of(model, str(found), num_classes, made, None).to_metadata()
-    pieces = _Pieces(Path(checkpoint), streamed, drawn)
+    pieces = _Pieces(Path(checkpoint), streamed, drawn, factors)
     write(model, out, metadata, str(found), num_classes, overwrite=overwrite, pieces=pieces)
     return made
+
+
+@torch.no_grad()
+def _scaled(model: nn.Module, made: Plan, streamed: Mapping[int, str], checkpoint: Path) -> dict[int, float]:
+    """Give carried layers their units and offsets; return the factor of each weight that is a placeholder, by its id."""
+    factors, open_again = dict[int, float](), reader(checkpoint)
+    for carried in made.carried:
+        layer: Any = model.get_submodule(carried.path)
+        unit = float(1 / layer.gain[0]) if carried.head else carried.unit
+        key = streamed.get(id(layer.weight))
+        weight = layer.weight if key is None else open_again()(key).to(layer.weight.dtype)
+        if layer.center is not None:
+            layer.offset = offset_of(weight, layer.gain * unit, layer.center)
+        if key is None:
+            layer.weight.mul_(unit)
+        else:
+            factors[id(layer.weight)] = unit
+    return factors
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[int, str]:
@@ -121,11 +141,13 @@ class _Pieces:
         checkpoint: Where the placeholders' values are.
         streamed: Their keys there.
         drawn: What is drawn anew instead.
+        factors: What some of them are multiplied by.
     """
 
     checkpoint: Path
     streamed: Mapping[int, str]
     drawn: Mapping[int, Draw]
+    factors: Mapping[int, float]
 
     def __call__(self, state: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
         """Yield them flat."""
@@ -153,7 +175,7 @@ class _Pieces:
                     flat = read(key).reshape(-1)
                 part = flat[start : start + step]
                 used += part.numel() * part.itemsize
-                yield part.to(tensor.dtype)
+                yield part.to(tensor.dtype) * self.factors.get(id(state[name]), 1)
 
     def _stamp(self) -> tuple[int, int, int]:
         found = self.checkpoint.stat()

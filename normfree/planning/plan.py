@@ -82,13 +82,13 @@ def plan(
 def look(
     model: nn.Module,
     *,
-    init: str,
-    alpha: float | str | None,
-    include: Patterns,
-    exclude: Patterns,
-    scope: str,
-    reset: bool,
-    inplace_activations: bool,
+    init: str = "auto",
+    alpha: float | str | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    scope: str = "all",
+    reset: bool = True,
+    inplace_activations: bool = True,
 ) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
     """Return the plan, and what computes, from the model's own norms, what the carried layers of the plan meet."""
     check_arguments(init, alpha, scope)

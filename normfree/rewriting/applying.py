@@ -27,7 +27,7 @@ from normfree.training.initialization import draw_
 __all__ = ["hand_on_hooks", "replace_everywhere", "rewrite"]
 
 
-def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> None:
+def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None, *, scale: bool = True) -> None:
     """Apply ``plan`` to ``model`` in place.
 
     Args:
@@ -35,6 +35,7 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
         plan: The plan.
         met: What the carried layers meet, by path. ``None`` where weights and constants come from a file: then weights
             stay what they are.
+        scale: Whether weights get their units; ``False`` where their values are not here.
 
     Raises:
         InternalError: The plan does not fit the model. The model is unchanged.
@@ -47,7 +48,7 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
     out_of_place = [find(path) for path in plan.out_of_place]
     drawn = [(find(path), gain) for path, gain in plan.drawn]
     for path, carrier in writes.carriers.items():
-        _write_carrier(modules[path], carrier)
+        _write_carrier(modules[path], carrier, scale)
     for path, (alpha, cls) in writes.outputs.items():
         modules[path].__class__ = cls
         modules[path]._parameters["raw_alpha"] = alpha
@@ -124,7 +125,7 @@ def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
         new.__dict__[name] = old.__dict__[name]
 
 
-def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
+def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool) -> None:
     if carrier.bias is not None:
         layer._parameters["bias"] = carrier.bias
     if not carrier.changes_class:
@@ -134,7 +135,7 @@ def _write_carrier(layer: nn.Module, carrier: Carrier) -> None:
     layer._buffers.update(gain=carrier.gain, center=carrier.center, offset=carrier.offset)
     layer.__dict__.update(alpha_channels=carrier.channels, alpha_unit=carrier.alpha_unit, bias_unit=carrier.bias_unit)
     weight = layer._parameters["weight"]
-    if carrier.times != 1.0 and weight is not None:
+    if scale and carrier.times != 1.0 and weight is not None:
         weight.data = weight.data * carrier.times
 
 

@@ -31,7 +31,7 @@ from normfree.plans import Alpha, Carried, NormEdit, Plan, Units
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.originals import folded
 
-__all__ = ["Carrier", "Writes", "centred_at", "prepare"]
+__all__ = ["Carrier", "Writes", "centred_at", "offset_of", "prepare"]
 
 
 @dataclass
@@ -208,9 +208,12 @@ def _carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Ma
     carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
     carrier.times = 1.0 if met is None else unit
     if carrier.center is not None:
-        groups = getattr(layer, "groups", 1)
-        scale = (carrier.gain * unit).reshape(-1, *(1,) * (weight.dim() - 1))
-        carrier.offset = shift(weight * scale, carrier.center.reshape(groups, -1))
+        carrier.offset = offset_of(weight, carrier.gain * unit, carrier.center)
+
+
+def offset_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:
+    """Return what a layer makes of its mean input, ``(C,)``: added again, so that the function stays what it was."""
+    return shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), center)
 
 
 def centred_at(layer: Any, mean: Tensor | None) -> Tensor:
