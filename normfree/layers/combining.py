@@ -7,9 +7,9 @@ With learnt ``V`` (the layer's ``weight``) and ``b`` (its ``bias``), with alpha,
 
 so that ``conv(x; weight, bias) = alpha (g V (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. The
 constants are the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the
-output by ``g^2``, as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), and no longer
-along the mean of the input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998, section
-4.3).
+output by ``g^2``, as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), and no
+longer along the mean of the input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998,
+section 4.3).
 
 It is one autograd function: a layer costs two operations forward and two backward, which touch only parameters.
 """
