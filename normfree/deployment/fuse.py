@@ -95,7 +95,8 @@ def plain_(module: nn.Module) -> None:
     module.__class__ = cast(ScaledWeight, module)._normfree_original
     del module._parameters["raw_alpha"]
     for name in ("gain", "center", "offset"):
-        del module._buffers[name]
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
     for name in ("alpha_channels", "alpha_unit", "bias_unit"):
         del module.__dict__[name]
 

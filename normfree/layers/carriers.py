@@ -57,7 +57,7 @@ class ScaledWeight(_Scaled, HasAlpha):
 
     Attributes:
         raw_alpha: What is learnt of alpha, ``(1,)``: alpha times :attr:`alpha_unit`; or ``None``.
-        gain: Constant of each output channel, ``(C,)``, or ``None``.
+        gain: Constant of each output channel, ``(C,)``, or ``None``; it learns only where a gamma was zero.
         center: Constant, the mean of what a filter meets, ``(groups, C_in / groups * kernel)``, or ``None``.
         offset: Constant that belongs to ``center``, ``(C,)``, or ``None``.
         bias_unit: A constant: ``bias`` is that many times what it stands for.

@@ -37,8 +37,9 @@ class HasAlpha(_Module):
     """
 
     __jit_unused_properties__ = ("alpha",)
-    raw_alpha: nn.Parameter | None
-    alpha_unit: float
+    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no parameter that may be missing
+        raw_alpha: nn.Parameter | None
+        alpha_unit: float
 
     @property
     def alpha(self) -> float | None:
@@ -161,7 +162,7 @@ class ChannelAffine(HasAlpha, nn.Module):
         ``(N, C, *)`` to the same.
     """
 
-    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no tensor that may be missing
+    if TYPE_CHECKING:
         gain: Tensor | None
         bias: nn.Parameter | None
 

@@ -64,7 +64,8 @@ def _times_power_of_two(after: Tensor, before: Tensor) -> bool:
 
 
 def _aliases(model: nn.Module, names: set[str]) -> set[str]:
-    """Add the further names of parameters that are registered more than once."""
-    every = dict(model.named_parameters(remove_duplicate=False))
+    """Add the further names of tensors that are registered more than once."""
+    every: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    every |= dict(model.named_buffers(remove_duplicate=False))
     chosen = {id(every[name]) for name in names if name in every}
     return names | {name for name, parameter in every.items() if id(parameter) in chosen}
