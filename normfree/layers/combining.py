@@ -134,10 +134,8 @@ def _without_mean(grad_weight: Tensor, grad_bias: Tensor, center: Tensor) -> Ten
     """Return the gradient of ``g V``: what came for the weight, less what its bias takes along, in one operation."""
     groups = center.shape[0]
     met = center.reshape(groups, 1, *grad_weight.shape[1:])
-    if groups > 1:
-        met = met.expand(-1, len(grad_bias) // groups, *grad_weight.shape[1:]).flatten(0, 1)
-    else:
-        met = met[0]
+    each = len(grad_bias) // groups
+    met = met[0] if groups == 1 else met.expand(-1, each, *grad_weight.shape[1:]).flatten(0, 1)
     return torch.addcmul(grad_weight, _column(grad_bias, grad_weight), met, value=-1)
 
 

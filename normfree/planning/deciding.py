@@ -197,7 +197,7 @@ def _carried(
     hidden = {id(module) for opaque in traced.opaque for module in modules[opaque].modules()}
     for path in dict.fromkeys([*produced, *rescaled, *heads]):
         layer = modules[path]
-        if path not in produced and not is_carrier(layer):
+        if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
         own = id(layer.weight) not in apart and id(layer) not in hidden
         head = path not in produced and path not in rescaled

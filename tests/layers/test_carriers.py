@@ -92,11 +92,11 @@ def carrying(layer: nn.Module, gain: bool, alpha: bool, channels: tuple[int, int
     """Return a copy that carries gain and alpha, as the rewriting makes it."""
     carried = copy.deepcopy(layer)
     carried.__class__ = scaled_weight_class(type(layer))
-    carried.register_buffer("gain", noise(FEATURES, dtype=torch.float64) if gain else None)
+    carried.gain = noise(FEATURES, dtype=torch.float64) if gain else None
     centred = gain and not getattr(layer, "transposed", False)
     shape = getattr(layer, "groups", 1), layer.weight[0].numel()
-    carried.register_buffer("center", noise(*shape, dtype=torch.float64) if centred else None)
-    carried.register_buffer("offset", noise(FEATURES, dtype=torch.float64) if centred else None)
+    carried.center = noise(*shape, dtype=torch.float64) / 2 + 0.1 if centred else None
+    carried.offset = noise(FEATURES, dtype=torch.float64) if centred else None
     carried.register_parameter("raw_alpha", None)
     if alpha:
         carried.raw_alpha = nn.Parameter(torch.tensor([2.8], dtype=torch.float64))
