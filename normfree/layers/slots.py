@@ -56,7 +56,7 @@ class HasConstants(_Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         moved = {name: fn(value) for name, value in self._held().items()}
-        # Nothing else knows these values: a copy without memory, as Opacus makes and calls with parameters, has them too.
+        # Nothing else knows these values: a copy without memory, such as Opacus calls with parameters, has them too.
         self.__dict__.update({name: value for name, value in moved.items() if not value.is_meta})
         return self
 
