@@ -55,8 +55,8 @@ def test_means_are_those_of_a_run_with_batch_statistics() -> None:
     means = met(model, torch.randn(64, 3, 8, 8), names)
     for name in names:
         found = converted.get_submodule(name).center.flatten()
-        distance = float((found - means[name]).abs().max())
-        assert distance < 0.12, f"{name}: {distance}"
+        distance = float((found - means[name]).norm() / means[name].norm())
+        assert distance < 0.3, f"{name}: {distance}"  # sums are not normal, nor are their parts independent
 
 
 def test_a_head_is_what_no_norm_follows_and_its_unit_is_a_power_of_two() -> None:
