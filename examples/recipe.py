@@ -65,7 +65,7 @@ class Recipe:
 
 RECIPE = Recipe(warmup=0.1, clip="norm:0.3", scalar_lr=0.3)
 BN_RECIPE = Recipe(warmup=0.1)
-FINE_TUNING = Recipe(warmup=0.1, clip="norm:0.3", scalar_rate=0.1)
+FINE_TUNING = Recipe(warmup=0.1, clip="norm:1")
 """From alpha = 1, at pretrained weights: the outcome of a short trial, and no more than that.
 
 ImageNet's `tf_efficientnet_lite0` on one epoch of 1,024 solar cells, 80 px, batch 16, one seed. At 2^-3 it validates at

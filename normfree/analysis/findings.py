@@ -48,7 +48,7 @@ class Findings:
         sites: Norms that were reached by a trace.
         sums: Additions, in topological order.
         rescaled: Layers whose output scale a norm used to set, with the activation that follows each.
-        known: Layers of whose input the norms tell the mean, each with whether a norm follows it.
+        known: Layers of whose input norms tell the mean, and whether a norm follows each.
         fixed: Modules that must keep their class.
         functional: Places where ``F.batch_norm`` normalises an activation.
         read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
@@ -116,8 +116,7 @@ def analyse(
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}
     rescaled: dict[str, Activation | None] = {}
-    known: dict[str, bool] = {}
-    functional: dict[str, None] = {}
+    known, functional = dict[str, bool](), dict[str, None]()
     read: dict[str, str] = {}
     parameters: set[str] = set()
     consumers: dict[str, set[str | None]] = {}
@@ -127,8 +126,7 @@ def analyse(
         functional.update(dict.fromkeys(_functional_norms(flow, prefix)))
         read.update({first[prefix + norm]: prefix + tensor for norm, tensor in flow.graph.read.items()})
         parameters.update(prefix + str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
-        for path, followed in known_inputs(flow).items():
-            known[prefix + path] = known.get(prefix + path, False) or followed
+        known.update({prefix + path: known.get(prefix + path) or after for path, after in known_inputs(flow).items()})
         rescaled.update({prefix + path: activation for path, activation in rescaled_layers(flow)})
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:

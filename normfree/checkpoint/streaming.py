@@ -22,7 +22,7 @@ from normfree.files import check_fits, is_mapped, read_state_dict, reader
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
-from normfree.rewriting.preparing import offset_of
+from normfree.rewriting.units import offset_of
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 
 __all__ = ["convert_file"]

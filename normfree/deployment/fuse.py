@@ -9,13 +9,14 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.deployment.plain import plain_
 from normfree.errors import UsageError, some
 from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
 from normfree.plans import PLAN_ATTRIBUTE
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
 
-__all__ = ["FuseWarning", "bake_", "fuse", "fuse_", "multiplying", "plain_"]
+__all__ = ["FuseWarning", "bake_", "fuse", "fuse_", "multiplying"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,15 +89,6 @@ def _bake(layer: ScaledWeight) -> None:
     plain_(module)
     module._parameters["weight"] = nn.Parameter(weight.contiguous(), trains)
     module._parameters["bias"] = None if bias is None else nn.Parameter(bias, learns.requires_grad)
-
-
-def plain_(module: nn.Module) -> None:
-    """Give a carrier its old class back, and take away what it held besides weight and bias."""
-    module.__class__ = cast(ScaledWeight, module)._normfree_original
-    del module._parameters["raw_alpha"]
-    module._parameters.pop("gain", None)
-    for name in ("gain", "center", "offset", "alpha_channels", "alpha_unit", "bias_unit"):
-        module.__dict__.pop(name, None)
 
 
 def _bake_affine(slot: ChannelAffine) -> None:

@@ -9,7 +9,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from normfree.deployment.fuse import FuseWarning, multiplying, plain_
+from normfree.deployment.fuse import FuseWarning, multiplying
+from normfree.deployment.plain import learnt, unscaled_, without_norm_
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
     ChannelAffine,
@@ -20,7 +21,6 @@ from normfree.layers import (
     SkipInit,
     alpha_scale,
     scaled_output_class,
-    shift,
 )
 from normfree.norms import describe
 from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
@@ -85,10 +85,10 @@ def restore_(model: M) -> M:
             slots[id(modules[alpha.holder])] = nn.Identity()
     for path, bias in originals.biases.items():
         if isinstance(modules[path], ScaledWeight):
-            _without_norm(modules[path], bias, units.get(path, 1.0))
+            without_norm_(modules[path], bias, units.get(path, 1.0))
     for module in list(model.modules()):
         if isinstance(module, ScaledWeight):
-            _plain(module)
+            unscaled_(module)
         elif isinstance(module, ScaledSum):
             _own_forward(module, slots)
     replace_everywhere(model, slots)
@@ -132,7 +132,7 @@ def _norm(
     if slot is None or not isinstance(layer if edit.producer is not None else slot, (ScaledWeight, ChannelAffine)):
         raise ValueError(f"what has taken its place is gone from {edit.producer or edit.name}")
     bias = None if edit.producer is None else originals.biases[edit.producer]
-    gain, shifted = (slot.gain, slot.bias) if layer is None else _learnt(cast(ScaledWeight, layer), unit)
+    gain, shifted = (slot.gain, slot.bias) if layer is None else learnt(cast(ScaledWeight, layer), unit)
     gain, shifted = cast(Tensor, gain), cast(Tensor, shifted)
     norm.to(gain.device, gain.dtype)
     was = folded(describe(norm), bias)
@@ -161,16 +161,6 @@ def _norm(
         norm.register_parameter("raw_alpha", slot._parameters["raw_alpha"])
         norm.__dict__["alpha_unit"] = cast(HasAlpha, slot).alpha_unit
     return norm
-
-
-def _learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
-    """Return what a layer multiplies and adds, without alpha, for a weight that is ``unit`` times smaller."""
-    gain, weight = cast(Tensor, layer.gain), layer.weight
-    shifted = torch.zeros_like(gain).double() if layer.bias is None else layer.bias.double() / layer.bias_unit
-    if layer.center is not None and layer.offset is not None:
-        met = shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), layer.center)
-        shifted = shifted + (layer.offset.double() - met.double())
-    return gain * unit, shifted
 
 
 def _solve(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
@@ -218,31 +208,6 @@ def _without_alpha(module: nn.Module) -> dict[int, nn.Module]:
         hand_on_hooks(module, kept)
         kept.training = module.training
     return {id(module): kept}
-
-
-def _without_norm(module: nn.Module, bias: nn.Parameter | None, unit: float) -> None:
-    """Make a layer plain whose norm takes back gain, bias and alpha: with its old bias, and its weight in old units."""
-    weight = cast(nn.Parameter, module._parameters["weight"])
-    if unit != 1.0:
-        weight.data = weight.data / unit
-    module._parameters["bias"] = bias
-    if bias is not None:
-        bias.data = bias.to(weight)
-    plain_(module)
-
-
-def _plain(layer: ScaledWeight) -> None:
-    """Make any other carrier plain. One that has moved may need a bias that it had not."""
-    module, weight, old = cast(nn.Module, layer), layer.weight, layer.bias
-    combined, bias = layer.combined()
-    if bias is not None and layer.raw_alpha is None:  # what was not trained comes back without a rounding
-        bias = _learnt(layer, 1.0)[1].to(weight)
-    weight.data = combined.contiguous()
-    if bias is not None and (old is not None or bool(bias.any())):
-        old = nn.Parameter(torch.empty_like(bias), weight.requires_grad) if old is None else old
-        old.data = bias
-    plain_(module)
-    module._parameters["bias"] = old
 
 
 def _own_forward(block: ScaledSum, slots: dict[int, nn.Module]) -> None:

@@ -14,8 +14,9 @@ from normfree.layers.carriers import (
 )
 from normfree.layers.combining import shift
 from normfree.layers.copies import CopiedAffine, CopiedOutput, CopiedSkipInit
+from normfree.layers.held import HasAlpha, alpha_of
 from normfree.layers.linearity import is_carrier
-from normfree.layers.slots import ChannelAffine, Channels, Copy, HasAlpha, SkipInit, alpha_of, alpha_scale
+from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
 
 __all__ = [
     "ChannelAffine",

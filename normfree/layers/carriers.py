@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from torch import Tensor, nn
 
 from normfree.layers.combining import combine
-from normfree.layers.slots import Channels, HasAlpha, HasConstants, alpha_of
+from normfree.layers.held import HasAlpha, HasConstants, alpha_of
+from normfree.layers.slots import Channels
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -76,8 +77,11 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
         """Return the weight and the bias that the layer computes with, differentiably."""
         groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
         alpha = alpha_of(self.raw_alpha, self.alpha_unit)
-        constants = self.gain, self.center, self.offset, self.alpha_channels
-        return combine(self.weight, self.bias, alpha, *constants, groups, self.bias_unit)
+        constants = [self.gain, self.center, self.offset]
+        if self.weight.is_meta:  # see HasConstants: they have memory wherever the weights are
+            constants = [None if value is None else value.to("meta") for value in constants]
+        gain, center, offset = constants
+        return combine(self.weight, self.bias, alpha, gain, center, offset, self.alpha_channels, groups, self.bias_unit)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the original class does with the combined weight and bias."""

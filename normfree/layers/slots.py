@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+from normfree.layers.held import HasAlpha, HasConstants
 
 __all__ = [
     "ChannelAffine",
@@ -22,90 +18,12 @@ __all__ = [
     "HasConstants",
     "SkipInit",
     "affine",
-    "alpha_of",
     "alpha_scale",
     "scale",
 ]
 
 Channels = tuple[int, int] | None
 """Range ``[start, stop)`` of output channels that alpha scales; ``None`` scales all of them."""
-
-
-@overload
-def alpha_of(raw: Tensor, unit: float) -> Tensor: ...
-@overload
-def alpha_of(raw: Tensor | None, unit: float) -> Tensor | None: ...
-def alpha_of(raw: Tensor | None, unit: float) -> Tensor | None:
-    """Return alpha, ``(1,)``, differentiably: what is learnt over its unit."""
-    return raw if raw is None or unit == 1.0 else raw / unit
-
-
-class HasConstants(_Module):
-    """Constants that a module computes with: moved, saved and loaded with it, and no buffers.
-
-    Buffers would be broadcast in every forward pass of DDP, averaged as if they were statistics, and refused by Opacus.
-    A name that holds a parameter instead is left to torch.
-    """
-
-    _constants: ClassVar[tuple[str, ...]] = ("gain", "center", "offset")
-
-    def _held(self) -> dict[str, Tensor]:
-        values = {name: self.__dict__.get(name) for name in self._constants}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        moved = {name: fn(value) for name, value in self._held().items()}
-        # Nothing else knows these values: a copy without memory, such as Opacus calls with parameters, has them too.
-        self.__dict__.update({name: value for name, value in moved.items() if not value.is_meta})
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: value for name, value in self._held().items()})
-
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]) -> None:
-        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
-        missing, unexpected, errors = lists
-        for name, value in self._held().items():
-            key = prefix + name
-            if key in unexpected:
-                unexpected.remove(key)
-            found = state.get(key)
-            if found is None:
-                missing += [key] if strict else []
-            elif found.shape != value.shape:
-                errors.append(f"size mismatch for {key}: {tuple(found.shape)} where the model has {tuple(value.shape)}")
-            else:
-                value.copy_(found)
-
-
-class HasAlpha(_Module):
-    """What a SkipInit scalar is stored in, and read from.
-
-    Attributes:
-        raw_alpha: What is learnt, ``(1,)``: alpha times :attr:`alpha_unit`; ``None`` without alpha.
-        alpha_unit: A constant: 1, or larger where alpha is to learn in smaller steps than the weights.
-    """
-
-    __jit_unused_properties__ = ("alpha",)
-    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no parameter that may be missing
-        raw_alpha: nn.Parameter | None
-        alpha_unit: float
-
-    @property
-    def alpha(self) -> float | None:
-        """The SkipInit scalar as a number; assign one to change it. What learns is ``raw_alpha``."""
-        raw = self._parameters["raw_alpha"]
-        return None if raw is None else float(raw.detach()) / self.alpha_unit
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        raw = self._parameters["raw_alpha"]
-        if raw is None:
-            raise AttributeError(f"this {type(self).__name__} carries no alpha")
-        with torch.no_grad():
-            raw.fill_(value * self.alpha_unit)
 
 
 def alpha_scale(alpha: Tensor, channels: Channels, features: int) -> Tensor:
@@ -246,7 +164,8 @@ class ChannelAffine(HasConstants, HasAlpha, nn.Module):
         alpha: Tensor | None = self.raw_alpha
         if alpha is not None and self.alpha_unit != 1.0:
             alpha = alpha / self.alpha_unit
-        x = affine(x, self.gain, self.bias, alpha if last else None, self.channels)
+        gain = None if self.gain is None else self.gain.to(input.device)  # a constant has memory on meta too
+        x = affine(x, gain, self.bias, alpha if last else None, self.channels)
         if self.drop is not None:
             x = self.drop(x)
         if self.act is not None:

@@ -201,7 +201,9 @@ def _carried(
             continue
         own = id(layer.weight) not in apart and id(layer) not in hidden
         head = path not in produced and path not in rescaled
-        centred = path in findings.known and not getattr(layer, "transposed", False)
+        # A layer without a bias would need one, which the original would not know when it comes back.
+        biased = path in produced or layer.bias is not None
+        centred = path in findings.known and biased and not getattr(layer, "transposed", False)
         if own or path in produced:
             unit = UNITS["preserve"].weight if own and not head else 1.0
             yield Carried(path, unit, centred, head, path in produced and _is_closed(produced[path]))

@@ -21,7 +21,8 @@ from normfree.layers import is_carrier, scaled_weight_class
 from normfree.norms import is_norm
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
-from normfree.rewriting.preparing import Carrier, prepare
+from normfree.rewriting.preparing import prepare
+from normfree.rewriting.units import Carrier
 from normfree.training.initialization import draw_
 
 __all__ = ["hand_on_hooks", "replace_everywhere", "rewrite"]

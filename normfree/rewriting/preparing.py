@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfree.analysis.moments import Moments, norm_of
-from normfree.errors import InternalError
+from normfree.analysis.moments import Moments
 from normfree.layers import (
     ChannelAffine,
     Channels,
@@ -23,39 +20,15 @@ from normfree.layers import (
     ScaledOutput,
     SkipInit,
     scaled_output_class,
-    shift,
     skipinit_name,
 )
 from normfree.norms import Norm, describe
-from normfree.plans import Alpha, Carried, NormEdit, Plan, Units
+from normfree.plans import Alpha, NormEdit, Plan
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.originals import folded
+from normfree.rewriting.units import Carrier, carry, features_of, weight_of
 
-__all__ = ["Carrier", "Writes", "centred_at", "offset_of", "prepare"]
-
-
-@dataclass
-class Carrier:
-    """What one layer that stays where it is gets: see :class:`normfree.layers.ScaledWeight`.
-
-    ``times`` is how many times the layer's weight its new one is.
-    """
-
-    gain: Tensor | None = None
-    bias: nn.Parameter | None = None
-    raw_alpha: nn.Parameter | None = None
-    channels: Channels = None
-    center: Tensor | None = None
-    offset: Tensor | None = None
-    bias_unit: float = 1.0
-    alpha_unit: float = 1.0
-    times: float = 1.0
-    gain_learns: bool = True
-
-    @property
-    def changes_class(self) -> bool:
-        """Whether the layer computes with another weight than its own; else it only gets a bias."""
-        return not (self.gain is None and self.raw_alpha is None and self.center is None)
+__all__ = ["Writes", "prepare"]
 
 
 @dataclass
@@ -86,16 +59,16 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             writes.carriers[edit.producer] = _fold(modules[edit.producer], modules[edit.name], plan)
     for carried in plan.carried:
         carrier = writes.carriers.setdefault(carried.path, Carrier())
-        _carry(modules[carried.path], carrier, carried, plan.units, met)
+        carry(modules[carried.path], carrier, carried, plan.units, met)
     for path in plan.biases:
         layer = modules[path]
-        bias = torch.zeros(_features(layer), dtype=_weight(layer).dtype, device=_weight(layer).device)
-        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, _weight(layer).requires_grad))
+        bias = torch.zeros(features_of(layer), dtype=weight_of(layer).dtype, device=weight_of(layer).device)
+        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, weight_of(layer).requires_grad))
     for alpha in plan.alphas:
         module = modules[alpha.path]
         if alpha.place == "weight":
             carrier = writes.carriers.setdefault(alpha.path, Carrier())
-            carrier.raw_alpha = _alpha(plan, _weight(module), _weight(module).requires_grad)
+            carrier.raw_alpha = _alpha(plan, weight_of(module), weight_of(module).requires_grad)
             carrier.channels, carrier.alpha_unit = alpha.channels, plan.units.alpha
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(plan, _alpha_beside(plan, module, model), alpha.channels)
@@ -182,7 +155,7 @@ def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
 def _fold(layer: nn.Module, module: nn.Module, plan: Plan) -> Carrier:
     """Return what a layer takes over from the norm behind it; the constant in front of its weight is to be divided."""
     norm = describe(module)
-    weight, old = _weight(layer), layer._parameters["bias"]
+    weight, old = weight_of(layer), layer._parameters["bias"]
     gain, bias = folded(norm, old)
     trained = _learns(norm.weight, norm, weight.requires_grad)
     learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or [trained]
@@ -194,48 +167,6 @@ def _fold(layer: nn.Module, module: nn.Module, plan: Plan) -> Carrier:
     )
 
 
-@torch.no_grad()
-def _carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Mapping[str, Moments] | None) -> None:
-    """Choose the coordinates of a layer: its weight grows by a power of two, and the constants undo it."""
-    weight = _weight(layer)
-    moments = None if met is None else met.get(carried.path)
-    if carried.centred:
-        carrier.center = centred_at(layer, None if moments is None else moments.mean)
-    unit = carried.unit
-    if carried.head and moments is not None:
-        places = weight[0].numel() // max(len(moments.mean), 1)
-        norm = norm_of(moments.variance, max(places, 1))
-        unit = 2.0 ** round(math.log2(norm / units.head)) if norm > 0 else 1.0
-    ones = weight.new_ones(_features(layer))
-    carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
-    carrier.times = 1.0 if met is None else unit
-    if carried.learns_gain:
-        carrier.gain = nn.Parameter(carrier.gain, carrier.gain_learns)
-    if carrier.center is not None:
-        carrier.offset = offset_of(weight, carrier.gain.detach() * unit, carrier.center)
-
-
-def offset_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:
-    """Return what a layer makes of its mean input, ``(C,)``: added again, so that the function stays what it was."""
-    return shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), center)
-
-
-def centred_at(layer: Any, mean: Tensor | None) -> Tensor:
-    """Return the mean of what each entry of a layer's filters meets, ``(groups, C_in / groups * kernel)``.
-
-    Args:
-        layer: A convolution or linear layer.
-        mean: Of its input channels, or of the channels that were flattened into its input; zeros if it is not known.
-    """
-    weight, groups = _weight(layer), getattr(layer, "groups", 1)
-    wide = weight.shape[1] * groups
-    if mean is None or len(mean) == 0 or wide % len(mean):
-        return weight.new_zeros(groups, weight[0].numel())
-    mean = mean.to(weight.device, weight.dtype).repeat_interleave(wide // len(mean))
-    kernel = weight[0, 0].numel()
-    return mean.reshape(groups, -1, 1).expand(-1, -1, kernel).reshape(groups, -1).contiguous()
-
-
 def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:
     start = torch.full((1,), plan.alpha * plan.units.alpha, device=like.device, dtype=like.dtype)
     return nn.Parameter(start, requires_grad)
@@ -244,17 +175,6 @@ def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:
 def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Parameter:
     """Build an alpha that is like the module's own parameters: a frozen part of a model stays frozen."""
     return _alpha(plan, _like(module, model), _trains(module if any(True for _ in module.parameters()) else model))
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
-    weight = layer.weight
-    if not isinstance(weight, nn.Parameter):
-        raise InternalError(f"{type(layer).__qualname__} has no weight of its own")
-    return weight
-
-
-def _features(layer: Any) -> int:
-    return int(layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
 
 
 def _like(*modules: nn.Module) -> Tensor:

@@ -168,7 +168,7 @@ class _Calibrator:
 
     def standardize(self, slot: nn.Module, args: tuple[Tensor]) -> None:
         """Set the bias, and the gain if there is one, that a norm left behind in its slot, from what comes in."""
-        bias, gain = (slot._parameters[name] for name in ("bias", "gain"))
+        bias, gain = cast(ChannelAffine, slot).bias, cast(ChannelAffine, slot).gain
         if bias is None or self.done:
             return
         self.done = True

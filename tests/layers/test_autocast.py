@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import normfree
-from normfree.deployment.fuse import plain_
+from normfree.deployment.plain import plain_
 from normfree.layers import ScaledWeight
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -8,6 +8,8 @@ from harness import assert_preserved, both, noise, prove, randomise
 from readings import actions, norms
 from torch import Tensor, nn
 
+import normfree
+
 
 class OneNormPerMode(nn.Module):
     """Split batch norm: one norm for training, another for evaluation, behind the same convolution."""
@@ -63,6 +65,12 @@ def test_modes_that_differ_are_both_preserved(model: type[nn.Module]) -> None:
 @pytest.mark.parametrize("model", [OneNormPerMode, TapInEval])
 def test_modes_that_differ_are_proved(model: type[nn.Module], init: str) -> None:
     assert norms(prove(randomise(model()), noise(2, 3, 6, 6), init=init)) == []
+
+
+@pytest.mark.parametrize("model", [OneNormPerMode, OnlyInTraining])
+def test_norms_of_either_mode_are_seen(model: type[nn.Module]) -> None:
+    plan = normfree.plan(randomise(model()), init="preserve")
+    assert [norm.name for norm in plan.norms if norm.reason == "never called"] == []
 
 
 @pytest.mark.parametrize("domain", [0, 1, 2])

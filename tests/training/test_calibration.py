@@ -255,8 +255,6 @@ def test_errors_leave_the_model_as_it_was() -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
     with pytest.raises(UsageError, match="no layer was reached"):
         normfree.calibrate(model, [])
-    with pytest.raises(UsageError, match="convert with init='skipinit'"):
-        normfree.calibrate(normfree.convert(Block(), init="preserve"), noise(2, 4, 4, 4))
     with pytest.raises(UsageError, match="it carries no plan"):
         normfree.calibrate(Block(), noise(2, 4, 4, 4))
 

@@ -12,6 +12,7 @@ from networks import NETWORKS, Network
 from structures import STRUCTURES, Structure
 
 import normfree
+from normfree.layers import HasAlpha
 from normfree.norms import is_norm
 
 
@@ -42,9 +43,9 @@ def hold(network: Network | Structure) -> None:
         converted = normfree.convert(original, init=init)
         assert type(converted) is type(original)
         assert not any(is_norm(module) for module in converted.modules())
-        alphas = [p for name, p in converted.named_parameters() if name.rpartition(".")[2] == "raw_alpha"]
+        alphas = [m.alpha for m in converted.modules() if isinstance(m, HasAlpha) and m.alpha is not None]
         assert len(alphas) == len(plan.alphas)
-        assert all(p.item() == start for p in alphas)
+        assert alphas == [start] * len(alphas)
         report = normfree.verify(converted, original, x)
         expected = [True, True, True if init == "preserve" else None, True, True, True]
         assert [proof.passed for proof in report.proofs] == expected, f"{init}\n{report}"

@@ -1,0 +1,97 @@
+"""The coordinates in which a layer is to learn: :class:`normfree.plans.Units`, :mod:`normfree.layers.combining`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.analysis.moments import Moments, norm_of
+from normfree.errors import InternalError
+from normfree.layers import Channels, shift
+from normfree.plans import Carried, Units
+
+__all__ = ["Carrier", "carry", "features_of", "offset_of", "weight_of"]
+
+
+@dataclass
+class Carrier:
+    """What one layer that stays where it is gets: see :class:`normfree.layers.ScaledWeight`.
+
+    ``times`` is how many times the layer's weight its new one is.
+    """
+
+    gain: Tensor | None = None
+    bias: nn.Parameter | None = None
+    raw_alpha: nn.Parameter | None = None
+    channels: Channels = None
+    center: Tensor | None = None
+    offset: Tensor | None = None
+    bias_unit: float = 1.0
+    alpha_unit: float = 1.0
+    times: float = 1.0
+    gain_learns: bool = True
+
+    @property
+    def changes_class(self) -> bool:
+        """Whether the layer computes with another weight than its own; else it only gets a bias."""
+        return not (self.gain is None and self.raw_alpha is None and self.center is None)
+
+
+@torch.no_grad()
+def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Mapping[str, Moments] | None) -> None:
+    """Choose the coordinates of a layer: its weight grows by a power of two, and the constants undo it."""
+    weight = weight_of(layer)
+    moments = None if met is None else met.get(carried.path)
+    if carried.centred:
+        carrier.center = centred_at(layer, None if moments is None else moments.mean)
+    unit = carried.unit
+    if carried.head and moments is not None:
+        places = weight[0].numel() // max(len(moments.mean), 1)
+        norm = norm_of(moments.variance, max(places, 1))
+        unit = 2.0 ** round(math.log2(norm / units.head)) if norm > 0 else 1.0
+    ones = weight.new_ones(features_of(layer))
+    carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
+    carrier.times = 1.0 if met is None else unit
+    if carried.learns_gain:
+        carrier.gain = nn.Parameter(carrier.gain, carrier.gain_learns)
+    if carrier.center is not None:
+        carrier.offset = offset_of(weight, carrier.gain.detach() * unit, carrier.center)
+
+
+def offset_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:
+    """Return what a layer makes of its mean input, ``(C,)``: added again, so that the function stays what it was."""
+    return shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), center)
+
+
+def centred_at(layer: Any, mean: Tensor | None) -> Tensor:
+    """Return the mean of what each entry of a layer's filters meets, ``(groups, C_in / groups * kernel)``.
+
+    Args:
+        layer: A convolution or linear layer.
+        mean: Of its input channels, or of the channels that were flattened into its input; zeros if it is not known.
+    """
+    weight, groups = weight_of(layer), getattr(layer, "groups", 1)
+    wide = weight.shape[1] * groups
+    if mean is None or len(mean) == 0 or wide % len(mean):
+        return weight.new_zeros(groups, weight[0].numel())
+    mean = mean.to(weight.device, weight.dtype).repeat_interleave(wide // len(mean))
+    kernel = weight[0, 0].numel()
+    return mean.reshape(groups, -1, 1).expand(-1, -1, kernel).reshape(groups, -1).contiguous()
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a layer that holds it as a plain parameter."""
+    weight = layer.weight
+    if not isinstance(weight, nn.Parameter):
+        raise InternalError(f"{type(layer).__qualname__} has no weight of its own")
+    return weight
+
+
+def features_of(layer: Any) -> int:
+    """Return the number of output channels of a layer."""
+    return int(layer.out_channels if hasattr(layer, "out_channels") else layer.out_features)
