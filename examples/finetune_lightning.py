@@ -33,11 +33,11 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.model, self.lr = model, lr
 
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+    def training_step(self, batch: list[Tensor]) -> Tensor:
         """Return the loss of a batch."""
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
-    def test_step(self, batch: list[Tensor], _: int) -> None:
+    def test_step(self, batch: list[Tensor]) -> None:
         """Log how many of a batch are right."""
         self.log("accuracy", (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
 
