@@ -79,7 +79,7 @@ def main() -> None:
     if not options.batch_norm:
         model = normfree.convert(model, init="preserve")
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = lightning.Trainer(max_epochs=options.epochs, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer = lightning.Trainer(max_epochs=options.epochs, devices=1, enable_model_summary=False, **quiet)
     classifier = Classifier(model, options.lr)
     trainer.fit(classifier, DataLoader(train, batch_size=2, shuffle=True))
     (tested,) = trainer.test(classifier, DataLoader(test, batch_size=32), verbose=False)

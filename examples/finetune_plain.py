@@ -37,13 +37,13 @@ def pretrained(classes: int) -> nn.Module:
     return model
 
 
-def textures(size: int = 64) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def textures(size: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 96 pieces of photographs to train on, from their left halves, and 96 to test on, from the right ones."""
     photographs = torch.stack([torch.from_numpy(getattr(skimage.data, name)()) for name in CLASSES])
     pieces = ((photographs.float() - 127) / 128).unfold(1, size, size).unfold(2, size, size)
     halves = [half.reshape(-1, 1, size, size).expand(-1, 3, -1, -1) for half in pieces.chunk(2, dim=2)]
     classes = torch.arange(len(CLASSES)).repeat_interleave(len(halves[0]) // len(CLASSES))
-    return (halves[0], classes), (halves[1], classes)
+    return halves[0], classes, halves[1], classes
 
 
 def main() -> None:
@@ -57,11 +57,13 @@ def main() -> None:
     parser.add_argument("--batch-norm", action="store_true", help="train the original")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    (x, y), (test_x, test_y) = textures()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, y, test_x, test_y = (tensor.to(device) for tensor in textures())
 
     model = pretrained(len(CLASSES))
     if not options.batch_norm:
         model = normfree.convert(model, init="preserve")
+    model.to(device)
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), options.lr)
     for epoch in range(options.epochs):
         losses = []

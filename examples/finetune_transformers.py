@@ -44,7 +44,6 @@ def fit(model: ResNetForImageClassification, train: Images, test: Images, lr: fl
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
     )
     trainer = Trainer(model, arguments, train_dataset=train)
     trainer.train()
