@@ -22,7 +22,7 @@ import normfree
 
 CLASSES = ("brick", "grass", "gravel")
 OPTIMIZERS = {
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr or 0.01, momentum=0.9, nesterov=True),
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr or 0.004, momentum=0.9, nesterov=True),
     "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr or 1e-3),
 }
 
@@ -50,7 +50,7 @@ def main() -> None:
     """Convert, train, test."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--lr", type=float, help="0.01 for sgd and 0.001 for adamw by default")
+    parser.add_argument("--lr", type=float, help="0.004 for sgd and 0.001 for adamw by default")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
