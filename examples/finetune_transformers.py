@@ -44,6 +44,7 @@ def fit(model: ResNetForImageClassification, train: Images, test: Images, lr: fl
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=False,  # torch warns of it where there is no accelerator
     )
     trainer = Trainer(model, arguments, train_dataset=train)
     trainer.train()
