@@ -36,7 +36,7 @@ def convert_(
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
     """
-    made, met = look(
+    made, moments = look(
         model,
         init=init,
         alpha=alpha,
@@ -46,8 +46,10 @@ def convert_(
         reset=reset,
         inplace_activations=inplace_activations,
     )
+    met = moments()
+    del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
-    rewrite(model, made, met())
+    rewrite(model, made, met)
     return model
 
 
@@ -67,7 +69,8 @@ def convert(
     SkipInit (De & Smith, NeurIPS 2020, section 4): a residual branch that starts near zero needs no normalisation.
     Every norm is removed, and the layer that fed it gets a bias. Under ``"preserve"`` weights, biases and alphas are
     learnt in units in which they train at the learning rates that the original liked: the weight behind a norm is kept
-    times two, behind a constant of each channel, and learns as if its input had no mean (:class:`normfree.plans.Units`).
+    times two, behind a constant of each channel, and learns as if its input had no mean; see
+    :class:`normfree.plans.Units`.
 
     Args:
         model: Any module with batch normalisation in it; it is not changed.
@@ -96,7 +99,7 @@ def convert(
         >>> model.layer1[0].conv2.alpha
         0.0
     """
-    made, met = look(
+    made, moments = look(
         model,
         init=init,
         alpha=alpha,
@@ -108,5 +111,5 @@ def convert(
     )
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
-    rewrite(converted, made, met())
+    rewrite(converted, made, moments())
     return converted

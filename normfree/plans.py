@@ -127,12 +127,14 @@ class Carried:
         unit: How many times the original weight its weight is; of a head, found when the plan is applied.
         centred: Whether it learns as if its input had no mean: what it meets is known from the norms.
         head: Whether it is what the last norms feed.
+        learns_gain: Whether its gain is a parameter: where a gamma is zero, a weight behind it alone would never learn.
     """
 
     path: str
     unit: float
     centred: bool
     head: bool = False
+    learns_gain: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Findings:
         sums: Additions, in topological order.
         rescaled: Layers whose output scale a norm used to set, with the activation that follows each.
         known: Layers of whose input the norms tell the mean, each with whether a norm follows it.
+        fixed: Modules that must keep their class.
         functional: Places where ``F.batch_norm`` normalises an activation.
         read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
         parameters: Parameters that a forward reads itself, other than by calling the module that holds them.
@@ -58,6 +59,7 @@ class Findings:
     sums: tuple[Sum, ...]
     rescaled: Mapping[str, Activation | None]
     known: Mapping[str, bool]
+    fixed: frozenset[str]
     functional: tuple[str, ...]
     read: Mapping[str, str]
     parameters: frozenset[str]
@@ -150,7 +152,14 @@ def analyse(
         for name, site in found_sites.items()
     }
     return Findings(
-        found_sites, tuple(found_sums.values()), rescaled, known, tuple(functional), read, frozenset(parameters)
+        found_sites,
+        tuple(found_sums.values()),
+        rescaled,
+        known,
+        frozenset(fixed),
+        tuple(functional),
+        read,
+        frozenset(parameters),
     )
 
 

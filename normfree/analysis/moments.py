@@ -58,7 +58,7 @@ def known_inputs(flow: Flow) -> dict[str, bool]:
         known[node] = rule is _norm or (
             rule is not None and bool(sources) and (any if rule is _gated else all)(sources)
         )
-        if flow.carries(node) and sources and sources[0]:
+        if flow.carries(node) and flow.called_once(node) and sources and sources[0]:
             found[str(node.target)] = found.get(str(node.target), False) or bool(flow.descendants[node] & norms)
     return found
 

@@ -23,8 +23,8 @@ from normfree.proofs.reference import Reference
 __all__ = ["FORMAT", "Header", "read_header", "weights_in"]
 
 FORMAT = 3
-"""1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with constants
-in place of gains that were trained: what was trained in the earlier form is not read into this one."""
+"""1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with
+constants in place of gains that were trained; files of the earlier form are refused."""
 _KEY, _NORMS = "normfree", "normfree.norms"
 WEIGHTS = "model.safetensors"
 """Their name in a folder, by the convention of the Hugging Face Hub."""
@@ -111,8 +111,8 @@ def read_header(path: str | Path) -> Header:
             )
         if version < FORMAT:
             raise CheckpointError(
-                f"{path}: format {version}, in which gain and weight were two parameters; this version keeps the gain as a "
-                "constant and reads format 3: convert the original again, or read the file with the version that wrote it"
+                f"{path}: format {version}, in which gain and weight were two parameters; this version reads format "
+                f"{FORMAT} only: convert the original again, or use the version that wrote the file"
             )
         fields = {name: raw.get(name) for name in ("source", "num_classes", "reference")}
         fields["norms"] = found.get(_NORMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -12,6 +13,7 @@ from normfree.checkpoint.header import WEIGHTS, Header
 from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
 from normfree.files import Pieces, check_output, stored, write_state
+from normfree.layers import ScaledWeight
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.proofs.reference import Reference
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
@@ -63,6 +65,9 @@ def header_of(
     plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
     if plan is None:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    if not plan.fused:  # a head that was put on since the conversion is a plain layer
+        carried = {name for name, module in model.named_modules() if isinstance(module, ScaledWeight)}
+        plan = replace(plan, carried=tuple(layer for layer in plan.carried if layer.path in carried))
     originals: Originals | None = getattr(model, ORIGINALS_ATTRIBUTE, None)
     norms = None
     if originals is not None:

@@ -81,7 +81,7 @@ def convert_file(
 
 @torch.no_grad()
 def _scaled(model: nn.Module, made: Plan, streamed: Mapping[int, str], checkpoint: Path) -> dict[int, float]:
-    """Give carried layers their units and offsets; return the factor of each weight that is a placeholder, by its id."""
+    """Give carried layers units and offsets; return the factor of each weight that is a placeholder, by its id."""
     factors, open_again = dict[int, float](), reader(checkpoint)
     for carried in made.carried:
         layer: Any = model.get_submodule(carried.path)

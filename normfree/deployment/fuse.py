@@ -94,10 +94,9 @@ def plain_(module: nn.Module) -> None:
     """Give a carrier its old class back, and take away what it held besides weight and bias."""
     module.__class__ = cast(ScaledWeight, module)._normfree_original
     del module._parameters["raw_alpha"]
-    for name in ("gain", "center", "offset"):
-        del module._buffers[name]
-    for name in ("alpha_channels", "alpha_unit", "bias_unit"):
-        del module.__dict__[name]
+    module._parameters.pop("gain", None)
+    for name in ("gain", "center", "offset", "alpha_channels", "alpha_unit", "bias_unit"):
+        module.__dict__.pop(name, None)
 
 
 def _bake_affine(slot: ChannelAffine) -> None:
@@ -109,7 +108,7 @@ def _bake_affine(slot: ChannelAffine) -> None:
     alpha = alpha_of(raw, slot.alpha_unit)
     factor = alpha_scale(alpha, slot.channels, like.shape[0]).expand(like.shape[0])
     gain = factor.clone() if slot.gain is None else slot.gain * factor
-    slot._buffers.pop("gain", None)
+    slot.__dict__.pop("gain", None)
     slot._parameters["gain"] = nn.Parameter(gain, like.requires_grad)
     slot.bias = None if slot.bias is None else nn.Parameter(slot.bias * factor, like.requires_grad)
     slot.raw_alpha = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from torch import Tensor, nn
 
 from normfree.layers.combining import combine
-from normfree.layers.slots import Channels, HasAlpha, alpha_of
+from normfree.layers.slots import Channels, HasAlpha, HasConstants, alpha_of
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -50,14 +50,14 @@ class _Scaled(_Module):
         return _empty, (mixin, original), *reduced[2:]
 
 
-class ScaledWeight(_Scaled, HasAlpha):
+class ScaledWeight(_Scaled, HasConstants, HasAlpha):
     """Mixin for a layer that computes with another weight than the one that it learns; see :mod:`.combining`.
 
     It runs the forward of its original class, which sees the combined weight and bias in place of its own.
 
     Attributes:
         raw_alpha: What is learnt of alpha, ``(1,)``: alpha times :attr:`alpha_unit`; or ``None``.
-        gain: Constant of each output channel, ``(C,)``, or ``None``.
+        gain: Constant of each output channel, ``(C,)``, or ``None``; it learns only where a gamma was zero.
         center: Constant, the mean of what a filter meets, ``(groups, C_in / groups * kernel)``, or ``None``.
         offset: Constant that belongs to ``center``, ``(C,)``, or ``None``.
         bias_unit: A constant: ``bias`` is that many times what it stands for.

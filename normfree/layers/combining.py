@@ -7,9 +7,9 @@ With learnt ``V`` (the layer's ``weight``) and ``b`` (its ``bias``), with alpha,
 
 so that ``conv(x; weight, bias) = alpha (g V (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. The
 constants are the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the
-output by ``g^2``, as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), and no longer
-along the mean of the input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998, section
-4.3).
+output by ``g^2``, as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), and no
+longer along the mean of the input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998,
+section 4.3).
 
 It is one autograd function: a layer costs two operations forward and two backward, which touch only parameters.
 """
@@ -65,9 +65,11 @@ def combine(
         unit: How many times the bias that is learnt is.
     """
     factor = gain
-    if bias is not None and offset is not None:
+    if bias is None:
+        bias = offset
+    elif offset is not None:
         bias = torch.add(offset, bias, alpha=1 / unit)
-    elif bias is not None and unit != 1.0:
+    elif unit != 1.0:
         bias = bias / unit
     if alpha is not None:
         features = weight.shape[0] if groups is None else weight.shape[1] * groups
@@ -117,22 +119,24 @@ class _Centred(Function):
 
 
 def _subtracted(bias: Tensor, weight: Tensor, center: Tensor) -> Tensor:
-    """Return ``bias - weight mu``, in one operation."""
+    """Return ``bias - weight mu``, in one operation that touches the weight, whatever its layout."""
     groups, fan_in = center.shape
-    if groups == 1:
-        return torch.addmv(bias, weight.reshape(-1, fan_in), center[0], alpha=-1)
-    by_group = weight.reshape(groups, -1, fan_in)
-    return torch.baddbmm(bias.reshape(groups, -1, 1), by_group, center[:, :, None], alpha=-1).reshape(-1)
+    if groups > 1:
+        by_group = weight.reshape(groups, -1, fan_in)
+        return torch.baddbmm(bias.reshape(groups, -1, 1), by_group, center[:, :, None], alpha=-1).reshape(-1)
+    filters, met = weight.flatten(1), center[0]
+    if weight.dim() > 2 and not weight.is_contiguous():  # channels last: its rows are views in another order
+        filters, met = weight.movedim(1, -1).flatten(1), met.reshape(weight.shape[1:]).movedim(0, -1).flatten()
+    return torch.addmv(bias, filters, met, alpha=-1)
 
 
 def _without_mean(grad_weight: Tensor, grad_bias: Tensor, center: Tensor) -> Tensor:
     """Return the gradient of ``g V``: what came for the weight, less what its bias takes along, in one operation."""
-    groups, fan_in = center.shape
-    if groups == 1:
-        return torch.addr(grad_weight.reshape(-1, fan_in), grad_bias, center[0], alpha=-1).reshape(grad_weight.shape)
-    by_group = grad_weight.reshape(groups, -1, fan_in)
-    made = torch.baddbmm(by_group, grad_bias.reshape(groups, -1, 1), center[:, None, :], alpha=-1)
-    return made.reshape(grad_weight.shape)
+    groups = center.shape[0]
+    met = center.reshape(groups, 1, *grad_weight.shape[1:])
+    each = len(grad_bias) // groups
+    met = met[0] if groups == 1 else met.expand(-1, each, *grad_weight.shape[1:]).flatten(0, 1)
+    return torch.addcmul(grad_weight, _column(grad_bias, grad_weight), met, value=-1)
 
 
 def _exactly(like: Tensor) -> contextlib.AbstractContextManager[Any]:

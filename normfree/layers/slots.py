@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 import torch.fx
@@ -13,7 +14,18 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
-__all__ = ["ChannelAffine", "Channels", "Copy", "HasAlpha", "SkipInit", "affine", "alpha_of", "alpha_scale", "scale"]
+__all__ = [
+    "ChannelAffine",
+    "Channels",
+    "Copy",
+    "HasAlpha",
+    "HasConstants",
+    "SkipInit",
+    "affine",
+    "alpha_of",
+    "alpha_scale",
+    "scale",
+]
 
 Channels = tuple[int, int] | None
 """Range ``[start, stop)`` of output channels that alpha scales; ``None`` scales all of them."""
@@ -28,6 +40,46 @@ def alpha_of(raw: Tensor | None, unit: float) -> Tensor | None:
     return raw if raw is None or unit == 1.0 else raw / unit
 
 
+class HasConstants(_Module):
+    """Constants that a module computes with: moved, saved and loaded with it, and no buffers.
+
+    Buffers would be broadcast in every forward pass of DDP, averaged as if they were statistics, and refused by Opacus.
+    A name that holds a parameter instead is left to torch.
+    """
+
+    _constants: ClassVar[tuple[str, ...]] = ("gain", "center", "offset")
+
+    def _held(self) -> dict[str, Tensor]:
+        values = {name: self.__dict__.get(name) for name in self._constants}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        moved = {name: fn(value) for name, value in self._held().items()}
+        # Nothing else knows these values: a copy without memory, as Opacus makes and calls with parameters, has them too.
+        self.__dict__.update({name: value for name, value in moved.items() if not value.is_meta})
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name, value in self._held().items()})
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
+        missing, unexpected, errors = lists
+        for name, value in self._held().items():
+            key = prefix + name
+            if key in unexpected:
+                unexpected.remove(key)
+            found = state.get(key)
+            if found is None:
+                missing += [key] if strict else []
+            elif found.shape != value.shape:
+                errors.append(f"size mismatch for {key}: {tuple(found.shape)} where the model has {tuple(value.shape)}")
+            else:
+                value.copy_(found)
+
+
 class HasAlpha(_Module):
     """What a SkipInit scalar is stored in, and read from.
 
@@ -37,8 +89,9 @@ class HasAlpha(_Module):
     """
 
     __jit_unused_properties__ = ("alpha",)
-    raw_alpha: nn.Parameter | None
-    alpha_unit: float
+    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no parameter that may be missing
+        raw_alpha: nn.Parameter | None
+        alpha_unit: float
 
     @property
     def alpha(self) -> float | None:
@@ -141,7 +194,7 @@ class SkipInit(HasAlpha, nn.Module):
         return "" if self.channels is None else f"channels={self.channels}"
 
 
-class ChannelAffine(HasAlpha, nn.Module):
+class ChannelAffine(HasConstants, HasAlpha, nn.Module):
     """What is left of a norm that no weight could absorb: ``alpha * act(drop(gain * x + bias))``.
 
     Every part may be missing. ``drop`` and ``act`` are the ones a fused norm-and-activation brought along and keep
@@ -161,7 +214,7 @@ class ChannelAffine(HasAlpha, nn.Module):
         ``(N, C, *)`` to the same.
     """
 
-    if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no tensor that may be missing
+    if TYPE_CHECKING:
         gain: Tensor | None
         bias: nn.Parameter | None
 
@@ -180,10 +233,7 @@ class ChannelAffine(HasAlpha, nn.Module):
         self.channels = channels
         self.copy = copy
         self.alpha_unit = unit
-        if gain is None or isinstance(gain, nn.Parameter):
-            self.register_parameter("gain", gain)
-        else:
-            self.register_buffer("gain", gain)
+        self.gain = gain
         self.register_parameter("bias", bias)
         self.register_parameter("raw_alpha", raw_alpha)
         self.drop = drop

@@ -91,7 +91,7 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         sums=sums,
         biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
         weights=tuple(_weights(edits, findings)) if skipinit else (),
-        carried=() if skipinit else tuple(_carried(edits, findings, modules, apart, traced)),
+        carried=() if skipinit else tuple(_carried(edits, findings, asked, apart, traced)),
         units=UNITS[asked.init],
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
         opaque=tuple(traced.opaque.items()),
@@ -183,26 +183,33 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
 
 
 def _carried(
-    edits: tuple[NormEdit, ...], findings: Findings, modules: Modules, apart: set[int], traced: Trace
+    edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: set[int], traced: Trace
 ) -> Iterable[Carried]:
     """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
 
     A weight that somebody else uses too stays what it is.
     """
     kept = any(edit.action == "keep" for edit in edits)
-    produced = {edit.producer: None for edit in edits if edit.producer is not None}
+    modules = asked.modules
+    produced = {edit.producer: asked.described[edit.name] for edit in edits if edit.producer is not None}
     rescaled = {} if kept else findings.rescaled
     heads = () if kept else [path for path, followed in findings.known.items() if not followed]
+    hidden = {id(module) for opaque in traced.opaque for module in modules[opaque].modules()}
     for path in dict.fromkeys([*produced, *rescaled, *heads]):
         layer = modules[path]
-        if path not in produced and not is_carrier(layer):
+        if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
-        hidden = any(path.startswith(f"{opaque}." if opaque else "") for opaque in traced.opaque)
-        own = id(layer.weight) not in apart and not hidden
+        own = id(layer.weight) not in apart and id(layer) not in hidden
         head = path not in produced and path not in rescaled
         centred = path in findings.known and not getattr(layer, "transposed", False)
         if own or path in produced:
-            yield Carried(path, UNITS["preserve"].weight if own and not head else 1.0, centred, head)
+            unit = UNITS["preserve"].weight if own and not head else 1.0
+            yield Carried(path, unit, centred, head, path in produced and _is_closed(produced[path]))
+
+
+def _is_closed(norm: Norm) -> bool:
+    """Whether some channel of a norm starts at zero, as the last norm of a branch often does."""
+    return norm.weight is not None and not norm.weight.is_meta and bool((norm.weight == 0).any())
 
 
 def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:

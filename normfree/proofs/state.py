@@ -64,7 +64,7 @@ def _times_power_of_two(after: Tensor, before: Tensor) -> bool:
 
 
 def _aliases(model: nn.Module, names: set[str]) -> set[str]:
-    """Add the further names of parameters that are registered more than once."""
-    every = dict(model.named_parameters(remove_duplicate=False))
+    """Add the further names of tensors that are registered more than once."""
+    every: dict[str, Tensor] = model.state_dict(keep_vars=True)
     chosen = {id(every[name]) for name in names if name in every}
     return names | {name for name, parameter in every.items() if id(parameter) in chosen}

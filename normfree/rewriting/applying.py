@@ -132,8 +132,17 @@ def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool) -> None:
         return
     layer.__class__ = scaled_weight_class(type(layer))
     layer._parameters["raw_alpha"] = carrier.raw_alpha
-    layer._buffers.update(gain=carrier.gain, center=carrier.center, offset=carrier.offset)
-    layer.__dict__.update(alpha_channels=carrier.channels, alpha_unit=carrier.alpha_unit, bias_unit=carrier.bias_unit)
+    if isinstance(carrier.gain, nn.Parameter):
+        layer._parameters["gain"] = carrier.gain
+    else:
+        layer.__dict__["gain"] = carrier.gain
+    layer.__dict__.update(
+        center=carrier.center,
+        offset=carrier.offset,
+        alpha_channels=carrier.channels,
+        alpha_unit=carrier.alpha_unit,
+        bias_unit=carrier.bias_unit,
+    )
     weight = layer._parameters["weight"]
     if scale and carrier.times != 1.0 and weight is not None:
         weight.data = weight.data * carrier.times

@@ -50,6 +50,7 @@ class Carrier:
     bias_unit: float = 1.0
     alpha_unit: float = 1.0
     times: float = 1.0
+    gain_learns: bool = True
 
     @property
     def changes_class(self) -> bool:
@@ -189,6 +190,7 @@ def _fold(layer: nn.Module, module: nn.Module, plan: Plan) -> Carrier:
         gain=gain.to(weight.dtype),
         bias=nn.Parameter((bias * plan.units.bias).to(weight.dtype), any(learns)),
         bias_unit=plan.units.bias,
+        gain_learns=trained,
     )
 
 
@@ -207,8 +209,10 @@ def _carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Ma
     ones = weight.new_ones(_features(layer))
     carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
     carrier.times = 1.0 if met is None else unit
+    if carried.learns_gain:
+        carrier.gain = nn.Parameter(carrier.gain, carrier.gain_learns)
     if carrier.center is not None:
-        carrier.offset = offset_of(weight, carrier.gain * unit, carrier.center)
+        carrier.offset = offset_of(weight, carrier.gain.detach() * unit, carrier.center)
 
 
 def offset_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a norm did at initialisation, done once: unit variance and zero mean behind every layer it used to rescale.
+"""What a norm did, done once with data: unit variance and zero mean behind every layer it used to rescale.
 
 Residual branches that start at zero need none of this. Networks without skip paths, stems, and blocks that change
 resolution are not protected: there the scale that He's formula predicts is only right for independent inputs.
@@ -19,6 +19,7 @@ from normfree.layers import ChannelAffine, ScaledWeight, alpha_of, alpha_scale
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.proofs.observing import Still
 from normfree.tracing.copying import deep_copy
+from normfree.training.centring import centre_
 
 __all__ = ["CalibrationWarning", "calibrate", "calibrate_"]
 
@@ -33,22 +34,27 @@ class CalibrationWarning(UserWarning):
 def calibrate(
     model: M, batches: Tensor | Iterable[Any], *, forward: Callable[[nn.Module, Any], object] | None = None
 ) -> M:
-    """Return a copy of a freshly converted model whose layers have unit output variance on real data.
+    """Return a copy of a converted model that is set by real data: from scratch its scale, else only its coordinates.
 
-    One sweep over each batch sets every layer that a norm used to rescale, in the order in which they run, so that each
-    sees what the calibrated ones before it return: its weight is divided by the standard deviation of its output, as
-    LSUV does (Mishkin & Matas, ICLR 2016, algorithm 1), and its bias takes away the mean of each channel, as RescaleNet
-    does (NeurIPS 2020). A layer without a bias is divided by the root of its second moment instead. Alpha is left out
-    of it: a branch at alpha = 0 is calibrated as if it were one.
+    ``preserve``: the function stays what it was. Each layer learns as if the mean of what it meets were zero, and a
+    classifier as if the norm of what it sees were about eight; ``convert`` knows both from the norms alone, and a batch
+    of your images knows them better. A classifier that was put on after the conversion is taken in.
+
+    ``skipinit``: layers get unit output variance. One sweep over each batch sets every layer that a norm used to
+    rescale, in the order in which they run, so that each sees what the calibrated ones before it return: its weight is
+    divided by the standard deviation of its output, as LSUV does (Mishkin & Matas, ICLR 2016, algorithm 1), and its
+    bias takes away the mean of each channel, as RescaleNet does (NeurIPS 2020). A layer without a bias is divided by
+    the root of its second moment instead. Alpha is left out of it: a branch at alpha = 0 is calibrated as if it were
+    one.
 
     Args:
-        model: What ``convert(init="skipinit")`` returned, before training; it is not changed.
+        model: What ``convert`` returned, before training; it is not changed.
         batches: One batch ``(N, C, *)``, or an iterable of a few: tensors, lists of which the first entry is the input
             (as data loaders return them), or mappings of keyword arguments. Several are averaged.
         forward: How to run the model on a batch, where none of these fits.
 
     Raises:
-        UsageError: The model was not converted with ``init="skipinit"``, there is no batch, or an output is not finite.
+        UsageError: The model was not converted, or is fused; there is no batch; something is not finite.
 
     Warns:
         CalibrationWarning: Layers that no batch reached, or whose output is constant, are left as they are and named.
@@ -68,13 +74,19 @@ def calibrate_(
     model: M, batches: Tensor | Iterable[Any], *, forward: Callable[[nn.Module, Any], object] | None = None
 ) -> M:
     """Do in place what :func:`calibrate` does on a copy; if it fails, the model is as it was."""
-    layers = _layers(model)
+    plan = _plan(model)
+    run, reached = forward or _run, set[str]()
+    several = [batches] if isinstance(batches, Tensor) else batches
+    if plan.init == "preserve":
+        with _in_mode(model, training=False):
+            centre_(model, plan, lambda batch: run(model, batch), several)
+        return model
+    layers = _layers(model, plan)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    run, reached = forward or _run, set[str]()
     try:
-        with _training(model), Still():
-            for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches, start=1):
+        with _in_mode(model, training=True), Still():
+            for number, batch in enumerate(several, start=1):
                 with _sweep(layers, number, reached):
                     run(model, batch)
                 model.load_state_dict(buffers, strict=False)  # norms that stay, and whatever else counts calls
@@ -90,29 +102,32 @@ def calibrate_(
     return model
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that a norm used to rescale."""
+def _plan(model: nn.Module) -> Plan:
+    """Return the plan of a model that can be calibrated."""
     plan: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
     if plan is None:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
-    if plan.init != "skipinit" or plan.fused:
-        raise UsageError(
-            "calibration sets the scale of untrained weights: convert with init='skipinit', and do not fuse before"
-        )
+    if plan.fused:
+        raise UsageError(f"this {type(model).__name__} is fused, and learns in plain coordinates: calibrate before")
+    return plan
+
+
+def _layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Return the layers that a norm used to rescale."""
     paths = [path for path, _ in plan.weights] + [edit.name for edit in plan.norms if edit.action in ("bias", "affine")]
     return {path: model.get_submodule(path) for path in paths}
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Put every module in train mode, where auxiliary heads run too, and back into its own afterwards."""
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in one mode (auxiliary heads run in train mode only), and back into its own afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.train()
+        model.train(training)
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _run(model: nn.Module, batch: Any) -> object:

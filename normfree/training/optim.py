@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normfree.errors import UsageError
-from normfree.layers import is_normfree
+from normfree.layers import HasAlpha
 
 __all__ = ["SCALAR_RATE", "clip_grad", "clipped_parameters", "param_groups"]
 
@@ -28,8 +28,9 @@ def param_groups(
         model: A converted model. Any other model works too: it has no scalars.
         lr: Learning rate of weights, gains and biases.
         weight_decay: Weight decay of the weights; biases, gains and every other vector get none.
-        scalar_lr: Learning rate of the alphas; ``lr`` times :data:`SCALAR_RATE` by default. From alpha = 0 with SGD,
-            0.3 whatever ``lr`` is trained in a wider range of learning rates (``examples/results/recipe.md``).
+        scalar_lr: Learning rate of the alphas. Default: ``lr`` where they have a unit of their own, in which they learn
+            slower already (``preserve``), else ``lr`` times :data:`SCALAR_RATE`. From alpha = 0 with SGD, 0.3
+            whatever ``lr`` is trained in a wider range of learning rates (``examples/results/recipe.md``).
 
     Returns:
         Up to three groups, named by their key ``name``: ``weights``, ``vectors`` and ``scalars``. Parameters that
@@ -46,10 +47,12 @@ def param_groups(
         >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
         [('weights', 21, 0.1, 0.0001), ('vectors', 21, 0.1, 0.0), ('scalars', 8, 0.010000000000000002, 0.0)]
     """
-    scalar_lr = lr * SCALAR_RATE if scalar_lr is None else scalar_lr
+    carriers = list(_carriers(model))
+    if scalar_lr is None:
+        scalar_lr = lr if any(carrier.alpha_unit > 1 for carrier in carriers) else lr * SCALAR_RATE
     if min(lr, weight_decay, scalar_lr) < 0:
         raise UsageError(f"rates cannot be negative: lr {lr}, weight_decay {weight_decay}, scalar_lr {scalar_lr}")
-    scalars = {id(alpha) for alpha in _alphas(model)}
+    scalars = {id(carrier.raw_alpha) for carrier in carriers}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UsageError(f"nothing in this {type(model).__name__} requires a gradient")
@@ -71,7 +74,7 @@ def clip_grad(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
 
     Brock et al. (2021, section 4.1, equation 3) bound each row's gradient by ``clip_factor`` times the row's own norm.
     A scalar that starts at zero has no norm to speak of, and its gradient would be cut from 1 to ``clip_factor * eps``:
-    so alphas, gains and biases are exempt, and the last linear layer as in the paper. What clips is timm's function.
+    so alphas and biases are exempt, and the last linear layer as in the paper. What clips is timm's function.
 
     Args:
         model: The model, after ``backward``.
@@ -108,8 +111,8 @@ def _classifier(model: nn.Module) -> nn.Module | None:
     return next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
 
 
-def _alphas(model: nn.Module) -> Iterator[Tensor]:
+def _carriers(model: nn.Module) -> Iterator[HasAlpha]:
+    """Yield the modules that carry an alpha."""
     for module in model.modules():
-        raw = module._parameters.get("raw_alpha")
-        if raw is not None and is_normfree(module):
-            yield raw
+        if isinstance(module, HasAlpha) and module._parameters.get("raw_alpha") is not None:
+            yield module

@@ -177,7 +177,7 @@ def test_squeeze_excite_that_carries_alpha_is_still_one(init: str) -> None:
     assert name.startswith("0.end")
     assert isinstance(converted[0].end, SqueezeExcitation)
     assert isinstance(converted[0].end.scale_activation, nn.Sigmoid)
-    assert converted.get_submodule(name).alpha.shape == (1,)
+    assert converted.get_submodule(name).raw_alpha.shape == (1,)
 
 
 @both

@@ -13,6 +13,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import normfree
+from normfree.deployment.fuse import plain_
 from normfree.layers import ScaledWeight
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -48,9 +49,8 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     for module in list(plain.modules()):
         if isinstance(module, ScaledWeight):
             weight, bias = (None if tensor is None else tensor.detach() for tensor in module.combined())
-            module.__class__ = module._normfree_original
-            module.gain = module.alpha = None
-            module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
+            plain_(module)
+            module.weight, module.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
     return plain
 
 

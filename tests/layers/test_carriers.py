@@ -92,27 +92,41 @@ def carrying(layer: nn.Module, gain: bool, alpha: bool, channels: tuple[int, int
     """Return a copy that carries gain and alpha, as the rewriting makes it."""
     carried = copy.deepcopy(layer)
     carried.__class__ = scaled_weight_class(type(layer))
-    carried.gain = nn.Parameter(noise(FEATURES, dtype=torch.float64)) if gain else None
-    carried.alpha = nn.Parameter(torch.tensor([0.7], dtype=torch.float64)) if alpha else None
-    carried.alpha_channels = channels
+    carried.gain = noise(FEATURES, dtype=torch.float64) if gain else None
+    centred = gain and not getattr(layer, "transposed", False)
+    shape = getattr(layer, "groups", 1), layer.weight[0].numel()
+    carried.center = noise(*shape, dtype=torch.float64) / 2 + 0.1 if centred else None
+    carried.offset = noise(FEATURES, dtype=torch.float64) if centred else None
+    carried.register_parameter("raw_alpha", None)
+    if alpha:
+        carried.raw_alpha = nn.Parameter(torch.tensor([2.8], dtype=torch.float64))
+    carried.alpha_channels, carried.alpha_unit, carried.bias_unit = channels, 4.0, 2.0
     return carried
 
 
 def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``alpha * (gain * layer(x) + bias)``, step by step, with the leaves that it was made of."""
+    """Return ``alpha * (gain * (layer(x) - layer(mean)) + bias / 2 + offset)``, step by step, with its leaves."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in carried.named_parameters()}
     plain.weight, plain.bias = nn.Parameter(leaves["weight"]), None
     leaves["weight"] = plain.weight
     dim = -1 if isinstance(plain, nn.Linear) else 1
     y = plain(x, **call).movedim(dim, -1)
-    if "gain" in leaves:
-        y = y * leaves["gain"]
+    if carried.center is not None:
+        groups = carried.center.shape[0]
+        y = (
+            y
+            - torch.einsum("god,gd->go", plain.weight.reshape(groups, FEATURES // groups, -1), carried.center).flatten()
+        )
+    if carried.gain is not None:
+        y = y * carried.gain
+    if carried.offset is not None:
+        y = y + carried.offset
     if "bias" in leaves:
-        y = y + leaves["bias"]
-    if "alpha" in leaves:
+        y = y + leaves["bias"] / 2
+    if "raw_alpha" in leaves:
         start, stop = carried.alpha_channels or (0, FEATURES)
         inside = (torch.arange(FEATURES) >= start) & (torch.arange(FEATURES) < stop)
-        y = torch.where(inside, y * leaves["alpha"], y)
+        y = torch.where(inside, y * leaves["raw_alpha"] / 4, y)
     return y.movedim(-1, dim), leaves
 
 
@@ -151,7 +165,7 @@ def test_gradients_are_those_of_finite_differences(name: str, channels: tuple[in
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         return torch.func.functional_call(scaled, dict(zip(names, parameters, strict=True)), (x,))
 
-    assert set(names) == {"weight", "bias", "gain", "alpha"}
+    assert set(names) == {"weight", "bias", "raw_alpha"}
     size = (3,) * (len(layer.shape) - 2)  # every entry of the input is moved, so that a small one will do
     x = noise(*((1, layer.shape[1], *size) if size else layer.shape), dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(function, (x, *values))
@@ -173,6 +187,7 @@ def test_the_pretrained_weight_keeps_its_key_and_its_values(name: str) -> None:
     scaled = carrying(plain, True, True, None)
     scaled(layer.input()).sum().backward()
     assert isinstance(scaled, type(plain))
-    assert set(scaled.state_dict()) == {"weight", "bias", "gain", "alpha"}
+    constants = {"gain"} if getattr(plain, "transposed", False) else {"gain", "center", "offset"}
+    assert set(scaled.state_dict()) == {"weight", "bias", "raw_alpha", *constants}
     assert torch.equal(scaled.state_dict()["weight"], plain.weight)
     assert torch.equal(scaled.state_dict()["bias"], plain.bias)

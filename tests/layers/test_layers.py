@@ -26,7 +26,7 @@ def test_a_scalar_does_not_promote_half_precision() -> None:
 
 
 def test_alpha_has_one_entry_and_one_dimension() -> None:
-    assert normfree.SkipInit().alpha.shape == (1,)  # FSDP refuses 0-dim parameters
+    assert normfree.SkipInit().raw_alpha.shape == (1,)  # FSDP refuses 0-dim parameters
 
 
 @pytest.mark.parametrize("act", [None, nn.ReLU()])

@@ -155,7 +155,7 @@ def test_an_epoch_of_private_training(name: str, init: str) -> None:
         F.cross_entropy(module(x), y).backward()
         optimizer.step()
     assert 0 < engine.get_epsilon(delta=1e-5) < float("inf")
-    for key, value in model.state_dict().items():
+    for key, value in model.named_parameters():
         assert bool(value.isfinite().all()), key
         assert not torch.equal(value, before[key]), key
 

@@ -118,14 +118,14 @@ def dead_branches(converted: nn.Module, x: Tensor) -> list[str]:
     model, dead = copy.deepcopy(converted).double().eval(), []
     with torch.no_grad():
         for name, alpha in model.named_parameters():
-            if name.endswith(".alpha"):
+            if name.endswith(".raw_alpha"):
                 kept, outputs = alpha.clone(), []
                 for step in (0.0, 1e-4, -1e-4):
                     alpha.copy_(kept + step)
                     outputs.append(leaves(model(x.double())))
                 alpha.copy_(kept)
                 if all(torch.equal(a, b) for more in outputs[1:] for a, b in zip(outputs[0], more, strict=True)):
-                    dead.append(name.removesuffix(".alpha"))
+                    dead.append(name.removesuffix(".raw_alpha"))
     return dead
 
 

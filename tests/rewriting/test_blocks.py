@@ -96,8 +96,8 @@ def test_every_sum_of_one_block_gets_a_scalar_of_its_own(init: str) -> None:
     assert ours == [f"parts.{i}.skipinit_{k}" for i in (1, 2) for k in (0, 1)]
     assert_same(pickle.loads(pickle.dumps(converted)), converted)  # noqa: S301  # written on the same line
     assert_same(copy.deepcopy(converted), converted)
-    converted.parts[1].skipinit_1.alpha.data.fill_(0)
-    converted.parts[1].skipinit_0.alpha.data.fill_(0)
+    converted.parts[1].skipinit_1.alpha = 0.0
+    converted.parts[1].skipinit_0.alpha = 0.0
     x = noise(2, 4, 6, 6)
     assert torch.equal(converted.parts[1](x)[0], x)
 
@@ -140,7 +140,7 @@ def test_rewritten_blocks_survive_copies_compile_and_files(tmp_path: Path) -> No
     for other in (copy.deepcopy(converted), pickled, saved, loaded, compiled):
         assert torch.equal(other(X), expected)
     assert type(pickled[1]).__mro__[2] is Gated
-    pickled[1].skipinit_0.alpha.data.zero_()
+    pickled[1].skipinit_0.alpha = 0.0
     assert torch.equal(converted(X), expected), "a copy shares nothing"
     assert list(converted.state_dict()) == list(pickled.state_dict())
 

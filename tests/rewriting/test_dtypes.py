@@ -37,6 +37,7 @@ def test_every_new_parameter_has_the_models_dtype(dtype: torch.dtype, tail: str,
     converted = prove(model, noise(2, 4, 6, 6, dtype=dtype), init=init)
     assert alphas(converted) == ["tail"]
     assert {p.dtype for p in converted.parameters()} == {dtype}
+    assert {t.dtype for t in converted.state_dict().values()} == {dtype}
     assert {b.dtype for b in converted.buffers()} == set()
     assert converted(noise(2, 4, 6, 6, dtype=dtype)).dtype == dtype
 
@@ -79,7 +80,7 @@ def test_gain_and_bias_follow_the_norm_they_came_from() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
     model[0].requires_grad_(False)  # a frozen backbone with trainable norms
     converted = prove(model, noise(2, 3, 6, 6), init="preserve")
-    assert converted[0].gain.requires_grad
+    assert not converted[0].gain.requires_grad, "a constant"
     assert converted[0].bias.requires_grad
     assert not converted[0].weight.requires_grad
 

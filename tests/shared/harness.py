@@ -13,6 +13,7 @@ from support_table import randomise as randomise
 from torch import Tensor, nn
 
 import normfree
+from normfree.layers import HasAlpha
 from normfree.tracing.copying import deep_copy
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +94,7 @@ def _double(x: Any) -> Any:
 
 def set_alphas(model: nn.Module, value: float) -> nn.Module:
     """Fill every alpha and return ``model``."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("alpha"):
-                parameter.fill_(value)
+    for module in model.modules():
+        if isinstance(module, HasAlpha) and module.raw_alpha is not None:
+            module.alpha = value
     return model

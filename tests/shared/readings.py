@@ -26,7 +26,7 @@ def kinds(model: nn.Module) -> list[str]:
 
 def alphas(model: nn.Module) -> list[str]:
     """Return the modules that carry an alpha, from the parameters and not from the plan."""
-    return [name.removesuffix(".alpha") for name, _ in model.named_parameters() if name.endswith(".alpha")]
+    return [name.removesuffix(".raw_alpha") for name, _ in model.named_parameters() if name.endswith(".raw_alpha")]
 
 
 def norms(model: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import normfree
@@ -86,4 +87,11 @@ def sharded(model: nn.Module, mine: Tensor) -> Result:
     fully_shard(model, mesh=mesh)
     local = {name: tuple(parameter.to_local().shape) for name, parameter in model.named_parameters()}
     gradients = {name: gradient.full_tensor() for name, gradient in train(model, mine).items()}
-    return gradients, {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}, local
+    return (
+        gradients,
+        {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in model.state_dict().items()
+        },
+        local,
+    )

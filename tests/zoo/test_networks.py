@@ -42,7 +42,7 @@ def hold(network: Network | Structure) -> None:
         converted = normfree.convert(original, init=init)
         assert type(converted) is type(original)
         assert not any(is_norm(module) for module in converted.modules())
-        alphas = [p for name, p in converted.named_parameters() if name.rpartition(".")[2] == "alpha"]
+        alphas = [p for name, p in converted.named_parameters() if name.rpartition(".")[2] == "raw_alpha"]
         assert len(alphas) == len(plan.alphas)
         assert all(p.item() == start for p in alphas)
         report = normfree.verify(converted, original, x)

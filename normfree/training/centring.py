@@ -1,0 +1,107 @@
+"""Calibration of a ``preserve`` model: its coordinates from data, and its function as it was.
+
+``convert`` knows what a layer meets from the norms alone: what the original was trained on, without borders. A batch of
+the images that are to be learnt says it exactly. Only constants change, and the weights that they undo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from normfree.errors import UsageError
+from normfree.layers import ScaledWeight, scaled_weight_class, shift
+from normfree.layers.carriers import Seen
+from normfree.plans import Carried, Plan
+
+__all__ = ["centre_"]
+
+
+def centre_(model: nn.Module, plan: Plan, run: Callable[[Any], object], batches: Iterable[Any]) -> None:
+    """Set mean of inputs and units of heads from data; a head that was put on since the conversion is taken in.
+
+    Args:
+        model: The converted model.
+        plan: Its plan.
+        run: Runs the model on a batch.
+        batches: Batches.
+
+    Raises:
+        UsageError: No layer was reached, or an input is not finite.
+    """
+    layers = {carried: model.get_submodule(carried.path) for carried in plan.carried if carried.centred}
+    seen = {carried: _Seen(layer) for carried, layer in layers.items()}
+    handles = [layer.register_forward_pre_hook(seen[carried]) for carried, layer in layers.items()]
+    try:
+        for batch in batches:
+            run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(found.count for found in seen.values()):
+        raise UsageError("no layer was reached: there is no batch, or the model calls none of its converted layers")
+    lost = [carried.path for carried, found in seen.items() if not bool(torch.isfinite(found.mean).all())]
+    if lost:
+        raise UsageError(f"{lost[0]}: its input is not finite")
+    for carried, found in seen.items():
+        if found.count:
+            _recentre(cast(Any, layers[carried]), found, carried, plan)
+
+
+class _Seen:
+    """A hook that averages what a layer's filters meet, and the square of it."""
+
+    def __init__(self, layer: Any) -> None:
+        self.count = 0
+        self.mean = torch.zeros(getattr(layer, "groups", 1), layer.weight[0].numel(), dtype=torch.float64)
+        self.square = 0.0
+
+    def __call__(self, layer: Any, args: tuple[Tensor, ...]) -> None:
+        """Take one more batch in."""
+        x = args[0].detach()
+        met = mean_patch(layer, x).double().cpu()
+        channels = -1 if isinstance(layer, nn.Linear) or x.dim() == 2 else 1
+        square = x.double().movedim(channels, 0).flatten(1).square().mean(1).sum() * layer.weight[0, 0].numel()
+        self.count += 1
+        self.mean += (met - self.mean) / self.count
+        self.square += (float(square) - self.square) / self.count
+
+
+def mean_patch(layer: Any, x: Tensor) -> Tensor:
+    """Return the mean, over images and places, of what each entry of a filter meets, ``(groups, entries)``.
+
+    It is the derivative of the layer's mean output by its weight, whatever its padding and stride.
+    """
+    groups = getattr(layer, "groups", 1)
+    filters = layer.weight.new_zeros(groups, *layer.weight.shape[1:]).requires_grad_()
+    original = layer._normfree_original if isinstance(layer, ScaledWeight) else type(layer)
+    with torch.enable_grad():
+        out = original.forward(Seen(layer, filters, None), x)
+        total = out.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1).mean(1).sum()
+        mean: Tensor = torch.autograd.grad(total, filters)[0]
+    return mean.reshape(groups, -1)
+
+
+@torch.no_grad()
+def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
+    """Move a layer to other coordinates: ``offset`` and ``gain`` undo what ``center`` and the weight do."""
+    weight: Tensor = layer.weight
+    center = found.mean.to(weight)
+    if not isinstance(layer, ScaledWeight):  # a head that was put on since
+        layer.__class__ = scaled_weight_class(type(layer))
+        layer._parameters["raw_alpha"] = None
+        ones = weight.new_ones(weight.shape[0])
+        layer.__dict__.update(gain=ones, center=torch.zeros_like(center), offset=torch.zeros_like(ones))
+        layer.__dict__.update(alpha_channels=None, alpha_unit=1.0, bias_unit=1.0)
+    scaled = weight * layer.gain.reshape(-1, *(1,) * (weight.dim() - 1))
+    layer.offset = layer.offset + shift(scaled, center - layer.center)
+    layer.center = center
+    if carried.head and plan.units.head:
+        norm = math.sqrt(max(found.square - float(found.mean.square().sum()), 0.0))
+        unit = 2.0 ** round(math.log2(norm / plan.units.head)) if norm > 0 else 1.0
+        weight.mul_(unit * layer.gain[0])
+        layer.gain = torch.full_like(layer.gain, 1 / unit)
