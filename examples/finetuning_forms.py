@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from normfree.planning.plan import look
-from normfree.plans import Plan, Units
+from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
 
 ARMS = {
@@ -45,7 +45,15 @@ ARMS = {
     "units 1": "normfree, units of weight, bias and alpha 1",
     "not centred": "normfree, inputs not centred",
     "head plain": "normfree, head plain",
+    "head 4": "normfree, head sees a norm of 4",
+    "weight 1, head 4": "normfree, unit of weights 1, head sees a norm of 4",
 }
+UNITS = {
+    "units 1": {"weight": 1.0, "bias": 1.0, "alpha": 1.0},
+    "head 4": {"head": 4.0},
+    "weight 1, head 4": {"weight": 1.0, "head": 4.0},
+}
+"""What an arm changes of a plan's units."""
 EPOCHS = {"post-activation": 6, "pre-activation": 6, "vgg": 6, quickstart.ARCHITECTURE: 1}
 """The networks, each with its epochs."""
 TASKS = ("digits", "elpv")
@@ -112,13 +120,14 @@ def fresh(network: str, classes: int, seed: int) -> nn.Module:
 
 
 def parted(name: str, plan: Plan) -> Plan:
-    """Return a plan with a part of it switched off."""
-    if name == "units 1":
-        carried = tuple(replace(layer, unit=1.0) for layer in plan.carried)
-        return replace(plan, units=Units(head=plan.units.head), carried=carried)
+    """Return a plan with a part of it switched off, or with another unit."""
+    if name == "head plain":
+        return replace(plan, carried=tuple(layer for layer in plan.carried if not layer.head))
     if name == "not centred":
         return replace(plan, carried=tuple(replace(layer, centred=False) for layer in plan.carried))
-    return replace(plan, carried=tuple(layer for layer in plan.carried if not layer.head))
+    units = replace(plan.units, **UNITS[name])
+    carried = tuple(replace(layer, unit=min(layer.unit, units.weight)) for layer in plan.carried)
+    return replace(plan, units=units, carried=carried)
 
 
 def form(name: str, model: nn.Module) -> tuple[nn.Module, Iterable[nn.Module]]:
