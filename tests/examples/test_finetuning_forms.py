@@ -63,7 +63,7 @@ def test_every_arm_begins_as_the_original(network: str) -> None:
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(x)
         for name in ARMS:
-            made, _ = form(name, copy.deepcopy(model))
+            made, _ = form(name, copy.deepcopy(model), x)
             torch.testing.assert_close(made.eval()(x), expected, rtol=1e-9, atol=1e-9)
 
 
