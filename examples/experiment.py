@@ -205,11 +205,11 @@ def usable(table: Sequence[Row], settings: Settings) -> str | None:
     return f"{power(good[0])} .. {power(good[-1])}" if good else None
 
 
-def within_a_point(mean: dict[float, float]) -> list[float]:
-    """The rates around the best whose accuracy is within a point of it, without a gap."""
+def within_a_point(mean: dict[float, float], points: float = 1) -> list[float]:
+    """The rates around the best whose accuracy is within a point of it, or within so many, without a gap."""
     rates = sorted(mean)
     best = max(rates, key=mean.__getitem__)
-    good = [mean[best] - mean[lr] <= 1 for lr in rates]
+    good = [mean[best] - mean[lr] <= points for lr in rates]
     first = last = rates.index(best)
     while first > 0 and good[first - 1]:
         first -= 1

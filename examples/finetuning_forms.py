@@ -1,0 +1,292 @@
+"""Which form of a converted network fine-tunes with the learning rates of its original, and what each part of it does.
+
+A network is pretrained with batch norm, gets a fresh head, and is converted: then plain optimizers over
+`model.parameters()` train it, with a warm-up and a cosine, and without any recipe of ours. Networks are ImageNet's
+`tf_efficientnet_lite0`, and three of nine blocks that are pretrained here, on the digits 0 to 4, and go on with 5 to 9.
+
+Run: python examples/finetuning_forms.py --networks post-activation --optimizers sgd --rates 0.03125 0.0625
+     python examples/finetuning_forms.py --render
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import quickstart
+import timm
+import torch
+from arms import arm
+from experiment import Job, Row, accuracy, markdown, matching, measure, parser, power, rows, within_a_point
+from images import Data, Part, digits, solar_cells
+from nine_blocks import BLOCKS, small
+from recipe import Outcome, batches, cosine, outcome
+from steps import gradients
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normfree.analysis.moments import Moments
+from normfree.planning.plan import look
+from normfree.plans import Plan
+from normfree.rewriting.applying import rewrite
+
+ARMS = {
+    "bn": "batch norm",
+    "frozen": "batch norm, frozen",
+    "folded": "normfree, fused before training",
+    "normfree": "normfree",
+    "units 1": "normfree, units of weight, bias and alpha 1",
+    "not centred": "normfree, inputs not centred",
+    "head plain": "normfree, head plain",
+    "head 4": "normfree, head sees a norm of 4",
+    "weight 1, head 4": "normfree, unit of weights 1, head sees a norm of 4",
+    "measured": "normfree, inputs centred by 256 training images",
+    "measured, head 4": "normfree, inputs centred by 256 training images, head sees a norm of 4",
+}
+UNITS = {
+    "units 1": {"weight": 1.0, "bias": 1.0, "alpha": 1.0},
+    "head 4": {"head": 4.0},
+    "weight 1, head 4": {"weight": 1.0, "head": 4.0},
+    "measured, head 4": {"head": 4.0},
+}
+"""What an arm changes of a plan's units."""
+EPOCHS = {"post-activation": 6, "pre-activation": 6, "vgg": 6, quickstart.ARCHITECTURE: 1}
+"""The networks, each with its epochs."""
+TASKS = ("digits", "elpv")
+_SGD = tuple(2.0**power for power in range(-7, -1))
+RATES = {"sgd": _SGD, "clipped": _SGD, "adamw": tuple(2.0**power for power in range(-12, -5))}
+"""The optimizers, each with the rates that it tries; `clipped` is SGD with the norm of the gradient clipped at 1."""
+CELL = ("network", "task", "size", "images", "optimizer", "batch", "epochs")
+LEGEND = """\
+Test accuracy in percent by learning rate, mean of the seeds; [the worst], where seeds differ by more than five points;
+n is how many there are, where others in the table have more. What diverged counts as zero. The rates in the last
+columns are chosen on the validation images. Small networks are tested on 177 images: a difference of a point is two.
+
+Open: heads that are kept, the last stage alone, batch 64, other tasks and ImageNet networks than those below, and three
+seeds. `normfree.calibrate` takes no `preserve` model yet: two arms do what it may do, by a plan of their own."""
+
+
+@functools.cache
+def images(task: str, size: int, count: int) -> Data:
+    """Return the images of a task, the first `count` of those that train; 0 is all."""
+    if task == "elpv":
+        config = resolve_data_config({}, model=timm.create_model(quickstart.ARCHITECTURE))
+        data = solar_cells(size, (255 * config["mean"][0], 255 * config["std"][0]))
+    else:
+        low, _, high = task.removeprefix("digits").strip().partition(" to ")
+        data = some_digits(int(low or 0), int(high or 9), size, colour=not low)
+    return replace(data, train=Part(data.train.x[: count or None], data.train.y[: count or None]))
+
+
+def some_digits(low: int, high: int, size: int, colour: bool) -> Data:
+    """Return scikit-learn's digits from `low` to `high`, enlarged, from -1 to 1 as ImageNet's weights want."""
+    whole = digits()
+    darkest, lightest = whole.train.x.min(), whole.train.x.max()
+
+    def part(of: Part) -> Part:
+        mine = (of.y >= low) & (of.y <= high)
+        x = 2 * (of.x[mine] - darkest) / (lightest - darkest) - 1
+        x = F.interpolate(x, size=(size, size), mode="bilinear")
+        return Part(x.expand(-1, 3, -1, -1) if colour else x, of.y[mine] - low)
+
+    parts = {name: part(getattr(whole, name)) for name in ("train", "validation", "test")}
+    return Data(**parts, classes=high - low + 1, shift=0 if colour else 1)
+
+
+@functools.cache
+def pretrained(network: str) -> nn.Module:
+    """Return a network with its weights: ImageNet's, or, of a small one, after twelve epochs on the digits 0 to 4."""
+    if network == quickstart.ARCHITECTURE:
+        return quickstart.pretrained()
+    torch.manual_seed(0)
+    model = small(BLOCKS[network])
+    fit(model, images("digits 0 to 4", 16, 0), "sgd", 0.1, epochs=12, batch=32, seed=0)
+    return model.eval()
+
+
+def fresh(network: str, classes: int, seed: int) -> nn.Module:
+    """Return a pretrained network with a head that has learnt nothing."""
+    model = copy.deepcopy(pretrained(network))
+    torch.manual_seed(seed)
+    if network == quickstart.ARCHITECTURE:
+        model.reset_classifier(classes)
+    else:
+        model[-1] = nn.Linear(model[-1].in_features, classes)
+    return model
+
+
+def parted(name: str, plan: Plan) -> Plan:
+    """Return a plan with a part of it switched off, or with another unit."""
+    if name == "head plain":
+        return replace(plan, carried=tuple(layer for layer in plan.carried if not layer.head))
+    if name == "not centred":
+        return replace(plan, carried=tuple(replace(layer, centred=False) for layer in plan.carried))
+    units = replace(plan.units, **UNITS.get(name, {}))
+    carried = tuple(replace(layer, unit=min(layer.unit, units.weight)) for layer in plan.carried)
+    if name.startswith("measured"):
+        carried = tuple(replace(layer, centred=True) for layer in carried)
+    return replace(plan, units=units, carried=carried)
+
+
+def form(name: str, model: nn.Module, x: Tensor) -> tuple[nn.Module, Iterable[nn.Module]]:
+    """Give a network the form of an arm, perhaps for images `x`; return it with the norms that stay frozen."""
+    if name in ("bn", "frozen"):
+        return arm(name, model)
+    if name in ("normfree", "folded"):
+        return arm("fused" if name == "folded" else "normfree", model)
+    plan, met = look(model, init="preserve")
+    found = measured(model, [layer.path for layer in plan.carried], x) if name.startswith("measured") else met()
+    rewrite(model, parted(name, plan), found)
+    return model, ()
+
+
+@torch.no_grad()
+def measured(model: nn.Module, paths: Iterable[str], x: Tensor) -> dict[str, Moments]:
+    """Return mean and variance of every channel that these layers see in images `x`."""
+    found: dict[str, Moments] = {}
+
+    def see(path: str, _layer: nn.Module, args: tuple[Tensor]) -> None:
+        seen = args[0].double().transpose(0, 1).flatten(1)
+        found[path] = Moments(seen.mean(1), seen.var(1, correction=0))
+
+    handles = [model.get_submodule(p).register_forward_pre_hook(functools.partial(see, p)) for p in paths]
+    model.eval()(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    optimizer: str,
+    lr: float,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+    frozen: Iterable[nn.Module] = (),
+) -> list[float]:
+    """Train `model` in place with a plain optimizer; return each epoch's loss, ended by the first nan."""
+    torch.manual_seed(seed)
+    model.train()
+    for module in frozen:
+        module.eval()
+    if optimizer == "adamw":
+        stepper: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    else:
+        stepper = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    each = len(data.train.y) // batch
+    schedule, curve = cosine(stepper, 0.1, epochs * each), list[float]()
+    for epoch in range(epochs):
+        total = 0.0
+        for i, (x, y) in enumerate(batches(data, batch)):
+            schedule.step_update(epoch * each + i + 1)
+            total += gradients(model, x, y).item()
+            if not math.isfinite(total):
+                return [*curve, math.nan]
+            if optimizer == "clipped":
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            stepper.step()
+        curve.append(total / each)
+    return curve
+
+
+def run(asked: dict[str, object], threads: int) -> Outcome:
+    """Build one network in one form and train it."""
+    torch.set_num_threads(threads)
+    it = Namespace(**asked)
+    data = images(it.task, it.size, it.images)
+    model, frozen = form(it.arm, fresh(it.network, data.classes, it.seed), data.train.x[:256])
+    settings, start = {"epochs": it.epochs, "batch": it.batch, "seed": it.seed}, time.perf_counter()
+    return outcome(model, data, fit(model, data, it.optimizer, it.lr, frozen=frozen, **settings), start)
+
+
+def page(table: list[Row]) -> str:
+    """Write the accuracies of every network, task, optimizer and batch, a line an arm and a column a learning rate."""
+    parts = [LEGEND]
+    for values in dict.fromkeys(tuple(row[key] for key in CELL) for row in table):
+        named = dict(zip(CELL, values, strict=True))
+        mine = list(matching(table, named))
+        seeds = len({row["seed"] for row in mine})
+        about = "{network}, {task}, {size} px, {optimizer}, batch {batch}; epochs: {epochs}".format(**named)
+        about += f", training images: {named['images']}" if named["images"] != "0" else ""
+        parts += [f"### {about}, seeds: {seeds}", grid(mine, seeds)]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(mine: list[Row], seeds: int) -> str:
+    """Write one table."""
+    rates = sorted({row["lr"] for row in mine}, key=float)
+    validated = {name: mean(mine, name) for name in ARMS if any(row["arm"] == name for row in mine)}
+    best = {name: max(found, key=found.__getitem__) for name, found in validated.items()}
+    body = []
+    for name, found in validated.items():
+        cells = {lr: cell(matching(mine, {"arm": name, "lr": lr}), seeds) for lr in rates}
+        good = within_a_point({float(lr): accuracy for lr, accuracy in found.items()}, 2)
+        chosen, there = f"{cells[best[name]]} ({power(float(best[name]))})", cells.get(best.get("bn", ""))
+        body.append([ARMS[name], *cells.values(), chosen, there, f"{power(good[0])} .. {power(good[-1])}"])
+    return markdown(["", *(power(float(lr)) for lr in rates), "best", "at batch norm's best", "within 2 points"], body)
+
+
+def mean(mine: Sequence[Row], name: str) -> dict[str, float]:
+    """Return the mean validation accuracy of an arm by learning rate."""
+    own = list(matching(mine, {"arm": name}))
+    return {
+        lr: statistics.mean(accuracy(row, "validation") for row in matching(own, {"lr": lr}))
+        for lr in {row["lr"]: None for row in own}
+    }
+
+
+def cell(found: Iterable[Row], seeds: int) -> str | None:
+    """Write the test accuracy of some seeds."""
+    each = [accuracy(row, "test") for row in found]
+    if not each:
+        return None
+    worst = f" [{min(each):.1f}]" if max(each) - min(each) > 5 else ""
+    return f"{statistics.mean(each):.1f}{worst}" + (f" n={len(each)}" if len(each) < seeds else "")
+
+
+def jobs(options: Namespace) -> Iterable[Job]:
+    """Go through the runs: of every network, batch and optimizer first the whole table of one seed."""
+    for network, batch, optimizer in itertools.product(options.networks, options.batch, options.optimizers):
+        whole = network == quickstart.ARCHITECTURE
+        tasks, size = (options.tasks, options.size) if whole else (["digits 5 to 9"], 16)
+        rates = options.rates or RATES[optimizer]
+        for task, seed, lr, name in itertools.product(tasks, range(options.seeds), rates, options.arms):
+            asked = {"network": network, "task": task, "size": size, "images": options.images, "arm": name}
+            asked |= {"optimizer": optimizer, "batch": batch, "epochs": options.epochs or EPOCHS[network]}
+            asked |= {"lr": lr, "seed": seed}
+            yield Job(asked, functools.partial(run, asked, options.threads))
+
+
+def main() -> None:
+    """Parse and go."""
+    made = parser(__doc__.splitlines()[0], "finetuning_forms.csv")
+    made.add_argument("--networks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    made.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits"], help="of the ImageNet network")
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    made.add_argument("--optimizers", nargs="+", choices=RATES, default=list(RATES))
+    made.add_argument("--batch", type=int, nargs="+", default=[16])
+    made.add_argument("--rates", type=float, nargs="+", help="powers of two, around each optimizer's best, without")
+    made.add_argument("--seeds", type=int, default=2)
+    made.add_argument("--epochs", type=int, help="6 for small networks, 1 for the other, without")
+    made.add_argument("--size", type=int, default=64, help="pixels of a side, for the ImageNet network")
+    made.add_argument("--images", type=int, default=0, help="train with the first so many")
+    options = made.parse_args()
+    if options.render:
+        options.csv.with_suffix(".md").write_text(page(rows(options.csv)))
+        return
+    measure(options.csv, jobs(options), options.workers)
+
+
+if __name__ == "__main__":
+    main()
