@@ -18,7 +18,7 @@ from normfree.analysis.moments import Moments
 from normfree.analysis.tails import Place
 from normfree.errors import InternalError
 from normfree.layers import is_carrier, scaled_weight_class
-from normfree.norms import is_norm
+from normfree.norms import describe, is_norm
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 from normfree.rewriting.preparing import prepare
@@ -99,6 +99,10 @@ def _check(plan: Plan, find: Callable[[str], nn.Module]) -> None:
         module = find(alpha.path)
         if not _FITS[alpha.place](module):
             raise InternalError(f"alpha cannot live in the {alpha.place} of {alpha.path!r}")
+        features = describe(module).features if is_norm(module) else getattr(module, "out_channels", None)
+        features = features or getattr(module, "out_features", None)
+        if alpha.channels is not None and isinstance(features, int) and alpha.channels[1] > features:
+            raise InternalError(f"alpha scales channels {alpha.channels} of {alpha.path!r}, which has {features}")
 
 
 _HOOKS = (

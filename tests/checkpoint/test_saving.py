@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from harness import assert_close, noise, randomise
+from harness import Block, assert_close, noise, randomise
 from readings import plan_of
 from tied import Net, write
 from torch import nn
@@ -144,3 +144,15 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     assert "cannot be written" in said
     assert path.read_bytes() == b"precious"
     assert os.listdir(tmp_path) == ["net.safetensors"]  # noqa: PTH208  # the temporary file is hidden
+
+
+def test_alpha_on_more_channels_than_a_layer_has(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    normfree.save(normfree.convert(Block()), path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        raw = json.loads(file.metadata()["normfree"])
+    alpha = next(alpha for total in raw["plan"]["sums"] for alpha in total["alphas"])
+    alpha["channels"] = [0, 2**19]
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"normfree": json.dumps(raw)})
+    with pytest.raises(CheckpointError, match=r"alpha scales channels \(0, 524288\)"):
+        normfree.load(path, model=Block())
