@@ -74,8 +74,8 @@ A cell without a figure was not run, so ranges of arms with few rates are no ran
 were added, on the same images and at fewer rates, after the arms above them had been seen to diverge.
 
 Open: more seeds than a table says, batches of 2 and 64, clipped SGD, frozen norms, solar cells, heads that are kept,
-the last stage alone, other ImageNet networks. `normfree.calibrate` takes no `preserve` model yet: two arms do what it
-may do, by a plan of their own."""
+the last stage alone, other ImageNet networks. Two arms take means from images by a
+plan of their own, as `normfree.calibrate` does by now."""
 
 
 @functools.cache

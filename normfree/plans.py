@@ -105,7 +105,7 @@ class Units:
             as it takes mean and scale of a batch out of the gradient.
         bias: A bias that a norm left.
         alpha: A SkipInit scalar.
-        head: What a classifier sees is divided by a power of two, so that its norm is about this.
+        head: What a classifier sees is divided by a power of two, so that its norm is about this; 0 leaves it alone.
     """
 
     weight: float = 1.0

@@ -50,7 +50,7 @@ def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Map
     if carried.centred:
         carrier.center = centred_at(layer, None if moments is None else moments.mean)
     unit = carried.unit
-    if carried.head and moments is not None:
+    if carried.head and moments is not None and units.head > 0:
         places = weight[0].numel() // max(len(moments.mean), 1)
         norm = norm_of(moments.variance, max(places, 1))
         unit = 2.0 ** round(math.log2(norm / units.head)) if norm > 0 else 1.0
