@@ -20,6 +20,7 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
     "training.signals": ["Signals", "signals"],
     "deployment.restore": ["restore"],
     "proofs.verify": ["Report", "verify"],
+    "training.watching": ["watch"],
 }
 __all__ = ["errors", *(name for names in _HOMES.values() for name in names)]
 

@@ -18,5 +18,6 @@ from normfree.training.optim import clip_grad as clip_grad
 from normfree.training.optim import param_groups as param_groups
 from normfree.training.signals import Signals as Signals
 from normfree.training.signals import signals as signals
+from normfree.training.watching import watch as watch
 
 __version__: str

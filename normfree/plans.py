@@ -105,7 +105,8 @@ class Units:
             as it takes mean and scale of a batch out of the gradient.
         bias: A bias that a norm left.
         alpha: A SkipInit scalar.
-        head: What a classifier sees is divided by a power of two, so that its norm is about this; 0 leaves it alone.
+        head: What a classifier sees is divided by a power of two, so that its norm is about this, or smaller; 0 leaves
+            it alone. It is never enlarged: a fresh classifier is the first to diverge.
     """
 
     weight: float = 1.0
@@ -116,6 +117,10 @@ class Units:
     def __post_init__(self) -> None:
         if not all(math.frexp(unit)[0] == 0.5 and unit < 2**20 for unit in (self.weight, self.bias, self.alpha)):
             raise ValueError(f"units are powers of two, not {self}")
+
+    def of_head(self, norm: float) -> float:
+        """Return the unit of the weight of a classifier that sees an input of this norm."""
+        return 2.0 ** max(round(math.log2(norm / self.head)), 0) if self.head > 0 and norm > 0 else 1.0
 
 
 @dataclass(frozen=True)

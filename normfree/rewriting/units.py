@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +49,9 @@ def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Map
     if carried.centred:
         carrier.center = centred_at(layer, None if moments is None else moments.mean)
     unit = carried.unit
-    if carried.head and moments is not None and units.head > 0:
+    if carried.head and moments is not None:
         places = weight[0].numel() // max(len(moments.mean), 1)
-        norm = norm_of(moments.variance, max(places, 1))
-        unit = 2.0 ** round(math.log2(norm / units.head)) if norm > 0 else 1.0
+        unit = units.of_head(norm_of(moments.variance, max(places, 1)))
     ones = weight.new_ones(features_of(layer))
     carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
     carrier.times = 1.0 if met is None else unit

@@ -100,8 +100,7 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
     scaled = weight * layer.gain.reshape(-1, *(1,) * (weight.dim() - 1))
     layer.offset = layer.offset + shift(scaled, center - layer.center)
     layer.center = center
-    if carried.head and plan.units.head:
-        norm = math.sqrt(max(found.square - float(found.mean.square().sum()), 0.0))
-        unit = 2.0 ** round(math.log2(norm / plan.units.head)) if norm > 0 else 1.0
+    if carried.head:
+        unit = plan.units.of_head(math.sqrt(max(found.square - float(found.mean.square().sum()), 0.0)))
         weight.mul_(unit * layer.gain[0])
         layer.gain = torch.full_like(layer.gain, 1 / unit)

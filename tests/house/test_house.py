@@ -73,7 +73,7 @@ FLOORS = (
     "analysis.sums analysis.moments",
     "analysis.tails analysis.sites",
     "analysis.findings plans",
-    "planning.guards planning.selecting proofs.observing rewriting.originals rewriting.units training.centring",
+    "planning.guards planning.selecting proofs.observing rewriting.originals rewriting.units training.centring training.watching",
     "rewriting.preparing",
     "planning.placing planning.kinds proofs.replaying rewriting.optimizers",
     "planning.deciding",

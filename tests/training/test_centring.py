@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import normfree
 from normfree.errors import CheckpointError, UsageError
 from normfree.layers import ScaledWeight, shift
+from normfree.planning.deciding import UNITS
 from normfree.training.centring import mean_patch
 
 NAMES = ["test_resnet", "test_efficientnet", "resnetv2_18"]
@@ -77,7 +78,13 @@ def test_a_head_that_was_put_on_afterwards_is_taken_in_by_one_call(converted: nn
         taken(X)
     centred = inputs[0].flatten(1) - head.center
     size = centred.square().sum(1).mean().sqrt() * head.gain[0]
-    assert 8 / 2**0.5 <= float(size) <= 8 * 2**0.5, "what it sees has a norm of about eight"
+    assert float(size) <= 8 * 2**0.5, "what it sees has a norm of about eight at most"
+    assert float(head.gain[0]) == 1 or float(size) >= 8 / 2**0.5
+
+
+@pytest.mark.parametrize(("norm", "unit"), [(0.0, 1), (0.5, 1), (8, 1), (11, 1), (12, 2), (60, 8)])
+def test_what_a_head_sees_is_never_enlarged(norm: float, unit: float) -> None:
+    assert UNITS["preserve"].of_head(norm) == unit
 
 
 def test_a_head_that_was_put_on_afterwards_travels_in_a_file(tmp_path) -> None:
