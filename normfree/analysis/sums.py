@@ -82,8 +82,8 @@ def find_sums(flow: Flow) -> tuple[SumNode, ...]:
 def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the additions that make up ``a + b + c``, the outermost first."""
     yield node
-    for operand in node.args[:2]:
-        inner = _inner(flow, operand) if isinstance(operand, fx.Node) else None
+    for operand in flow.operands(node):
+        inner = _inner(flow, operand)
         if inner is not None:
             yield from additions_of(flow, inner)
 
@@ -115,8 +115,7 @@ def _classify_group(flow: Flow, node: fx.Node, found: dict[fx.Node, SumNode]) ->
             inner = _inner(flow, operand)
             if inner is not None:
                 _classify_group(flow, inner, found)
-    operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
-    found[node] = _classify(flow, node, operands, found)
+    found[node] = _classify(flow, node, flow.operands(node), found)
 
 
 def _ends_in_parallel(flow: Flow, node: fx.Node, found: Mapping[fx.Node, SumNode]) -> bool:
@@ -129,13 +128,12 @@ def _ends_in_parallel(flow: Flow, node: fx.Node, found: Mapping[fx.Node, SumNode
 
 
 def _flatten(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
-    for operand in node.args[:2]:
-        if isinstance(operand, fx.Node):
-            inner = _inner(flow, operand)
-            if inner is not None:
-                yield from _flatten(flow, inner)
-            else:
-                yield operand
+    for operand in flow.operands(node):
+        inner = _inner(flow, operand)
+        if inner is not None:
+            yield from _flatten(flow, inner)
+        else:
+            yield operand
 
 
 def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping[fx.Node, SumNode]) -> SumNode:
@@ -149,6 +147,9 @@ def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping
         others = [o for j, o in enumerate(operands) if j != i]
         position = next((p for p in walk if all(_splits(flow, p, o) for o in others)), None)
         if position is None:
+            continue
+        if flow.shape(operands[i]) != flow.shape(node):
+            refusal = "the skip path is broadcast over the sum"
             continue
         problem = next((r for o in others if (r := _not_a_branch(flow, position, o, found))), None)
         if problem is None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import operator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -20,21 +22,43 @@ from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.tracing.calls import is_default
 from normfree.tracing.copying import meta_copy
-from normfree.tracing.tracer import Tracer
+from normfree.tracing.roles import name_of
 from normfree.tracing.traces import MODES, Graph
 
-__all__ = ["only_default", "optional_arguments", "scaled_block_class", "why_not_scalable"]
+__all__ = ["only_default", "operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
 
 
 Places = tuple[tuple[int, int], ...]
+_ONE_AT_A_TIME = threading.RLock()  # torch.fx replaces methods of nn.Module while it follows a forward
 
 
-class _OwnForward(Tracer):
-    """Sees what a block's own forward does in its default call; its children are leaves."""
+class _Proxy(fx.Proxy):
+    """Also knows what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class _OwnForward(fx.Tracer):
+    """Sees what a block's own forward does in its default call; its children are leaves.
+
+    What a run shows holds for the shapes of that run; a forward that is to be called again must hold for all. So this
+    is the one place where symbols stand for tensors; that they went the way of the run is checked.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # its signature is fx's
         """Stop at every child."""
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a proxy that knows in-place arithmetic."""
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self,
@@ -64,13 +88,14 @@ def only_default(value: Any, default: Any, name: str) -> None:
         raise UsageError(f"{name} was given to a forward that was rewritten for its default; exclude its sum instead")
 
 
-def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | None:
+def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[str]) -> str | None:
     """Say why the forward of ``block`` cannot be rewritten, or return ``None`` if it can.
 
     Args:
         block: The module whose own forward adds; it should be on the meta device.
         addition: Which of its additions of two activations.
         operand: Which operand of that is the branch.
+        done: What its forward did in a run: see :func:`operations_of`.
     """
     if "forward" in block.__dict__ or hasattr(block, skipinit_name(addition)):
         return f"its forward is patched, or it has an attribute {skipinit_name(addition)} of its own"
@@ -80,10 +105,19 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | Non
     if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
         return "its forward takes optional arguments whose defaults cannot be written down"
     try:
+        graphs = [_own_graph(mode) for mode in _modes(meta_copy(block))]
+        if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
+            return "it looks at what it is given, and a forward must hold for whatever that is"
         scaled_block_class(block, ((addition, operand),))
-    except Exception as error:  # whatever the block's forward raises when it meets a proxy
-        return f"its own forward cannot be traced ({type(error).__name__})"
+    except Exception as error:  # whatever the block's forward raises when it meets a symbol
+        return f"it cannot be followed without values ({type(error).__name__})"
     return None
+
+
+def operations_of(flow: Flow, owner: str) -> list[str]:
+    """Return the names of the functions and methods that a forward calls on activations itself, in order."""
+    own = (node for node in flow.nodes if flow.graph.owners.get(node, "") == owner)
+    return [name_of(node) for node in own if node.op != "call_module" and name_of(node) not in ("", "only_default")]
 
 
 def optional_arguments(block: nn.Module) -> dict[str, Any]:
@@ -99,7 +133,7 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    evaluate, train = _forwards(meta_copy(block), places)
+    evaluate, train = (_generate(mode, places) for mode in _modes(meta_copy(block)))
     members = {
         "__module__": original.__module__,
         "_places": places,
@@ -137,19 +171,27 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return new
 
 
-def _forwards(block: nn.Module, places: Places) -> tuple[Any, ...]:
-    """Return the forward of each mode as a function of ``self`` and the block's arguments."""
+def _modes(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield a block in each mode."""
     training = block.training
     try:
-        return tuple(_generate(block.train(mode == "train"), mode, places) for mode in MODES)
+        yield from (block.train(mode == "train") for mode in MODES)
     finally:
         block.train(training)
 
 
-def _generate(block: nn.Module, mode: str, places: Places) -> Any:
-    tracer = _OwnForward(layers={id(module): module is not block for module in block.modules()})
-    graph = tracer.look(block, mode, {})
-    flow = Flow(Graph(graph, tracer.owners, {}, tracer.calls), dict(block.named_modules(remove_duplicate=False)), ())
+def _own_graph(block: nn.Module) -> fx.Graph:
+    with _ONE_AT_A_TIME:
+        return _OwnForward().trace(block)
+
+
+def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
+    return Flow(Graph(graph, {}, {}, {}), dict(block.named_modules(remove_duplicate=False)), ())
+
+
+def _generate(block: nn.Module, places: Places) -> Any:
+    graph = _own_graph(block)
+    flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
     if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
         name.startswith("_tensor_constant") for name in held
