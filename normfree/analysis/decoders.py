@@ -64,11 +64,11 @@ def _operations(flow: Flow, node: fx.Node, owner: str) -> set[str]:
 def _is_upward(flow: Flow, node: fx.Node) -> bool:
     """Whether a node returns at least twice as many places as it was given, whatever its class."""
     before, after = flow.shape(flow.inputs[node][0]) if flow.inputs[node] else None, flow.shape(node)
-    if before is None or after is None:
-        return flow.roles[node] is Role.UPSAMPLE
-    steps = flow.roles[node] in (Role.UPSAMPLE, Role.CONV) or (flow.roles[node] is Role.OTHER and len(after) > 3)
-    grown = len(before) == len(after) > 2 and math.prod(after[2:]) >= 2 * math.prod(before[2:])
-    return steps and grown and node.op != "call_method"
+    if before is None or after is None or len(before) != len(after) or len(after) < 3:
+        return False
+    resizes = flow.roles[node] is Role.UPSAMPLE or getattr(flow.module(node), "transposed", False) is True
+    unknown = flow.roles[node] is Role.OTHER and node.op == "call_module" and len(after) > 3
+    return (resizes or unknown) and math.prod(after[2:]) >= 2 * math.prod(before[2:])
 
 
 def _is_downward(flow: Flow, node: fx.Node) -> bool:

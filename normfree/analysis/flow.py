@@ -136,6 +136,11 @@ class Flow:
         given = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in self.inputs]
         return given if len(given) > 1 else list(self.inputs[node])
 
+    def additions(self, owner: str | None = None) -> list[fx.Node]:
+        """Return what adds, subtracts or mixes two activations, in the forward of one module or anywhere."""
+        found = (node for node in self.nodes if node.op != "call_module" and function_role(node) is Role.ADD)
+        return [n for n in found if len(self.operands(n)) == 2 and owner in (None, self.graph.owners.get(n, ""))]
+
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """Return the shape of the tensor that a node returned, if it is known."""
         value = self.graph.values.get(node)

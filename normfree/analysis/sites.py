@@ -188,7 +188,7 @@ def _is_fresh(flow: Flow, source: fx.Node) -> bool:
     """Whether ``source`` is a tensor of its own that its operation did not keep for backward."""
     if source.op == "call_module":
         return flow.carries(source)
-    return flow.roles[source] in (Role.CONV, Role.CAT) or name_of(source) == "add"
+    return flow.roles[source] is Role.CONV or name_of(source) in ("add", "cat", "concat", "concatenate")
 
 
 def agree(known: Site | None, site: Site) -> Site:

@@ -17,6 +17,7 @@ from torch import fx
 
 from normfree.analysis.decoders import is_only_a_gate, rising_step
 from normfree.analysis.flow import Flow, Role
+from normfree.tracing.roles import name_of
 
 __all__ = ["Kind", "SumNode", "additions_of", "find_sums", "sum_names"]
 
@@ -63,20 +64,34 @@ def sum_names(flow: Flow) -> dict[fx.Node, str]:
     names = {}
     for node in flow.nodes:
         if flow.roles[node] is Role.ADD:
-            owner = flow.graph.owners[node]
-            stem = f"{owner}.add" if owner else "add"
+            owner, verb = flow.graph.owners[node], "add" if _adds(node) else name_of(node).strip("_").removeprefix("i")
+            stem = f"{owner}.{verb}" if owner else verb
             names[node] = f"{stem}_{counts[stem]}" if counts[stem] else stem
             counts[stem] += 1
     return names
 
 
 def find_sums(flow: Flow) -> tuple[SumNode, ...]:
-    """Classify every addition of two activations, in topological order."""
+    """Classify every addition of two activations, in topological order.
+
+    A difference, or a mean with weights, counts where it takes a branch from its skip path: ``f(x) - x`` is no sum.
+    """
     found: dict[fx.Node, SumNode] = {}
     for node in flow.nodes:
-        if flow.roles[node] is Role.ADD and not _is_inner(flow, node):
+        if flow.roles[node] is not Role.ADD or _is_inner(flow, node):
+            continue
+        if _adds(node):
             _classify_group(flow, node, found)
+            continue
+        total = _classify(flow, node, flow.operands(node), found)
+        taken = "lerp" in name_of(node) or total.skip is flow.operands(node)[0]
+        if total.kind == "residual" and taken:
+            found[node] = total
     return tuple(found.values())
+
+
+def _adds(node: fx.Node) -> bool:
+    return name_of(node) in ("add", "iadd", "add_", "sum")
 
 
 def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
@@ -93,7 +108,7 @@ def _is_inner(flow: Flow, node: fx.Node) -> bool:
     users = flow.users[node]
     while len(users) == 1 and flow.roles[users[0]] is Role.PASS:
         users = flow.users[users[0]]
-    return len(users) == 1 and flow.roles[users[0]] is Role.ADD
+    return len(users) == 1 and flow.roles[users[0]] is Role.ADD and _adds(node) and _adds(users[0])
 
 
 def _inner(flow: Flow, operand: fx.Node) -> fx.Node | None:

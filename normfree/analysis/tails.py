@@ -77,10 +77,10 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
         return None, f"a forward asks for the class of {owner}"
     if optional_arguments(flow.modules[owner]) and owner in flow.graph.optional:
         return None, f"{owner} is given more than the defaults of its optional arguments"
-    own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
+    own = flow.additions(owner)
     if len(own) % calls:
         return None, f"{owner} adds in one of its calls and not in another"
-    if branch not in addition.args:
+    if addition not in own:
         return None, f"{owner} adds what it has stacked"
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     done = operations_of(flow, owner)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow
 from normfree.analysis.sums import additions_of, find_sums, sum_names
 from normfree.errors import some
 from normfree.plans import Alpha
 from normfree.proofs.case import Case, Proof, alpha_of, error_between
-from normfree.proofs.observing import Recorder, Watched, out_of_place
+from normfree.proofs.observing import out_of_place
 from normfree.proofs.replaying import replay
 
 __all__ = ["branches_vanish"]
@@ -57,28 +59,53 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
     """Return how many branches are zero at each sum, where a skip path was overwritten, and which sums ran."""
     zero: dict[str, int] = {}
     written: list[str] = []
-
-    def recorder(module: nn.Module, flow: Flow, prefix: str) -> Recorder:
-        return Recorder(module, flow.graph.nodes, _watched(flow, prefix, names))
-
-    for done in replay(model, case.plan.sites, case.inputs, recorder):
+    for done in replay(model, case.plan.sites, case.inputs(), functools.partial(_Looks, names=names)):
         for name, count in done.zero_branches.items():
             zero[name] = min(count, zero.get(name, count))
         written += done.written
     return zero, list(dict.fromkeys(written)), set(zero)
 
 
-def _watched(flow: Flow, prefix: str, names: set[str]) -> Iterator[Watched]:
-    """Yield what to look at: the branches and the skip paths of these sums, each where it is added."""
-    named = sum_names(flow)
-    for found in find_sums(flow):
-        name = prefix + named[found.node]
-        if name not in names or found.skip is None or found.base is None:
-            continue
-        for addition in additions_of(flow, found.node):
-            operands = flow.inputs[addition]
-            intact = (found.skip, found.base) if found.skip in operands else ()
-            yield Watched(addition, name, tuple(b for b in found.branches if b in operands), intact)
+class _Looks:
+    """Looks at the operands of chosen additions at the moment they are added.
+
+    Not later: ``y += x; z + y`` writes over a branch once it has been added, and no harm is done.
+
+    Attributes:
+        zero_branches: For each sum, how many of its branches were zero.
+        written: Sums of which a skip path, or what it starts from, had been written into.
+    """
+
+    def __init__(self, flow: Flow, names: set[str]) -> None:
+        self._branches: dict[fx.Node, list[tuple[str, tuple[fx.Node, ...], tuple[fx.Node, ...]]]] = {}
+        named = sum_names(flow)
+        for found in find_sums(flow):
+            if named[found.node] not in names or found.skip is None or found.base is None:
+                continue
+            for addition in additions_of(flow, found.node):
+                operands = flow.inputs[addition]
+                intact = (found.skip, found.base) if found.skip in operands else ()
+                looked = named[found.node], tuple(b for b in found.branches if b in operands), intact
+                self._branches.setdefault(addition, []).append(looked)
+        self.additions = set(self._branches)
+        looks = [look for found in self._branches.values() for look in found]
+        self._intact = {node for *_, intact in looks for node in intact}
+        self.nodes = self._intact | {node for _, branches, _ in looks for node in branches}
+        self._copies: dict[fx.Node, Tensor] = {}
+        self.zero_branches: Counter[str] = Counter()
+        self.written: list[str] = []
+
+    def made(self, node: fx.Node, value: Tensor) -> None:
+        """Keep a copy of a skip path."""
+        if node in self._intact:
+            self._copies[node] = value.detach().clone()
+
+    def before(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> None:
+        """Look at what is about to be added."""
+        for name, branches, intact in self._branches[node]:
+            self.zero_branches[name] += sum(not torch.any(values[branch]) for branch in branches)
+            if not all(torch.equal(values[kept], self._copies[kept]) for kept in intact):
+                self.written.append(name)
 
 
 def _alive_tails(case: Case, model: nn.Module, names: list[str]) -> list[str]:

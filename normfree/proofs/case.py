@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map
 
 from normfree.errors import UsageError
 from normfree.plans import Plan
-from normfree.proofs.observing import Still, tensors
 from normfree.proofs.reference import Reference
 from normfree.tracing.copying import deep_copy, in_float64, is_own_hook
+from normfree.tracing.inputs import tensors
+from normfree.tracing.still import Still
 
 __all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between"]
 

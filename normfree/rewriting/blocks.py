@@ -116,8 +116,12 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
 
 def operations_of(flow: Flow, owner: str) -> list[str]:
     """Return the names of the functions and methods that a forward calls on activations itself, in order."""
-    own = (node for node in flow.nodes if flow.graph.owners.get(node, "") == owner)
-    return [name_of(node) for node in own if node.op != "call_module" and name_of(node) not in ("", "only_default")]
+    own = (n for n in flow.nodes if n.op != "call_module" and flow.graph.owners.get(n, "") == owner)
+    names = (name_of(node).strip("_") for node in own)  # the operator += is the method add_ to a run
+    return [_OPERATORS.get(name, name) for name in names if name not in ("", "only_default")]
+
+
+_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "rsub": "sub"}
 
 
 def optional_arguments(block: nn.Module) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def _generate(block: nn.Module, places: Places) -> Any:
         name.startswith("_tensor_constant") for name in held
     ):
         raise TypeError("the forward makes tensors of its own")
-    additions = [n for n in flow.nodes if flow.roles[n] is Role.ADD]
+    additions = flow.additions()
     for addition, operand in places:
         node = additions[addition]
         branch = node.args[operand]

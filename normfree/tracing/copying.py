@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, FunctionType
 from typing import Any, TypeVar
 
@@ -96,11 +96,12 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (Mapping, list, tuple, set, frozenset)) and id(value) not in seen:
+        kind = type(value)
+        if kind in _CONTAINERS and value and id(value) not in seen:
             seen.add(id(value))
-            waiting += value.values() if isinstance(value, Mapping) else value
+            waiting += value.values() if kind in (dict, OrderedDict) else value
+        elif kind not in _ATOMS and isinstance(value, Tensor):
+            yield value
 
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
@@ -188,6 +189,7 @@ def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo
 
 
 _ATOMS = {int, float, bool, str, type(None)}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set, frozenset}
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

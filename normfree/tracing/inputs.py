@@ -140,8 +140,8 @@ def _convolved(conv: Any) -> list[tuple[int, ...]]:
     if dimensions == 1:
         return [(conv.in_channels, 256), (conv.in_channels, 4096), (256, conv.in_channels)]
     if dimensions == 3:
-        return [(conv.in_channels, 8, 64, 64), (conv.in_channels, 8, 112, 112), (conv.in_channels, 64, 64, 64)]
-    return [(conv.in_channels, size, size) for size in (64, 128, 224, 299, 256, 384, 512, 32)]
+        return [(conv.in_channels, *size) for size in ((8, 64, 64), (16, 112, 112), (16, 224, 224), (64, 64, 64))]
+    return [(conv.in_channels, size, size) for size in (64, 128, 224, 32, 28, 299, 256, 384, 512, 96, 16, 8)]
 
 
 def _normalised(norm: Any) -> list[tuple[int, ...]]:

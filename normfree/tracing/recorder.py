@@ -221,18 +221,20 @@ class Recorder(TorchFunctionMode):
         return tuple(found) if found else type(value).__name__
 
     def _wrap(self, module: nn.Module, path: str, leaf: bool, norm: bool) -> None:
-        answers = type(module)
-        module.__class__ = self._classes.get(id(module), answers)
+        answers, real = type(module), self._classes.get(id(module), type(module))
+        module.__class__ = real
         forward = module.forward
         module.__class__ = answers
         call = self._leaf if leaf else self._composite
+        alike = self._meta and (norm or real in _ACTIVATIONS)
+        in_place = getattr(module, "inplace", False) is True and not norm
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._inside or not self._running:
                 return forward(*args, **kwargs)
-            shaped_alike = norm and self._meta and len(args) == 1 and not kwargs
-            return call(module, path, torch.empty_like if shaped_alike else forward, args, kwargs)
+            short = alike and len(args) == 1 and not kwargs
+            return call(module, path, functools.partial(_like, in_place=in_place) if short else forward, args, kwargs)
 
         module.__dict__["forward"] = recorded
         for name in ("_parameters", "_buffers") if norm else ():
@@ -308,6 +310,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _like(x: Tensor, *, in_place: bool) -> Tensor:
+    """Return what a norm or an activation returns, as far as shapes go: torch computes those of an activation slowly."""
+    with torch._C.DisableTorchFunction():
+        if in_place:
+            torch.autograd.graph.increment_version(x)
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -341,4 +352,5 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
 
 _REFLECTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
 _REFLECTED["div"] = operator.truediv
+_ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
 _ATOMS = {int, float, bool, str, torch.dtype, torch.device, type(Ellipsis)}
