@@ -137,8 +137,8 @@ class Flow:
         return given if len(given) > 1 else list(self.inputs[node])
 
     def additions(self, owner: str | None = None) -> list[fx.Node]:
-        """Return what adds, subtracts or mixes two activations, in the forward of one module or anywhere."""
-        found = (node for node in self.nodes if node.op != "call_module" and function_role(node) is Role.ADD)
+        """Return what adds two activations, in the forward of one module or anywhere."""
+        found = (node for node in self.nodes if node.op != "call_module" and name_of(node) in ("add", "iadd", "add_"))
         return [n for n in found if len(self.operands(n)) == 2 and owner in (None, self.graph.owners.get(n, ""))]
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
@@ -230,8 +230,6 @@ def _getitem_role(node: fx.Node, source: Role | None) -> Role:
 def _data_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     if name_of(node) in ("reshape_as", "view_as", "expand_as", "type_as") and isinstance(node.args[0], fx.Node):
         return (node.args[0],)
-    if node.op == "call_method" and node.target == "copy_" and isinstance(node.args[1], fx.Node):
-        return (node.args[1],)
     return tuple(node.all_input_nodes)
 
 

@@ -181,7 +181,7 @@ def _writes(flow: Flow, node: fx.Node, without: fx.Node | None = None) -> Iterat
 def _is_alias(flow: Flow, node: fx.Node) -> bool:
     """Whether the result may share memory with the first input."""
     views = (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT)
-    return flow.roles[node] in views or flow.shares_memory(node, flow.inputs[node][0])
+    return flow.roles[node] in views or any(flow.shares_memory(node, source) for source in flow.inputs[node][:1])
 
 
 def _is_fresh(flow: Flow, source: fx.Node) -> bool:

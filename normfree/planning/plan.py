@@ -138,12 +138,14 @@ def _met(
 ) -> dict[str, Moments]:
     """Return what the carried layers meet, by path; where graphs differ, or nothing is known, they are left out."""
     found: dict[str, Moments | None] = {}
+    state = torch.random.get_rng_state()
     names = {alias: edit.name for edit in made.norms for alias in (edit.name, *edit.aliases)}
     centred = [carried.path for carried in made.carried if carried.centred]
     for _, flow in flows(copied, traced, sites, distinct=True):
         below = {path: described[name] for path, name in names.items()}
         for path, moments in input_moments(flow, below, centred).items():
             found[path] = moments if found.get(path, moments) is not None else None
+    torch.random.set_rng_state(state)  # an activation that draws its slopes was probed
     return {path: moments for path, moments in found.items() if moments is not None}
 
 

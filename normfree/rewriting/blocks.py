@@ -33,7 +33,14 @@ _ONE_AT_A_TIME = threading.RLock()  # torch.fx replaces methods of nn.Module whi
 
 
 class _Proxy(fx.Proxy):
-    """Also knows what ``x += y`` does: torch.fx itself would write it down as ``x = x + y``."""
+    """Also knows what ``x += y`` does, which torch.fx itself would write down as ``x = x + y``, and that it is a tensor.
+
+    Of what a forward is given nothing says that it always is one.
+    """
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]  # what ``isinstance`` asks
+        return fx.Proxy if self.node.op == "placeholder" else Tensor
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -59,6 +66,10 @@ class _OwnForward(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that knows in-place arithmetic."""
         return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what a node stores for an argument; torch.fx would take a proxy that calls itself a tensor for one."""
+        return a.node if type(a) is _Proxy else super().create_arg(a)
 
     def create_args_for_root(
         self,

@@ -41,7 +41,7 @@ _NAMES: dict[str, Role] = {
     **dict.fromkeys(("sub", "isub", "sub_", "subtract", "lerp", "lerp_"), Role.ADD),
     **dict.fromkeys(("mul", "imul", "mul_", "multiply"), Role.MUL),
     **dict.fromkeys(("truediv", "itruediv", "div", "div_", "divide"), Role.DIV),
-    **dict.fromkeys(("cat", "concat", "concatenate", "stack", "setitem", "overwritten"), Role.CAT),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack", "setitem", "overwritten", "copy_"), Role.CAT),
     **dict.fromkeys(("chunk", "split", "unbind", "tensor_split"), Role.SPLIT),
     **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze"), Role.RESHAPE),
     **dict.fromkeys(("unsqueeze", "reshape_as", "view_as", "movedim", "swapaxes", "unflatten"), Role.RESHAPE),
@@ -50,7 +50,7 @@ _NAMES: dict[str, Role] = {
     "interpolate": Role.UPSAMPLE,
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"), Role.PASS),
     **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
-    **dict.fromkeys(("cpu", "cuda", "copy_", "requires_grad_", "alias"), Role.PASS),
+    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias"), Role.PASS),
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
     **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
@@ -168,7 +168,7 @@ def scales(function: Callable[[Tensor], Tensor]) -> bool:
     """Whether a function that works entry by entry multiplies by one and the same number: an identity, a quantiser."""
     x = torch.linspace(-3.0, 3.0, 25).reshape(1, 1, 5, 5)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             y = function(x.clone())
     except Exception:  # as above
         return False
