@@ -10,9 +10,9 @@ from torch import nn
 from normfree.errors import UnseenWarning
 from normfree.planning.plan import look
 from normfree.planning.selecting import Patterns
+from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.optimizers import warn_of_optimizers
-from normfree.plans import Plan
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
 

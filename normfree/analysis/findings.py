@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from normfree.analysis.activations import Activation
+from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow, Role
 from normfree.analysis.moments import known_inputs
 from normfree.analysis.sites import Site, agree, find_site, rescaled_layers
-from normfree.analysis.sums import Kind, SumNode, additions_of, find_sums, sum_names
+from normfree.analysis.sums import Kind, SumNode, find_sums
 from normfree.analysis.tails import Candidate, find_candidates
 from normfree.tracing.traces import Trace
 
@@ -74,10 +75,10 @@ def flows(
     model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False, fixed: Iterable[str] = ()
 ) -> Iterator[tuple[str, Flow]]:
     """Yield ``(mode, flow)`` for every graph of a trace, or only for those that differ."""
-    fixed = {id(model.get_submodule(path)) for path in fixed}
     modules = dict(model.named_modules(remove_duplicate=False))
+    shared = {id(modules[path]) for path in fixed}
     for mode in trace.distinct if distinct else trace.graphs:
-        yield mode, Flow(trace.graphs[mode], modules, sites, fixed)
+        yield mode, Flow(trace.graphs[mode], modules, sites, shared)
 
 
 def analyse(

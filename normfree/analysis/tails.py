@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from normfree.analysis.activations import as_activation
 from normfree.analysis.flow import Flow, Role
 from normfree.layers import Channels, scaled_output_class
 from normfree.rewriting.blocks import operations_of, optional_arguments, why_not_scalable

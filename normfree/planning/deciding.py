@@ -179,9 +179,7 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
             yield path, gain_of(activation)
 
 
-def _carried(
-    edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: set[int]
-) -> Iterable[Carried]:
+def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: set[int]) -> Iterable[Carried]:
     """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
 
     A weight that somebody else uses too stays what it is.

@@ -67,12 +67,12 @@ def _classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
 
 
 def asked_unseen(modules: Mapping[str, nn.Module], norms: Mapping[str, object]) -> frozenset[str]:
-    """Return the norms of whose class some forward seems to ask, in a model that was not seen: it names what they are."""
+    """Return the norms of whose class some forward seems to ask, where none was seen: it names what they are."""
     found: set[str] = set()
     for path, module in modules.items():
         inside = f"{path}." if path else ""
         below = [name for name in norms if name.startswith(inside) and name != path]
-        names = names_in(type(module)) if below and not type(module).__module__.startswith("torch.nn") else frozenset()
+        names = names_in(type(module)) if below else frozenset()
         if names.isdisjoint(("type", "__class__", "_get_name", "isinstance")):
             continue
         for name in below:
@@ -82,20 +82,15 @@ def asked_unseen(modules: Mapping[str, nn.Module], norms: Mapping[str, object]) 
 
 
 def names_in(cls: type[nn.Module]) -> frozenset[str]:
-    """Return the names and texts in the forward of a class, in the methods that it names, and in theirs."""
-    found: set[str] = set()
-    waiting, seen = ["forward"], {"forward"}
-    while waiting:
-        function = getattr(cls, waiting.pop(), None)
-        function = inspect.unwrap(function.fget if isinstance(function, property) else function)  # type: ignore[arg-type]
-        if _is_elsewhere(getattr(function, "__module__", "torch")) or not hasattr(function, "__code__"):
-            continue
-        names = set(_names_in_code(function.__code__))
-        found |= names
-        methods = {name for name in names if name.isidentifier() and hasattr(cls, name)} - seen
-        seen |= methods
-        waiting += methods
-    return frozenset(found)
+    """Return the names in the methods of a class; those that Python's library and torch give it ask nothing of ours."""
+    functions = (
+        inspect.unwrap(value)
+        for base in cls.__mro__
+        if base.__module__.partition(".")[0] not in ("torch", *sys.stdlib_module_names)
+        for value in vars(base).values()
+        if isinstance(value, types.FunctionType)
+    )
+    return frozenset(name for function in functions for name in _names_in_code(function.__code__))
 
 
 def _names_in_code(code: types.CodeType) -> Iterator[str]:
@@ -105,9 +100,3 @@ def _names_in_code(code: types.CodeType) -> Iterator[str]:
             yield constant
         elif isinstance(constant, types.CodeType):  # a comprehension or a lambda
             yield from _names_in_code(constant)
-
-
-def _is_elsewhere(name: str | None) -> bool:
-    """Whether a module of Python or of torch has this name: what they ask is none of a forward's questions."""
-    top = (name or "builtins").partition(".")[0]
-    return top == "torch" or top in sys.stdlib_module_names

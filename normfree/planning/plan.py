@@ -154,7 +154,9 @@ def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str
     unseen = {
         path: f"{path or 'the root'}: was not seen running and calls F.batch_norm; use an nn.BatchNorm module"
         for path, module in modules.items()
-        if not traced.graphs and calls_batch_norm(module) and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        if not traced.graphs
+        and calls_batch_norm(module)
+        and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
     }
     seen = "calls F.batch_norm on an activation; use an nn.BatchNorm module there"
     return unseen | {place: f"{place}: {seen}" for place in findings.functional}

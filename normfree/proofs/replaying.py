@@ -24,8 +24,8 @@ class Watch(Protocol):
         additions: Operations that are to be looked at before and after they run.
     """
 
-    nodes: Collection[fx.Node]
-    additions: Collection[fx.Node]
+    nodes: set[fx.Node]
+    additions: set[fx.Node]
 
     def made(self, node: fx.Node, value: Tensor) -> None:
         """Hear what a node has returned."""
@@ -63,7 +63,7 @@ def replay(
 
 
 class _Watched(Recorder):
-    """Tells a watch of the nodes that it is after: a run that is repeated writes down the same ones in the same order."""
+    """Tells a watch of the nodes that it is after: a run that is repeated writes down the same ones again."""
 
     def __init__(self, *args: Any, graph: Graph, watch: Watch) -> None:
         super().__init__(*args)
@@ -74,15 +74,15 @@ class _Watched(Recorder):
             self._announced.setdefault(graph.steps[node], []).append(node)
         self._known: dict[fx.Node, Tensor] = {}
 
-    def _next_step(self) -> None:
-        super()._next_step()
-        for node in self._announced.get(self._step, ()):
+    def next_step(self) -> None:
+        super().next_step()
+        for node in self._announced.get(self.step, ()):
             self._watch.before(node, self._known)
 
-    def _value(self, node: fx.Node, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> None:
-        known = node in self._values
-        super()._value(node, tensor, writes=writes, handed_on=handed_on)
-        wanted = None if known else self._wanted.get(self._order[node])
+    def value(self, node: fx.Node, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> None:
+        known = node in self.seen.values
+        super().value(node, tensor, writes=writes, handed_on=handed_on)
+        wanted = None if known else self._wanted.get(self.seen.order[node])
         if wanted is not None:
             self._known[wanted] = tensor
             self._watch.made(wanted, tensor)

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from normfree.analysis.flow import Flow, Role
+from normfree.analysis.flow import Flow
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.tracing.calls import is_default
@@ -33,13 +33,13 @@ _ONE_AT_A_TIME = threading.RLock()  # torch.fx replaces methods of nn.Module whi
 
 
 class _Proxy(fx.Proxy):
-    """Also knows what ``x += y`` does, which torch.fx itself would write down as ``x = x + y``, and that it is a tensor.
+    """Also knows what ``x += y`` does, which torch.fx would write down as ``x = x + y``, and that it is a tensor.
 
     Of what a forward is given nothing says that it always is one.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]  # what ``isinstance`` asks
+    @property  # type: ignore[misc]  # what ``isinstance`` asks
+    def __class__(self) -> type:
         return fx.Proxy if self.node.op == "placeholder" else Tensor
 
     def __iadd__(self, other: Any) -> Any:
@@ -201,7 +201,7 @@ def _own_graph(block: nn.Module) -> fx.Graph:
 
 
 def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
-    return Flow(Graph(graph, {}, {}, {}), dict(block.named_modules(remove_duplicate=False)), ())
+    return Flow(Graph(graph), dict(block.named_modules(remove_duplicate=False)), ())
 
 
 def _generate(block: nn.Module, places: Places) -> Any:

@@ -52,17 +52,20 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     for tensor in _held(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = copied(tensor)
-    hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    hooks: list[tuple[Any, Any]] = []
+    kept: dict[int, Any]
     for module in model.modules():
         for name in _HOOKS & module.__dict__.keys():
-            memo[id(module.__dict__[name])] = kept = OrderedDict[int, Any]()
+            memo[id(module.__dict__[name])] = kept = {}
             if name in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks.append((module.__dict__[name], kept))
     held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
     _copy_layers(model, memo, copied)
     result = copy.deepcopy(model, memo)
     for before, kept in hooks:
-        kept.update((key, _copied_hook(hook, memo)) for key, hook in before.items() if is_own_hook(hook, held, around=True))
+        kept.update(
+            (key, _copied_hook(hook, memo)) for key, hook in before.items() if is_own_hook(hook, held, around=True)
+        )
     return result
 
 
@@ -203,6 +206,6 @@ def _to_real(tensor: Tensor) -> Tensor:
     made = tensor.detach().clone()
     if tensor.is_meta:
         made = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        if tensor.is_floating_point():
-            made = torch.randn(tensor.shape).div(max(tensor[0].numel(), 1) ** 0.5).to(made) if tensor.dim() > 1 else made + 1
+        if tensor.is_floating_point():  # weights that keep a signal about as large as it is, norms that do nothing
+            made = torch.randn_like(made) / max(tensor[0].numel(), 1) ** 0.5 if tensor.dim() > 1 else made + 1
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

@@ -159,7 +159,10 @@ _SHAPES: dict[str, Any] = {
 def _of_detector(model: nn.Module) -> Iterator[Guess]:
     """Detectors of torchvision take lists of images, and in train mode what is to be found in them."""
     transform = type(getattr(model, "transform", None))
-    if f"{transform.__module__}.{transform.__qualname__}" != "torchvision.models.detection.transform.GeneralizedRCNNTransform":
+    if (
+        f"{transform.__module__}.{transform.__qualname__}"
+        != "torchvision.models.detection.transform.GeneralizedRCNNTransform"
+    ):
         return
     images = [_empty(model, 3, 128, 128) for _ in range(2)]
     target = {
@@ -169,6 +172,9 @@ def _of_detector(model: nn.Module) -> Iterator[Guess]:
         "keypoints": torch.full((1, 17, 3), 32.0, dtype=images[0].dtype),
     }
     yield Guess((images, [target, target]), {}, "found by its transform of images")
+
+
+_TRANSFORM = "torchvision.models.detection.transform.GeneralizedRCNNTransform"
 
 
 def _of_text(model: nn.Module, batch: int) -> Iterator[Guess]:

@@ -117,7 +117,16 @@ def module_role(module: nn.Module) -> Role:
 
 _WITHOUT_DATA = {"size", "dim", "ndimension", "numel", "is_contiguous", "is_floating_point", "get_device"}
 _WITHOUT_DATA |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
-_WITHOUT_DATA |= {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli_", "zero_"}
+_WITHOUT_DATA |= {
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli_",
+    "zero_",
+}
 
 
 Effect = Literal["pure", "in place"] | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +43,8 @@ class Value:
         if tensor.layout is not torch.strided:
             return cls(tuple(tensor.shape), (), 0, id(tensor), writes, handed_on)
         memory = int(tensor.untyped_storage()._cdata)
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), memory, writes, handed_on)
+        offset = int(tensor.storage_offset())
+        return cls(tuple(tensor.shape), tensor.stride(), offset, memory, writes, handed_on)
 
     def covers(self, other: Value) -> bool:
         """Whether both are one and the same part of one memory."""
@@ -70,14 +72,14 @@ class Graph:
     """
 
     nodes: fx.Graph
-    owners: Mapping[fx.Node, str]
-    exits: Mapping[fx.Node, tuple[str, ...]]
-    calls: Mapping[str, int]
-    read: Mapping[str, str] = field(default_factory=dict)
-    optional: Container[str] = frozenset()
-    values: Mapping[fx.Node, Value] = field(default_factory=dict)
-    order: Mapping[fx.Node, int] = field(default_factory=dict)
-    steps: Mapping[fx.Node, int] = field(default_factory=dict)
+    owners: dict[fx.Node, str] = field(default_factory=dict)
+    exits: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    read: dict[str, str] = field(default_factory=dict)
+    optional: set[str] = field(default_factory=set)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    steps: dict[fx.Node, int] = field(default_factory=dict)
 
     @functools.cached_property
     def spelled(self) -> list[tuple[object, ...]]:

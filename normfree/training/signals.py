@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, fx, nn
 
+from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow
-from normfree.analysis.sums import additions_of, find_sums, sum_names
+from normfree.analysis.sums import find_sums
 from normfree.conversion import convert
 from normfree.errors import UsageError, require
 from normfree.norms import find_norms
