@@ -134,5 +134,5 @@ def convert(
 
 
 def _warn_of_unseen(made: Plan) -> None:
-    if made.warning and made.opaque:
+    if made.unseen and made.opaque:
         warnings.warn(made.warning, UnseenWarning, stacklevel=3)

@@ -156,8 +156,7 @@ class Plan:
         reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
-        opaque: Why the model was not seen running, or not in one mode, if so: the module (empty: the model itself), the
-            error, and the line that raised it.
+        opaque: Why the model, or one mode of it, was not seen running: its name (empty), the error and where it arose.
         looked: What the model was run on to see what it does, and who said so.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
     """
@@ -210,25 +209,21 @@ class Plan:
 
     @property
     def warning(self) -> str:
-        """What a user must know who would otherwise take the plan for a whole one; empty if it is."""
-        if not self.unseen:
-            return ""
+        """What a user must know who would otherwise take the plan for a whole one."""
         why = self.opaque[0][1] if self.opaque else f"the input {self.looked} does not reach {some(list(self.unseen))}"
-        return (
-            f"{len(self.unseen)} of {len(self.norms)} norms went unseen, and residual branches around them have no "
-            f"scalar: {why}. Pass inputs=, arguments with which the model runs"
-        )
+        went = f"{len(self.unseen)} of {len(self.norms)} norms went unseen"
+        return f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= with which the model runs"
 
     def __str__(self) -> str:
         actions = Counter(edit.action for edit in self.norms)
         kinds = Counter(total.kind for total in self.sums)
-        declined = f"{len(self.declined)} declined"
+        declined = "an unknown number missing" if self.unseen else f"{len(self.declined)} declined"
         lines = [
             *([f"not seen: {self.warning}"] if self.unseen else []),
             f"init: {self.init} ({self.init_reason}), alpha starts at {self.alpha:g}",
             f"norms: {len(self.norms)} ({', '.join(f'{n} {action}' for action, n in actions.items())})",
             f"sums: {len(self.sums)}" + "".join(f", {n} {kind}" for kind, n in kinds.items()),
-            f"alphas: {len(self.alphas)} placed, {'an unknown number missing' if self.unseen else declined}",
+            f"alphas: {len(self.alphas)} placed, {declined}",
             *(f"declined: {text}" for text in self.declined),
             *([f"looked at: {self.looked}"] if self.looked else []),
             *(f"not seen: {why}" for _, why in self.opaque if not self.unseen),
