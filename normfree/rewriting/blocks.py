@@ -129,7 +129,7 @@ def operations_of(flow: Flow, owner: str) -> list[str]:
     """Return the names of the functions and methods that a forward calls on activations itself, in order."""
     own = (n for n in flow.nodes if n.op != "call_module" and flow.graph.owners.get(n, "") == owner)
     names = (name_of(node).strip("_") for node in own)  # the operator += is the method add_ to a run
-    return [_OPERATORS.get(name, name) for name in names if name not in ("", "only_default")]
+    return [_OPERATORS.get(name, name) for name in names if name not in ("", "only_default", "getitem")]
 
 
 _OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "rsub": "sub"}

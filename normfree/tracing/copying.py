@@ -53,10 +53,10 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
         if id(tensor) not in memo:
             memo[id(tensor)] = copied(tensor)
     hooks: list[tuple[Any, Any]] = []
-    kept: dict[int, Any]
+    kept: OrderedDict[int, Any]
     for module in model.modules():
         for name in _HOOKS & module.__dict__.keys():
-            memo[id(module.__dict__[name])] = kept = {}
+            memo[id(module.__dict__[name])] = kept = OrderedDict()
             if name in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks.append((module.__dict__[name], kept))
     held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
