@@ -212,7 +212,9 @@ class Plan:
         """What a user must know who would otherwise take the plan for a whole one."""
         why = self.opaque[0][1] if self.opaque else f"the input {self.looked} does not reach {some(list(self.unseen))}"
         went = f"{len(self.unseen)} of {len(self.norms)} norms went unseen"
-        return f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= with which the model runs"
+        return (
+            f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= with which the model runs"
+        )
 
     def __str__(self) -> str:
         actions = Counter(edit.action for edit in self.norms)

@@ -11,7 +11,7 @@ from torch import nn
 from normfree.analysis.findings import Findings, analyse, flows
 from normfree.analysis.moments import Moments, input_moments
 from normfree.errors import NoNormError, UnsupportedModelError
-from normfree.norms import Norm, describe, find_norms
+from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_arguments, check_model, is_lazy, module_problems
 from normfree.planning.kinds import asked, asked_unseen
@@ -159,7 +159,9 @@ def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str
         and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
     }
     seen = "calls F.batch_norm on an activation; use an nn.BatchNorm module there"
-    return unseen | {place: f"{place}: {seen}" for place in findings.functional}
+    # A norm whose tensors somebody takes, or that nobody knows, is refused by its own name.
+    known = (place for place in findings.functional if place not in modules or not looks_like_norm(modules[place]))
+    return unseen | {place: f"{place}: {seen}" for place in known if not findings.read}
 
 
 def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -> Plan:
