@@ -40,7 +40,7 @@ def test_every_branch_in_front_of_a_norm_gets_a_scalar(init: str) -> None:
     assert kinds(converted) == ["residual"] * 3
     assert alphas(converted) == [f"{i}.down" for i in (1, 2, 3)]
     assert norms(converted) == []
-    assert set(actions(converted).values()) == {"affine" if init == "preserve" else "delete"}
+    assert set(actions(converted).values()) == {"affine" if init == "preserve" else "bias"}
     assert_preserved(model, X)
 
 
