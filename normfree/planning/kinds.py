@@ -82,15 +82,19 @@ def asked_unseen(modules: Mapping[str, nn.Module], norms: Mapping[str, object]) 
 
 
 def names_in(cls: type[nn.Module]) -> frozenset[str]:
-    """Return the names in the methods of a class; those that Python's library and torch give it ask nothing of ours."""
-    functions = (
-        inspect.unwrap(value)
-        for base in cls.__mro__
-        if base.__module__.partition(".")[0] not in ("torch", *sys.stdlib_module_names)
-        for value in vars(base).values()
-        if isinstance(value, types.FunctionType)
-    )
-    return frozenset(name for function in functions for name in _names_in_code(function.__code__))
+    """Return the names and texts in the forward of a class, in the methods that it names, and in theirs."""
+    found: set[str] = set()
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        function = inspect.unwrap(getattr(cls, waiting.pop(), None))  # type: ignore[arg-type]  # it may be anything
+        top = (getattr(function, "__module__", None) or "builtins").partition(".")[0]
+        if top == "torch" or top in sys.stdlib_module_names or not hasattr(function, "__code__"):
+            continue
+        found.update(_names_in_code(function.__code__))
+        methods = {name for name in found if name.isidentifier() and hasattr(cls, name)} - seen
+        seen |= methods
+        waiting += methods
+    return frozenset(found)
 
 
 def _names_in_code(code: types.CodeType) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -13,28 +13,10 @@ from normfree.tracing.recorder import Recorder
 from normfree.tracing.running import leaves_of, record
 from normfree.tracing.traces import MODES, Graph
 
-__all__ = ["Watch", "replay"]
+__all__ = ["replay"]
 
 
-class Watch(Protocol):
-    """Looks at tensors while a model runs.
-
-    Attributes:
-        nodes: Nodes of the first run whose tensors are to be known in the second.
-        additions: Operations that are to be looked at before and after they run.
-    """
-
-    nodes: set[fx.Node]
-    additions: set[fx.Node]
-
-    def made(self, node: fx.Node, value: Tensor) -> None:
-        """Hear what a node has returned."""
-
-    def before(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> None:
-        """Hear that an operation is about to run, and what is known by then."""
-
-
-W = TypeVar("W", bound=Watch)
+W = TypeVar("W")
 
 
 def replay(
@@ -50,7 +32,9 @@ def replay(
         model: The model; nobody else uses it meanwhile.
         sites: Names of the norms, or of what stands in their place.
         arguments: Positional and keyword arguments.
-        watch: Makes what looks on, from what the first run has shown.
+        watch: Makes what looks on, from what the first run has shown. Its ``nodes`` are those whose tensors it hears of
+            (``made(node, tensor)``); before one of its ``additions`` runs it is told what it has heard of
+            (``before(node, tensors)``).
         modes: The modes to run in.
     """
     run = functools.partial(record, model, sites, leaves_of(model, sites), arguments)
@@ -65,7 +49,7 @@ def replay(
 class _Watched(Recorder):
     """Tells a watch of the nodes that it is after: a run that is repeated writes down the same ones again."""
 
-    def __init__(self, *args: Any, graph: Graph, watch: Watch) -> None:
+    def __init__(self, *args: Any, graph: Graph, watch: Any) -> None:
         super().__init__(*args)
         self._watch = watch
         self._wanted = {graph.order[node]: node for node in watch.nodes}

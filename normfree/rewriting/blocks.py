@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from normfree.analysis.flow import Flow
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
-from normfree.tracing.calls import is_default
 from normfree.tracing.copying import meta_copy
+from normfree.tracing.recorder import is_default
 from normfree.tracing.roles import name_of
 from normfree.tracing.traces import MODES, Graph
 
@@ -30,6 +30,10 @@ __all__ = ["only_default", "operations_of", "optional_arguments", "scaled_block_
 
 Places = tuple[tuple[int, int], ...]
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx replaces methods of nn.Module while it follows a forward
+
+
+def _in_place(do: Any) -> Any:
+    return lambda x, y: x.tracer.create_proxy("call_function", do, (x, y), {})
 
 
 class _Proxy(fx.Proxy):
@@ -42,14 +46,7 @@ class _Proxy(fx.Proxy):
     def __class__(self) -> type:
         return fx.Proxy if self.node.op == "placeholder" else Tensor
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+    __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
 
 
 class _OwnForward(fx.Tracer):

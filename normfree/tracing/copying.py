@@ -31,7 +31,6 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
         if weight is not None and type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     memo.update((id(tensor), tensor.detach().clone()) for tensor in _held(model) if not tensor.is_leaf)
-    _copy_layers(model, memo, lambda tensor: copy.deepcopy(tensor, memo))
     return copy.deepcopy(model, memo)
 
 
@@ -60,7 +59,6 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
             if name in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks.append((module.__dict__[name], kept))
     held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
-    _copy_layers(model, memo, copied)
     result = copy.deepcopy(model, memo)
     for before, kept in hooks:
         kept.update(
@@ -140,55 +138,6 @@ def _own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[int, Any]:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 own.pop(id(tensor), None)
     return own
-
-
-def _copy_layers(model: nn.Module, memo: dict[int, Any], copied: Callable[[Tensor], Tensor]) -> None:
-    """Put copies of torch's own layers and of empty containers into ``memo``.
-
-    A model is mostly that, and deepcopy takes ten times as long over each: it goes through the pickle protocol.
-    """
-
-    def copy_tensor(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = copied(tensor)
-        result: Tensor = memo[id(tensor)]
-        return result
-
-    for module in reversed(list(model.modules())):  # what a container holds comes before the container
-        layer = _copy_layer(module, copy_tensor, memo)
-        if id(module) in memo:
-            continue  # something inside refers back to it
-        if layer is not None:
-            memo[id(module)] = layer
-            continue
-        for value in module.__dict__.values():
-            if not isinstance(value, Tensor) and type(value) in (OrderedDict, set) and not value:
-                memo.setdefault(id(value), type(value)())  # a handle of a hook refers to it
-
-
-def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> nn.Module | None:
-    """Copy one of torch's own layers, or return ``None`` for anything that holds more than tensors and numbers."""
-    cls = type(module)
-    if not cls.__module__.startswith("torch.nn.modules") or hasattr(cls, "__deepcopy__"):
-        return None
-    state: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
-        kind = type(value)
-        if kind in _ATOMS:
-            state[name] = value
-        elif name in ("_parameters", "_buffers"):
-            state[name] = kind((key, None if tensor is None else copy_tensor(tensor)) for key, tensor in value.items())
-        elif kind in (OrderedDict, dict, set) and not value:
-            state[name] = memo.setdefault(id(value), kind())
-        elif name == "_modules":
-            state[name] = kind((key, copy.deepcopy(child, memo)) for key, child in value.items())
-        elif kind in (list, tuple) and all(type(item) in _ATOMS for item in value):
-            state[name] = kind(value)
-        else:
-            return None
-    layer = cls.__new__(cls)
-    layer.__dict__.update(state)
-    return layer
 
 
 _ATOMS = {int, float, bool, str, type(None)}

@@ -7,6 +7,7 @@ what they are.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.tracing.calls import is_default_call
 from normfree.tracing.notes import Notes, tensors_in
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "is_default"]
 
 
 class Recorder(Notes, TorchFunctionMode):
@@ -43,21 +43,11 @@ class Recorder(Notes, TorchFunctionMode):
         meta: bool,
     ) -> None:
         Notes.__init__(self, model)
-        TorchFunctionMode.__init__(self)
+        TorchFunctionMode.__init__(self)  # type: ignore[no-untyped-call]  # torch's own
         self._classes, self._entered, self._meta = classes, entered, meta
         self._inside = False  # of a leaf: what happens there is not written down
-        self._running = False
         for name, module in model.named_modules():
             self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
-
-    def __enter__(self) -> Recorder:
-        self._running = True
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._running = False
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's own
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,7 +79,7 @@ class Recorder(Notes, TorchFunctionMode):
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if self._inside or not self._running:
+            if self._inside:
                 return forward(*args, **kwargs)
             short = alike and len(args) == 1 and not kwargs
             return call(module, path, functools.partial(_like, in_place=in_place) if short else forward, args, kwargs)
@@ -99,7 +89,7 @@ class Recorder(Notes, TorchFunctionMode):
             module.__dict__[name] = _Watched(module.__dict__[name], functools.partial(self._note, path))
 
     def _note(self, path: str, name: str) -> None:
-        if self._running and not self._inside:
+        if not self._inside:
             self.seen.read.setdefault(path, f"{path}.{name}")
 
     def _composite(
@@ -195,3 +185,21 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
 _REFLECTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
 _REFLECTED["div"] = operator.truediv
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
+
+
+def is_default_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call gives an optional argument nothing but its default."""
+    if len(args) + len(kwargs) <= 1 and not kwargs:
+        return True  # most calls; the first argument is hardly ever optional
+    signature = inspect.signature(module.forward)
+    optional = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+    given = signature.bind(*args, **kwargs).arguments
+    return all(is_default(given[name], default) for name, default in optional.items() if name in given)
+
+
+def is_default(value: Any, default: Any) -> bool:
+    """Whether a value is the default, or a number or text that is equal to it."""
+    return value is default or (type(value) is type(default) and type(value) in _PLAIN and value == default)
+
+
+_PLAIN = (int, float, bool, str)  # a tuple: torch 2.8 compiles no question to a set of classes

@@ -59,17 +59,5 @@ def random_halves() -> Iterator[Callable[[], None]]:
             numpy.random.set_state(theirs)
 
 
-def _before_tempering(drawn: int) -> int:
-    """Return the word of a Mersenne Twister's state of which it makes the 32 bits ``drawn``."""
-    drawn ^= drawn >> 18
-    drawn ^= (drawn << 15) & 0xEFC60000
-    word = drawn
-    for _ in range(5):
-        word = drawn ^ ((word << 7) & 0x9D2C5680)
-    drawn = word
-    for _ in range(3):
-        word = drawn ^ (word >> 11)
-    return word & 0xFFFFFFFF
-
-
-_WORD = _before_tempering(1 << 31)
+_WORD = 0x80102204
+"""A word of a Mersenne Twister's state of which it makes ``1 << 31``: half of the way."""

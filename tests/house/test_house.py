@@ -64,7 +64,7 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 FLOORS = (
     "errors",
     "tracing.copying files",
-    "norms layers training.initialization tracing.roles tracing.calls tracing.inputs tracing.still",
+    "norms layers training.initialization tracing.roles tracing.inputs tracing.still",
     "tracing.leaves tracing.traces training.optim",
     "tracing.notes",
     "tracing.recorder",
