@@ -24,14 +24,8 @@ __all__ = ["asked", "asked_unseen"]
 
 
 def asked(model: nn.Module, traced: Trace, plan: Plan) -> frozenset[str]:
-    """Return the modules whose new class, which a plan gives them, would send a forward another way.
-
-    Args:
-        model: What was looked at, without memory.
-        traced: What was seen.
-        plan: What is going to be done.
-    """
-    if traced.deaf or not traced.graphs:
+    """Return the modules whose new class, which a plan gives them, would send a forward of the model another way."""
+    if traced.deaf or not traced.graphs or _differs(traced, {}):  # of what never does the same twice nothing is known
         return frozenset()
     return frozenset(_culprits(traced, _classes(model, plan)))
 

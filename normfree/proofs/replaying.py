@@ -26,16 +26,11 @@ def replay(
     watch: Callable[[Flow], W],
     modes: Collection[str] = MODES,
 ) -> Iterator[W]:
-    """Run a model twice in each mode, and yield what has watched the second time.
+    """Run a model that nobody else uses twice in each mode, and yield what has watched the second time.
 
-    Args:
-        model: The model; nobody else uses it meanwhile.
-        sites: Names of the norms, or of what stands in their place.
-        arguments: Positional and keyword arguments.
-        watch: Makes what looks on, from what the first run has shown. Its ``nodes`` are those whose tensors it hears of
-            (``made(node, tensor)``); before one of its ``additions`` runs it is told what it has heard of
-            (``before(node, tensors)``).
-        modes: The modes to run in.
+    What watches is made of what the first run has shown. Its ``nodes`` are those whose tensors it hears of
+    (``made(node, tensor)``); before one of its ``additions`` runs it is told what it has heard of
+    (``before(node, tensors)``).
     """
     run = functools.partial(record, model, sites, leaves_of(model, sites), arguments)
     modules = dict(model.named_modules(remove_duplicate=False))

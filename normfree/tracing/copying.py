@@ -70,12 +70,8 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
 def is_own_hook(hook: Any, held: set[int], *, around: bool = False) -> bool:
     """Whether a hook belongs to a model: it is a method of something that the model holds, or torch's own.
 
-    timm's feature extractors collect their outputs that way, torch's old weight reparametrisations work so.
-
-    Args:
-        hook: The hook.
-        held: Identities of the modules of the model and of what they hold.
-        around: A function that refers to such a thing counts too. A deep copy of it would still refer to the original.
+    timm's feature extractors collect their outputs that way, torch's old weight reparametrisations work so. A function
+    ``around`` such a thing counts only for who copies that too: in a deep copy it still refers to the original.
     """
     while isinstance(hook, functools.partial):
         hook = hook.func

@@ -69,14 +69,7 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def guesses(model: nn.Module, batch: int = 2, size: int | None = None, *, small: bool = False) -> Iterator[Guess]:
-    """Yield what the model may take, likely things first.
-
-    Args:
-        model: The model.
-        batch: The number of samples.
-        size: The length of every dimension but channels, where the caller knows better.
-        small: Small inputs first, for whoever is about to compute with them.
-    """
+    """Yield what the model may take, likely things first, and small ones for whoever is about to compute with them."""
     yield from _of_detector(model)
     for name, shape, how in _shapes(model, small):
         if size is not None:

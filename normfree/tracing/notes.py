@@ -37,15 +37,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class Notes:
-    """Writes down operations that have run.
+    """Writes down operations that have run: ``seen`` is the graph so far, ``step`` the number of the latest operation.
 
-    Args:
-        model: The model that runs.
-
-    Attributes:
-        seen: The graph so far.
-        stack: The modules whose forward is running and looked into, innermost last.
-        step: The number of the operation that is running.
+    The ``stack`` holds the names of the modules whose forward is running and looked into, innermost last.
     """
 
     def __init__(self, model: nn.Module) -> None:

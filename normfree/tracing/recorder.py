@@ -24,13 +24,8 @@ __all__ = ["Recorder", "is_default"]
 class Recorder(Notes, TorchFunctionMode):
     """Writes down what happens between the modules of a model, which are leaves or looked into.
 
-    Args:
-        model: The model. Every module of it gets a ``forward`` of its own, which the caller takes away again.
-        leaves: Whether a module is one operation, by the identity of every module.
-        sites: Names of the norms, or of what has taken their place.
-        classes: What modules really are that answer to another class meanwhile, by identity.
-        entered: Is told when the forward of a module begins that is looked into.
-        meta: Whether the tensors are on the meta device: then no tensor may be made elsewhere.
+    Every module gets a ``forward`` of its own, which the caller takes away. ``entered`` is called when the forward of a
+    module begins that is looked into. On the meta device no tensor may be made elsewhere.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,16 +44,10 @@ def record(
     classes: Mapping[int, type[nn.Module]] | None = None,
     recorder: Callable[..., Recorder] = Recorder,
 ) -> Graph:
-    """Run a model once and return what it did.
+    """Run a model that nobody else uses once, in a mode, and return what it did.
 
-    Args:
-        model: A copy that nobody else uses.
-        sites: Names of the norms, or of what has taken their place.
-        leaves: What :func:`leaves_of` returned.
-        arguments: Positional and keyword arguments; they stay what they are.
-        training: The mode.
-        classes: What modules really are that answer to another class meanwhile, by identity.
-        recorder: What writes it down.
+    ``leaves`` is what :func:`leaves_of` returned; ``classes`` tells what modules really are that answer to
+    another class meanwhile, by identity.
     """
     args, kwargs = fresh(arguments)
     meta = bool(tensors((args, kwargs))) and all(tensor.is_meta for tensor in tensors((args, kwargs)))
@@ -105,7 +100,7 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(value, value.copy()) for value in module.__dict__.values() if type(value) in _CONTAINERS]
 
 
-_CONTAINERS = (dict, type(nn.Module()._modules), list, set)
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextlib.contextmanager

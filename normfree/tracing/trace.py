@@ -31,13 +31,9 @@ _ONE_AT_A_TIME = threading.RLock()  # random generators of Python and NumPy are 
 
 
 def trace(model: nn.Module, copied: nn.Module, sites: frozenset[str], inputs: Inputs | None = None) -> Trace:
-    """Look at what ``model`` does in train and in eval mode.
+    """Look at what a model, of which ``copied`` is a copy without memory, does in train and in eval mode.
 
-    Args:
-        model: The model; it stays as it is.
-        copied: A copy of it without memory; see :func:`normfree.tracing.copying.meta_copy`.
-        sites: Names of the norms, or of what has taken their place.
-        inputs: Arguments of one call; found if they are not given.
+    Names of norms, or of what has taken their place, are ``sites``; arguments of one call are found if not given.
     """
     given = None if inputs is None else [Guess(*arguments(inputs), "as given")]
     found = Trace({}, unseen="no input is known")
@@ -141,10 +137,7 @@ def _smaller(model: nn.Module) -> nn.Module:
 def example_input(model: nn.Module, batch: int = 2, size: int | None = None) -> Inputs:
     """Return white noise ``(N, C, *)`` that the model takes in both modes, small where it may be.
 
-    Args:
-        model: The model.
-        batch: The number of samples.
-        size: The length of every dimension but channels, where the caller knows better.
+    ``size`` is the length of every dimension but channels, where the caller knows better.
 
     Raises:
         UsageError: Nothing says what to try, or the model takes none of it.

@@ -19,16 +19,7 @@ MODES = ("eval", "train")
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of the tensor that a node returned.
-
-    Attributes:
-        shape: Its shape.
-        strides: Its strides.
-        offset: Where in its memory it begins.
-        memory: Which memory it shares.
-        writes: The node wrote into it.
-        handed_on: The node returned what it was given.
-    """
+    """What is known of the tensor that a node returned: whether it was written into by it, or handed on as it came."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -48,11 +39,8 @@ class Value:
 
     def covers(self, other: Value) -> bool:
         """Whether both are one and the same part of one memory."""
-        return self.memory == other.memory and self._place == other._place
-
-    @property
-    def _place(self) -> tuple[object, ...]:
-        return self.shape, self.strides, self.offset
+        places = [(value.memory, value.shape, value.strides, value.offset) for value in (self, other)]
+        return places[0] == places[1]
 
 
 @dataclass(frozen=True)
