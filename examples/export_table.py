@@ -28,7 +28,7 @@ import normfree
 from normfree import zoo
 from normfree.errors import one_line
 from normfree.norms import find_norms
-from normfree.proofs.observing import tensors
+from normfree.tracing.inputs import tensors
 
 TOLERANCE = 1e-4
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.proofs.observing import tensors
+from normfree.tracing.inputs import tensors
 
 
 def blame(model: nn.Module, bare: nn.Module, x: Tensor) -> str:

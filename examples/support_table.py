@@ -33,7 +33,7 @@ from unusual_inputs import largest_error, verifier
 import normfree
 from normfree import zoo
 from normfree.norms import find_norms
-from normfree.proofs.observing import tensors
+from normfree.tracing.inputs import tensors
 
 TABLE = Path(__file__).parent / "results" / "support.csv"
 PAGE = TABLE.with_suffix(".md")

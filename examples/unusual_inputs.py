@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import normfree
 from normfree.norms import find_norms
-from normfree.proofs.observing import NormSpy, Still, module_stack, tensors
+from normfree.proofs.observing import NormSpy, module_stack
+from normfree.tracing.inputs import tensors
+from normfree.tracing.still import Still
 
 SIDE = 96
 

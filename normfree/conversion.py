@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, TypeVar
 
 from torch import nn
 
+from normfree.errors import UnseenWarning
 from normfree.planning.plan import look
 from normfree.planning.selecting import Patterns
+from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
+from normfree.tracing.inputs import Inputs
 
 __all__ = ["convert", "convert_"]
 
@@ -27,6 +31,7 @@ def convert_(
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
     inplace_activations: bool = True,
+    inputs: Inputs | None = None,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
@@ -35,6 +40,7 @@ def convert_(
 
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
+        UnseenWarning: As there.
     """
     made, moments = look(
         model,
@@ -45,7 +51,9 @@ def convert_(
         scope=scope,
         reset=reset,
         inplace_activations=inplace_activations,
+        inputs=inputs,
     )
+    _warn_of_unseen(made)
     met = moments()
     del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
@@ -63,6 +71,7 @@ def convert(
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
     inplace_activations: bool = True,
+    inputs: Inputs | None = None,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -84,6 +93,13 @@ def convert(
         reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
         inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
             and what writes in place where a norm was gets a copy.
+        inputs: Arguments with which ``model`` runs: a tensor ``(N, C, *)``, a tuple, or a mapping of keyword
+            arguments. Only shapes and types matter. What the conversion does is read from one run on them, without
+            memory where that is possible. Default: found from timm's configuration, the first layer, or what
+            transformers' models say of themselves.
+
+    Warns:
+        UnseenWarning: Norms did not run: what is around them could not be seen, and ``inputs`` is the way out.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -108,8 +124,15 @@ def convert(
         scope=scope,
         reset=reset,
         inplace_activations=inplace_activations,
+        inputs=inputs,
     )
+    _warn_of_unseen(made)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made, moments())
     return converted
+
+
+def _warn_of_unseen(made: Plan) -> None:
+    if made.unseen and made.opaque:
+        warnings.warn(made.warning, UnseenWarning, stacklevel=3)

@@ -16,6 +16,7 @@ __all__ = [
     "NormfreeError",
     "OutputError",
     "SourceError",
+    "UnseenWarning",
     "UnsupportedModelError",
     "UsageError",
     "WrappedModelError",
@@ -70,6 +71,10 @@ class UnsupportedModelError(NormfreeError):
 
     def __reduce__(self) -> tuple[type[UnsupportedModelError], tuple[tuple[str, ...]]]:
         return type(self), (self.problems,)
+
+
+class UnseenWarning(UserWarning):
+    """What is around some norms could not be seen: they go, but residual branches around them have no scalar."""
 
 
 class InternalError(NormfreeError):

@@ -11,16 +11,18 @@ from typing import Literal
 
 from normfree.analysis.sums import Kind
 from normfree.analysis.tails import Place
-from normfree.errors import CheckpointError
+from normfree.errors import CheckpointError, some
 from normfree.files.plain import from_plain
 from normfree.layers import Channels, skipinit_name
 
-__all__ = ["PLAN_ATTRIBUTE", "Action", "Alpha", "Carried", "Init", "NormEdit", "Plan", "SumEdit", "Units"]
+__all__ = ["PLAN_ATTRIBUTE", "UNSEEN", "Action", "Alpha", "Carried", "Init", "NormEdit", "Plan", "SumEdit", "Units"]
 
 Action = Literal["fold", "affine", "delete", "bias", "keep"]
 Init = Literal["skipinit", "preserve"]
 PLAN_ATTRIBUTE = "_normfree_plan"
 """Where a converted model keeps its plan."""
+UNSEEN = "unknown"
+"""What feeds a norm that was not seen."""
 _CHANNELS = 2**20
 """More than any layer has: a stored plan must not ask for more."""
 
@@ -151,7 +153,7 @@ class Plan:
         init_reason: Why ``"auto"`` chose it, or that the caller did.
         alpha: Starting value of every scalar.
         norms: Every norm of the model.
-        sums: Every sum of activations that a trace reached.
+        sums: Every sum of activations that was seen.
         biases: Layers that get a bias of zeros.
         weights: Layers that a norm rescaled (``skipinit``), with the gain of the activation behind them.
         carried: Layers whose weight is in units of its own (``preserve``).
@@ -159,7 +161,8 @@ class Plan:
         reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
-        opaque: Modules that could not be traced, each with the error.
+        opaque: Why the model, or one mode of it, was not seen running: its name (empty), the error and where it arose.
+        looked: What the model was run on to see what it does, and who said so.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
         calibrated: What :func:`normfree.calibrate` has set since.
     """
@@ -175,6 +178,7 @@ class Plan:
     units: Units = Units()
     out_of_place: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
+    looked: str = ""
     reset: bool = True
     inplace_activations: bool = True
     fused: bool = False
@@ -205,17 +209,34 @@ class Plan:
         """Residual branches that get no scalar, each with the reason."""
         return tuple(f"{total.name}: {reason}" for total in self.sums for reason in total.declined)
 
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Norms that go although nothing has shown what is around them."""
+        return tuple(edit.name for edit in self.removed if edit.feed == UNSEEN)
+
+    @property
+    def warning(self) -> str:
+        """What a user must know who would otherwise take the plan for a whole one."""
+        why = self.opaque[0][1] if self.opaque else f"the input {self.looked} does not reach {some(list(self.unseen))}"
+        went = f"{len(self.unseen)} of {len(self.norms)} norms went unseen"
+        return (
+            f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= with which the model runs"
+        )
+
     def __str__(self) -> str:
         actions = Counter(edit.action for edit in self.norms)
         kinds = Counter(total.kind for total in self.sums)
+        declined = "an unknown number missing" if self.unseen else f"{len(self.declined)} declined"
         lines = [
+            *([f"not seen: {self.warning}"] if self.unseen else []),
             f"init: {self.init} ({self.init_reason}), alpha starts at {self.alpha:g}",
             f"norms: {len(self.norms)} ({', '.join(f'{n} {action}' for action, n in actions.items())})",
             f"sums: {len(self.sums)}" + "".join(f", {n} {kind}" for kind, n in kinds.items()),
-            f"alphas: {len(self.alphas)} placed, {len(self.declined)} declined",
+            f"alphas: {len(self.alphas)} placed, {declined}",
             *([f"calibrated: {self.calibrated}"] if self.calibrated else []),
             *(f"declined: {text}" for text in self.declined),
-            *(f"not traced: {path or 'the root'}: {error}" for path, error in self.opaque),
+            *([f"looked at: {self.looked}"] if self.looked else []),
+            *(f"not seen: {why}" for _, why in self.opaque if not self.unseen),
         ]
         return "\n".join(lines)
 

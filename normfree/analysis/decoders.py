@@ -6,6 +6,7 @@ one that takes back a downward step of the same module (attention on a coarser g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import fx, nn
@@ -61,8 +62,13 @@ def _operations(flow: Flow, node: fx.Node, owner: str) -> set[str]:
 
 
 def _is_upward(flow: Flow, node: fx.Node) -> bool:
-    transposed = bool(getattr(flow.module(node), "transposed", False))
-    return flow.roles[node] is Role.UPSAMPLE or (transposed and _is_strided(flow, node))
+    """Whether a node returns at least twice as many places as it was given, whatever its class."""
+    before, after = flow.shape(flow.inputs[node][0]) if flow.inputs[node] else None, flow.shape(node)
+    if before is None or after is None or len(before) != len(after) or len(after) < 3:
+        return False
+    resizes = flow.roles[node] is Role.UPSAMPLE or getattr(flow.module(node), "transposed", False) is True
+    unknown = flow.roles[node] is Role.OTHER and node.op == "call_module" and len(after) > 3
+    return (resizes or unknown) and math.prod(after[2:]) >= 2 * math.prod(before[2:])
 
 
 def _is_downward(flow: Flow, node: fx.Node) -> bool:

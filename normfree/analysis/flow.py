@@ -1,7 +1,7 @@
-"""What a node of an fx graph is, and which nodes feed which, told by data and not by shapes.
+"""What a node of a graph is, and which nodes feed which, told by data and not by shapes.
 
-``x.reshape(y.shape)`` depends on the data of ``x`` alone; counting ``y`` as an input would make every reshaped tensor
-look as if it were used twice. :class:`Flow` is the graph with such edges removed.
+``x.view_as(y)`` depends on the data of ``x`` alone; counting ``y`` as an input would make every reshaped tensor look as
+if it were used twice. :class:`Flow` is the graph with such edges removed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, is_carrier
+from normfree.layers import ChannelAffine, is_carrier
 from normfree.norms import describe, is_norm
-from normfree.tracing.roles import Role, elementwise, function_role, is_shape, method_role, module_role
+from normfree.tracing.roles import Role, elementwise, function_role, makes_constants, module_role, name_of, scales
 from normfree.tracing.traces import Graph
 
 __all__ = ["Flow", "Role", "is_inplace", "writes_unannounced"]
-
-
-_SHAPE_FROM_SECOND = {"reshape_as", "view_as", "expand_as", "type_as"}
 
 
 class Flow:
@@ -30,9 +27,9 @@ class Flow:
     Attributes:
         nodes: The nodes that carry data, in order.
         graph: Where they come from.
-        modules: The modules of the part by their paths in it.
+        modules: The modules of the model by name.
         sites: Paths of the norms, or of what has taken their place.
-        shared: Identities of modules that other parts call too, or that must keep their class.
+        shared: Identities of modules that must keep their class.
         index: Position of each node in ``nodes``.
         inputs: The data inputs of each node.
         users: The data users of each node (``output`` counts).
@@ -53,9 +50,12 @@ class Flow:
         self._inner: dict[str, tuple[str, ...]] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes.nodes:
-            found = () if is_shape(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
+            found = () if makes_constants(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
             if found or node.op == "placeholder":
                 self.inputs[node] = found
+                stacked = _stack_summed_by(node)
+                if stacked is not None and stacked in self.inputs:
+                    self.inputs[node] = self.inputs.pop(stacked)
         self.nodes = tuple(self.inputs)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.users: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
@@ -124,35 +124,101 @@ class Flow:
         return self._inner[path]
 
     def calls(self, path: str) -> int:
-        """Return how often a module is called; 0 if another part calls it too, or if it must stay as it is."""
+        """Return how often a module is called; 0 if it must stay as it is."""
         return 0 if id(self.modules[path]) in self.shared else self.graph.calls.get(path, 0)
 
     def called_once(self, node: fx.Node) -> bool:
-        """Whether the module that ``node`` calls is called nowhere else, in this graph or in another part."""
+        """Whether the module that ``node`` calls is called nowhere else."""
         return self.calls(str(node.target)) == 1
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """Return the activations that an addition adds, one that is added twice twice."""
+        given = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in self.inputs]
+        return given if len(given) > 1 else list(self.inputs[node])
+
+    def additions(self, owner: str | None = None) -> list[fx.Node]:
+        """Return what adds two activations, in the forward of one module or anywhere."""
+        found = (node for node in self.nodes if node.op != "call_module" and name_of(node) in ("add", "iadd", "add_"))
+        return [n for n in found if len(self.operands(n)) == 2 and owner in (None, self.graph.owners.get(n, ""))]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Return the shape of the tensor that a node returned, if it is known."""
+        value = self.graph.values.get(node)
+        return None if value is None else value.shape
+
+    def shares_memory(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether what two nodes returned lies in the same memory."""
+        one, two = self.graph.values.get(node), self.graph.values.get(other)
+        return one is not None and two is not None and one.memory == two.memory
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
             return Role.INPUT
         if node.op == "call_module":
-            return Role.NORM if node.target in self.sites else module_role(self.modules[str(node.target)])
-        if node.op == "call_method":
-            role = method_role(node)
-        elif node.target is operator.getitem:
+            if node.target in self.sites:
+                return Role.NORM
+            role = module_role(self.modules[str(node.target)])
+            return Role.PASS if role is Role.OTHER and self._passes(node) else role
+        if _stack_summed_by(node) is not None:
+            return Role.ADD
+        role = function_role(node)
+        if node.target is operator.getitem:
             role = _getitem_role(node, self.roles.get(self.inputs[node][0]))
-        else:
-            role = function_role(node)
+        if role is Role.CAT and len(self.inputs[node]) == 1:
+            return Role.PAD  # the rest is constants
+        if role is Role.PAD and self._broadcasts(node):
+            return Role.OTHER
         return self._arithmetic(node, role) if role in (Role.ADD, Role.MUL, Role.DIV) else role
 
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a module of any class hands on its input, or multiplies it by a number."""
+        value, module = self.graph.values.get(node), self.modules[str(node.target)]
+        if value is not None and value.handed_on:
+            return True
+        if isinstance(module, ChannelAffine) or any(True for _ in module.parameters()) or len(self.inputs[node]) != 1:
+            return False
+        key = ("passes", type(module), repr(module))
+        if key not in self.memo:
+            self.memo[key] = elementwise(module) is not None and scales(module)
+        return self.memo[key]
+
+    def _broadcasts(self, node: fx.Node) -> bool:
+        """Whether a node repeats what has one entry only in some dimension: a statistic, and no skip path."""
+        before, after = self.shape(self.inputs[node][0]), self.shape(node)
+        if before is None or after is None or name_of(node) == "pad" or len(before) > len(after):
+            return False
+        return any(many > one == 1 for one, many in zip(before[::-1], after[::-1], strict=False))
+
     def _arithmetic(self, node: fx.Node, role: Role) -> Role:
-        """Only two activations make a sum or a product; a constant factor commutes with alpha, a summand does not."""
+        """Only two activations make a sum or a product; a constant factor commutes with alpha, a summand does not.
+
+        A difference, or a mean of two with weights, is a sum if layers stand in only one of the ways to it: ``x`` less
+        its own mean is none.
+        """
         operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.inputs]
         if len(operands) == 2:
+            if role is Role.ADD and name_of(node) not in ("add", "iadd", "add_") and not self._differ(*operands):
+                return Role.OTHER
             return Role.OTHER if role is Role.DIV else role
         if role is Role.DIV:
             return Role.PASS if operands == [node.args[0]] else Role.OTHER
         neutral = role is Role.ADD and any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
         return Role.PASS if len(operands) == 1 and (role is Role.MUL or neutral) else Role.OTHER
+
+    def _differ(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether a layer with weights stands before one of two nodes and not before the other."""
+        ways = [self.ancestors[node] | self.bit(node) for node in (one, other)]
+        weighted = sum(self.bit(node) for node, role in self.roles.items() if role in (Role.CONV, Role.NORM))
+        return bool((ways[0] ^ ways[1]) & weighted)
+
+
+def _stack_summed_by(node: fx.Node) -> fx.Node | None:
+    """Return the stack of tensors of which a node is the sum, if nothing else becomes of it."""
+    stack = node.args[0] if node.args and name_of(node) == "sum" else None
+    if not isinstance(stack, fx.Node) or name_of(stack) != "stack" or len(stack.users) != 1:
+        return None
+    dims = [n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else start) for n, start in ((stack, 0), (node, None))]
+    return stack if dims[1] == dims[0] or dims[1] in ([dims[0]], (dims[0],)) else None
 
 
 def _getitem_role(node: fx.Node, source: Role | None) -> Role:
@@ -162,38 +228,18 @@ def _getitem_role(node: fx.Node, source: Role | None) -> Role:
 
 
 def _data_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
-    if node.op == "call_method" and node.target in _SHAPE_FROM_SECOND and isinstance(node.args[0], fx.Node):
+    if name_of(node) in ("reshape_as", "view_as", "expand_as", "type_as") and isinstance(node.args[0], fx.Node):
         return (node.args[0],)
     return tuple(node.all_input_nodes)
 
 
 def is_inplace(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node writes, or may write, into its first argument."""
-    if node.op == "call_module":
-        return bool(getattr(flow.modules[str(node.target)], "inplace", False)) or writes_unannounced(flow, node)
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    in_place_name = name.endswith("_") and not name.endswith("__")
-    return bool(node.kwargs.get("inplace")) or in_place_name or node.target in _IN_PLACE_OPERATORS
+    """Whether a node writes into its first argument, or would in train mode."""
+    value = flow.graph.values.get(node)
+    flagged = node.op == "call_module" and getattr(flow.modules[str(node.target)], "inplace", False) is True
+    return bool(flagged or node.kwargs.get("inplace") or (value is not None and value.writes))
 
 
 def writes_unannounced(flow: Flow, node: fx.Node) -> bool:
-    """Whether the module that a node calls may write into its input without an ``inplace`` flag to say so.
-
-    torch's own layers say so. Of anybody else's only what works entry by entry is known by trying it.
-    """
-    module = flow.modules[str(node.target)]
-    if type(module).__module__.startswith("torch.nn") or hasattr(module, "inplace") or is_norm(module):
-        return False
-    if module_role(module) is not Role.OTHER or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, Copy)):
-        return False
-    key = ("writes", id(module))
-    if key not in flow.memo:
-        flow.memo[key] = elementwise(module) != "pure"
-    return flow.memo[key]
-
-
-_IN_PLACE_OPERATORS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+    """Whether the module that a node calls writes into its input without an ``inplace`` flag that could be switched."""
+    return is_inplace(flow, node) and not hasattr(flow.modules[str(node.target)], "inplace")

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from normfree.analysis.activations import Activation, as_activation
 from normfree.analysis.flow import Flow, Role
 from normfree.norms import Norm
+from normfree.tracing.roles import name_of
 
 __all__ = ["Moments", "input_moments", "known_inputs", "norm_of"]
 
@@ -31,11 +32,11 @@ class Moments:
 
 
 def input_moments(flow: Flow, norms: Mapping[str, Norm], paths: Iterable[str]) -> dict[str, Moments | None]:
-    """Return what each of these layers meets, by its path in the part; ``None`` where several calls differ.
+    """Return what each of these layers meets, by its path; ``None`` where several calls differ.
 
     Args:
         flow: The graph.
-        norms: The norms of the part, by their paths in it.
+        norms: The norms of the model by name.
         paths: Layers whose input :func:`known_inputs` knows.
     """
     wanted, memo = set(paths), dict[fx.Node, Moments | None]()
@@ -86,9 +87,9 @@ def _rule(flow: Flow, node: fx.Node) -> Rule | None:
     """Return how the moments of a node follow from those of its inputs."""
     rule = _RULES.get(flow.roles[node])
     if rule is not None:
-        constant = flow.roles[node] is Role.PASS and node.op != "call_module" and "drop" not in str(node.target)
+        constant = flow.roles[node] is Role.PASS and name_of(node) in ("mul", "imul", "mul_", "truediv", "div", "div_")
         return None if constant else rule  # a factor that the graph does not tell
-    if node.op == "call_method" and node.target == "mean":
+    if name_of(node) == "mean":
         return _same
     return _activated if as_activation(flow, node) is not None else None
 
@@ -106,6 +107,13 @@ def _norm(_flow: Flow, norms: Mapping[str, Norm], node: fx.Node, _: list[Moments
 
 def _same(_: Flow, __: Mapping[str, Norm], ___: fx.Node, inputs: list[Moments | None]) -> Moments | None:
     return inputs[0]
+
+
+def _padded(flow: Flow, _: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
+    """What adds channels says nothing of them."""
+    shape = flow.shape(node)
+    wide = len(shape) > 1 and shape[1] if shape else None
+    return inputs[0] if inputs[0] is not None and wide in (None, len(inputs[0].mean)) else None
 
 
 def _added(_: Flow, __: Mapping[str, Norm], ___: fx.Node, inputs: list[Moments | None]) -> Moments | None:
@@ -140,7 +148,7 @@ _RULES: dict[Role, Rule] = {
     Role.PASS: _same,
     Role.RESHAPE: _same,
     Role.POOL: _same,
-    Role.PAD: _same,
+    Role.PAD: _padded,
     Role.UPSAMPLE: _same,
     Role.ADD: _added,
     Role.CAT: _joined,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from normfree.analysis.activations import Activation, as_activation, following
 from normfree.analysis.flow import Flow, Role, is_inplace, writes_unannounced
 from normfree.norms import describe
-from normfree.tracing.roles import VIEWS
+from normfree.tracing.roles import name_of
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
 
@@ -49,32 +47,32 @@ class Site:
     unsafe_write: bool
 
 
-def find_site(flow: Flow, node: fx.Node, prefix: str) -> Site:
-    """Return what one graph says about the norm that ``node`` calls; ``prefix`` is the path of its part."""
+def find_site(flow: Flow, node: fx.Node) -> Site:
+    """Return what one graph says about the norm that ``node`` calls."""
     source = flow.inputs[node][0]
     producer, why = _producer(flow, node, source)
     writers, unsafe = _writers(flow, node)
-    feeds = tuple(prefix + path for path in dict.fromkeys(_feeds(flow, node)))
+    feeds = tuple(dict.fromkeys(_feeds(flow, node)))
     alone = not feeds and not _is_weighted(flow, source)
     return Site(
-        name=prefix + str(node.target),
-        feed=_feed(flow, source, prefix),
-        producer=None if producer is None else prefix + producer,
+        name=str(node.target),
+        feed=_feed(flow, source),
+        producer=producer,
         why=why,
         feeds=feeds,
         biasless=_is_biasless(flow, source) or alone,
         scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
         fresh=_is_fresh(flow, source) and flow.users[source] == [node],
         input_written=_input_is_written_later(flow, node, source),
-        writers=tuple(prefix + path for path in writers),
+        writers=writers,
         unsafe_write=unsafe,
     )
 
 
-def _feed(flow: Flow, source: fx.Node, prefix: str) -> str:
+def _feed(flow: Flow, source: fx.Node) -> str:
     module = flow.module(source)
     if module is not None:
-        return f"{prefix}{source.target} ({type(module).__name__})"
+        return f"{source.target} ({type(module).__name__})"
     return "input" if source.op == "placeholder" else source.name
 
 
@@ -94,8 +92,8 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
         return None, f"{source.target} also feeds {', '.join(others)}"
     if _features(module) != describe(flow.modules[str(node.target)]).features:
         return None, "the norm's channels are not the output features of what feeds it"
-    if isinstance(module, nn.Linear) and not _is_matrix(flow, source):
-        return None, "fed by a linear whose output may have tokens in dimension 1"
+    if isinstance(module, nn.Linear) and len(flow.shape(source) or ()) != 2:
+        return None, "fed by a linear whose output has tokens in dimension 1"
     return str(source.target), ""
 
 
@@ -118,30 +116,11 @@ def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
     calls = flow.graph.calls[str(node.target)]
     if calls > 1:
         return f"{what} is called {calls} times"
-    return f"{what} is called by another part of the model too, or a forward asks for its class"
+    return f"a forward asks for the class of {what}"
 
 
 def _features(module: nn.Module) -> int:
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
-
-
-def _is_matrix(flow: Flow, node: fx.Node) -> bool:
-    """Whether the graph itself shows that ``node`` has shape ``(N, C)``."""
-    while True:
-        role, module = flow.roles[node], flow.module(node)
-        if role is Role.RESHAPE:
-            if isinstance(module, nn.Flatten):
-                return bool(module.start_dim == 1 and module.end_dim == -1)
-            if node.target in (torch.flatten, "flatten"):
-                given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-                return bool(given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1)
-            return node.target in ("view", "reshape") and len(node.args) == 3
-        keeps_rank = isinstance(module, (nn.Linear, nn.BatchNorm1d)) or role is Role.PASS
-        if not (keeps_rank or as_activation(flow, node) is not None):
-            return False
-        if len(flow.inputs[node]) != 1:
-            return False
-        node = flow.inputs[node][0]
 
 
 def _feeds(flow: Flow, node: fx.Node) -> Iterator[str]:
@@ -201,15 +180,15 @@ def _writes(flow: Flow, node: fx.Node, without: fx.Node | None = None) -> Iterat
 
 def _is_alias(flow: Flow, node: fx.Node) -> bool:
     """Whether the result may share memory with the first input."""
-    view = node.op == "call_method" and node.target in VIEWS
-    return view or flow.roles[node] in (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT)
+    views = (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT)
+    return flow.roles[node] in views or any(flow.shares_memory(node, source) for source in flow.inputs[node][:1])
 
 
 def _is_fresh(flow: Flow, source: fx.Node) -> bool:
     """Whether ``source`` is a tensor of its own that its operation did not keep for backward."""
     if source.op == "call_module":
         return flow.carries(source)
-    return flow.roles[source] in (Role.CONV, Role.CAT) or source.target in (torch.add, operator.add)
+    return flow.roles[source] is Role.CONV or name_of(source) in ("add", "cat", "concat", "concatenate")
 
 
 def agree(known: Site | None, site: Site) -> Site:

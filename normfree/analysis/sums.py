@@ -8,17 +8,18 @@ places, or the branch contains whole blocks or changes resolution (feature pyram
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import fx
 
+from normfree.analysis.additions import adds, flattened, inner_of, is_inner
 from normfree.analysis.decoders import is_only_a_gate, rising_step
 from normfree.analysis.flow import Flow, Role
+from normfree.tracing.roles import name_of
 
-__all__ = ["Kind", "SumNode", "additions_of", "find_sums", "sum_names"]
+__all__ = ["Kind", "SumNode", "find_sums"]
 
 Kind = Literal["residual", "parallel", "merge"]
 
@@ -57,85 +58,47 @@ class _Position:
     preactivated: bool = False
 
 
-def sum_names(flow: Flow) -> dict[fx.Node, str]:
-    """Name every addition by the module whose forward adds, counted within it: ``layer1.0.add``."""
-    counts: Counter[str] = Counter()
-    names = {}
-    for node in flow.nodes:
-        if flow.roles[node] is Role.ADD:
-            owner = flow.graph.owners[node]
-            stem = f"{owner}.add" if owner else "add"
-            names[node] = f"{stem}_{counts[stem]}" if counts[stem] else stem
-            counts[stem] += 1
-    return names
-
-
 def find_sums(flow: Flow) -> tuple[SumNode, ...]:
-    """Classify every addition of two activations, in topological order."""
+    """Classify every addition of two activations, in topological order.
+
+    A difference, or a mean with weights, counts where it takes a branch from its skip path: ``f(x) - x`` is no sum.
+    """
     found: dict[fx.Node, SumNode] = {}
     for node in flow.nodes:
-        if flow.roles[node] is Role.ADD and not _is_inner(flow, node):
+        if flow.roles[node] is not Role.ADD or is_inner(flow, node):
+            continue
+        if adds(node):
             _classify_group(flow, node, found)
+            continue
+        total = _classify(flow, node, flow.operands(node), found)
+        taken = "lerp" in name_of(node) or total.skip is flow.operands(node)[0]
+        if total.kind == "residual" and taken:
+            found[node] = total
     return tuple(found.values())
-
-
-def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the additions that make up ``a + b + c``, the outermost first."""
-    yield node
-    for operand in node.args[:2]:
-        inner = _inner(flow, operand) if isinstance(operand, fx.Node) else None
-        if inner is not None:
-            yield from additions_of(flow, inner)
-
-
-def _is_inner(flow: Flow, node: fx.Node) -> bool:
-    """Whether ``node`` goes into one addition and nowhere else, dropout and the like aside."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] is Role.PASS:
-        users = flow.users[users[0]]
-    return len(users) == 1 and flow.roles[users[0]] is Role.ADD
-
-
-def _inner(flow: Flow, operand: fx.Node) -> fx.Node | None:
-    """Return the addition whose result is this operand and nothing else, or ``None``."""
-    while flow.roles[operand] is Role.PASS:
-        operand = flow.inputs[operand][0]
-    return operand if flow.roles[operand] is Role.ADD and _is_inner(flow, operand) else None
 
 
 def _classify_group(flow: Flow, node: fx.Node, found: dict[fx.Node, SumNode]) -> None:
     """Classify ``a + b + c`` as one sum if that makes sense of it, else each addition by itself."""
-    flat = list(_flatten(flow, node))
+    flat = list(flattened(flow, node))
     if len(flat) > 2:
         whole = _classify(flow, node, flat, found)
         if whole.kind != "merge" and not (whole.kind == "residual" and _ends_in_parallel(flow, node, found)):
             found[node] = whole
             return
         for operand in flow.inputs[node]:
-            inner = _inner(flow, operand)
+            inner = inner_of(flow, operand)
             if inner is not None:
                 _classify_group(flow, inner, found)
-    operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
-    found[node] = _classify(flow, node, operands, found)
+    found[node] = _classify(flow, node, flow.operands(node), found)
 
 
 def _ends_in_parallel(flow: Flow, node: fx.Node, found: Mapping[fx.Node, SumNode]) -> bool:
     """Whether one operand is a parallel sum by itself, such as the end of a RepGhost branch: one branch, not two."""
     for operand in flow.inputs[node]:
-        inner = _inner(flow, operand)
-        if inner is not None and _classify(flow, inner, list(_flatten(flow, inner)), found).kind == "parallel":
+        inner = inner_of(flow, operand)
+        if inner is not None and _classify(flow, inner, list(flattened(flow, inner)), found).kind == "parallel":
             return True
     return False
-
-
-def _flatten(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
-    for operand in node.args[:2]:
-        if isinstance(operand, fx.Node):
-            inner = _inner(flow, operand)
-            if inner is not None:
-                yield from _flatten(flow, inner)
-            else:
-                yield operand
 
 
 def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping[fx.Node, SumNode]) -> SumNode:
@@ -149,6 +112,9 @@ def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping
         others = [o for j, o in enumerate(operands) if j != i]
         position = next((p for p in walk if all(_splits(flow, p, o) for o in others)), None)
         if position is None:
+            continue
+        if flow.shape(operands[i]) != flow.shape(node):
+            refusal = "the skip path is broadcast over the sum"
             continue
         problem = next((r for o in others if (r := _not_a_branch(flow, position, o, found))), None)
         if problem is None:

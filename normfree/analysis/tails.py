@@ -6,7 +6,6 @@ branch is a candidate; the plan takes the cheapest (a weight costs nothing per i
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,10 +13,9 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from normfree.analysis.activations import as_activation
 from normfree.analysis.flow import Flow, Role
 from normfree.layers import Channels, scaled_output_class
-from normfree.rewriting.blocks import optional_arguments, why_not_scalable
+from normfree.rewriting.blocks import operations_of, optional_arguments, why_not_scalable
 
 __all__ = ["Candidate", "Place", "find_candidates"]
 
@@ -48,21 +46,18 @@ class Candidate:
     calls: int = 1
 
 
-def find_candidates(
-    flow: Flow, branch: fx.Node, addition: fx.Node, *, whole: bool
-) -> tuple[tuple[Candidate, ...], str]:
+def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tuple[Candidate, ...], str]:
     """Return the candidates for one branch, outermost first, and the reason if there is none.
 
     Args:
         flow: The graph.
         branch: The operand that is the branch.
         addition: The addition that it is an operand of.
-        whole: Whether the graph is that of the whole model and not of a part: the model itself keeps its class.
     """
     found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
     if any(candidate.calls == 1 for candidate in found):
         return found, ""
-    own, why = _own_forward(flow, branch, addition, whole)
+    own, why = _own_forward(flow, branch, addition)
     if own is not None or found:  # whether every call of what was found ends a branch is not known here
         return found if own is None else (*found, own), ""
     others = [u.name for u in flow.users[branch] if u is not addition]
@@ -71,21 +66,24 @@ def find_candidates(
     return (), f"the branch ends in {branch.name}, which no module of its own returns; {why}"
 
 
-def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node, whole: bool) -> tuple[Candidate | None, str]:
+def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candidate | None, str]:
     """The module whose own forward adds: its forward can be rewritten, if it is not the root."""
     owner = flow.graph.owners[addition]
-    if not owner and whole:
+    if not owner:
         return None, "the addition stands in the root's own forward, and the root keeps its class"
-    calls = flow.calls(owner) if owner else 1
+    calls = flow.calls(owner)
     if not calls:
-        return None, f"another part of the model calls {owner} too, or a forward asks for its class"
-    if optional_arguments(flow.modules[owner]) and (not owner or owner in flow.graph.optional):
-        return None, f"{owner or 'the block'} is given more than the defaults of its optional arguments, or may be"
-    own = [n for n in flow.nodes if flow.roles[n] is Role.ADD and flow.graph.owners[n] == owner]
+        return None, f"a forward asks for the class of {owner}"
+    if optional_arguments(flow.modules[owner]) and owner in flow.graph.optional:
+        return None, f"{owner} is given more than the defaults of its optional arguments"
+    own = flow.additions(owner)
     if len(own) % calls:
         return None, f"{owner} adds in one of its calls and not in another"
+    if addition not in own:
+        return None, f"{owner} adds what it has stacked"
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
-    problem = why_not_scalable(flow.modules[owner], number, operand)
+    done = operations_of(flow, owner)
+    problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls])
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
@@ -160,46 +158,19 @@ def _disjoint(mine: Channels, other: Channels) -> bool:
 
 
 def _channel_slice(flow: Flow, node: fx.Node) -> Channels:
-    """Return ``(start, stop)`` of ``x[:, start:stop]``, with a huge stop where it is open; ``None`` for the rest."""
-    if node.op != "call_function" or node.target is not operator.getitem:
+    """Return ``(start, stop)`` of a node that takes a range of channels and nothing else away; ``None`` for the rest.
+
+    What it takes is seen from where it lies in the memory of what it was given.
+    """
+    if flow.roles.get(node) is not Role.SLICE or len(flow.inputs[node]) != 1:
         return None
-    index = node.args[1]
-    everything = slice(None)
-    if not isinstance(index, tuple) or len(index) < 2 or any(i != everything for i in (index[0], *index[2:])):
+    source = flow.inputs[node][0]
+    if flow.roles[source] is Role.SPLIT:
+        source = flow.inputs[source][0]
+    whole, part = flow.graph.values.get(source), flow.graph.values.get(node)
+    if whole is None or part is None or whole.memory != part.memory or whole.strides != part.strides:
         return None
-    picked = index[1]
-    if not isinstance(picked, slice) or picked.step not in (None, 1):
+    if len(whole.shape) < 2 or whole.shape[:1] + whole.shape[2:] != part.shape[:1] + part.shape[2:]:
         return None
-    start = _number(flow, picked.start) if picked.start is not None else 0
-    stop = _number(flow, picked.stop) if picked.stop is not None else _OPEN
-    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
-        return None
-    return start, stop
-
-
-_OPEN = 1 << 62
-
-
-def _number(flow: Flow, value: object) -> object:
-    """Return an index as a number, also where it is written ``x.shape[1]`` and the graph knows the channels of x."""
-    if not isinstance(value, fx.Node) or not value.args or not isinstance(value.args[0], fx.Node):
-        return value
-    if value.op == "call_method" and value.target == "size" and value.args[1:] == (1,):
-        return _channels(flow, value.args[0])
-    shape = value.args[0]
-    indexed = value.target is operator.getitem and value.args[1] == 1 and shape.op in ("call_function", "call_method")
-    named = shape.target == "size" or (shape.target is getattr and shape.args[1] == "shape")
-    return _channels(flow, shape.args[0]) if indexed and named and isinstance(shape.args[0], fx.Node) else value
-
-
-def _channels(flow: Flow, node: fx.Node) -> int | None:
-    """Return how many channels ``node`` has, seen through what keeps their number."""
-    while node in flow.inputs:
-        module = flow.module(node)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            return module.out_channels
-        keeps = flow.roles[node] in (Role.NORM, Role.PASS, Role.POOL, Role.UPSAMPLE, Role.ADD)
-        if not (keeps or as_activation(flow, node) is not None):
-            return None
-        node = flow.inputs[node][0]
-    return None
+    start, rest = divmod(part.offset - whole.offset, max(whole.strides[1], 1))
+    return None if rest else (start, start + part.shape[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.proofs.observing import tensors
+from normfree.tracing.inputs import tensors
 
 __all__ = ["Operators", "Step", "kernels", "largest_batch", "operators", "peak_memory", "saved_bytes", "seconds"]
 

@@ -69,7 +69,7 @@ def export(
             from normfree import checkpoint, files
             from normfree.deployment import export as exporting
             from normfree.deployment import fuse as fusing
-            from normfree.tracing.inputs import example_input
+            from normfree.tracing.trace import example_input
 
             exporting.format_of(out, format)
             files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))

@@ -63,7 +63,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     from normfree.plans import PLAN_ATTRIBUTE
     from normfree.proofs import verify as verifying
     from normfree.proofs.reference import Reference
-    from normfree.tracing.inputs import example_input
+    from normfree.tracing.trace import example_input
 
     inputs = () if job.checkpoint is None else (job.checkpoint,)
     files.check_target(job.out, overwrite=job.force, inputs=inputs)
@@ -85,7 +85,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
         for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
             done.append(proof)
             step(f"proof {number} of 6")
-        if plan.init == "preserve" and plan.alpha == 1 and done[2].passed:
+        if plan.init == "preserve" and plan.alpha == 1 and done[2].passed and isinstance(x, torch.Tensor):
             reference = Reference.of(original, x)
     report = verifying.Report(tuple(done))
     if report.ok:

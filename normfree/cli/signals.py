@@ -47,7 +47,7 @@ def signals(
             require("matplotlib", "plot")
         with progress(7) as step:
             step("importing torch")
-            from normfree.tracing.inputs import example_input
+            from normfree.tracing.trace import example_input
             from normfree.training import signals as propagation
 
             name, model = build_original(source, step, checkpoint, pretrained)

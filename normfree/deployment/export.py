@@ -14,7 +14,8 @@ from normfree.errors import UnsupportedModelError, UsageError, one_line, require
 from normfree.files import check_output, replacing
 from normfree.plans import PLAN_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
-from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
+from normfree.tracing.inputs import Inputs, arguments, fresh
+from normfree.tracing.trace import example_input
 
 __all__ = ["export", "format_of"]
 

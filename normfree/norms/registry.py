@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -78,7 +79,8 @@ def register_norm(*kinds: type[nn.Module] | str) -> Callable[[Describe], Describ
     """Teach normfree a norm type: decorate the function that describes an instance.
 
     Args:
-        kinds: Types, or qualified names of types (``"package.module.Class"``) that should not be imported for this.
+        kinds: Types, or qualified names of types (``"package.module.Class"``, or a shell pattern of such names) that
+            should not be imported for this.
 
     Raises:
         ValueError: One of them is registered already.
@@ -122,7 +124,9 @@ def _find(module: nn.Module) -> Describe | None:
 @functools.lru_cache(maxsize=4096)
 def _of_type(cls: type[nn.Module]) -> Describe | None:
     for parent in cls.__mro__:
-        found = _BY_TYPE.get(parent) or _BY_NAME.get(f"{parent.__module__}.{parent.__qualname__}")
+        name = f"{parent.__module__}.{parent.__qualname__}"
+        found = _BY_TYPE.get(parent) or _BY_NAME.get(name)
+        found = found or next((_BY_NAME[pattern] for pattern in _BY_NAME if fnmatchcase(name, pattern)), None)
         if found is not None:
             return found if cls.forward is getattr(parent, "forward", None) else None
     return None

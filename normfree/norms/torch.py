@@ -13,6 +13,7 @@ __all__: list[str] = []
 
 
 @register_norm(
+    nn.modules.batchnorm._BatchNorm,  # of which some inherit everything but the check of the input
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -20,6 +21,7 @@ __all__: list[str] = []
     nn.LazyBatchNorm1d,
     nn.LazyBatchNorm2d,
     nn.LazyBatchNorm3d,
+    "lightly.models.batchnorm.SplitBatchNorm",  # in eval mode it is an ordinary one
 )
 def _batch_norm(module: Any) -> Norm:
     if isinstance(module, LazyModuleMixin):  # the first forward pass turns it into the ordinary class

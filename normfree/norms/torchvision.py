@@ -1,4 +1,4 @@
-"""torchvision's frozen batch norm: statistics and affine are buffers."""
+"""Frozen batch norms of torchvision and of those who copied it: statistics and affine are buffers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from normfree.norms.registry import Norm, register_norm
 __all__: list[str] = []
 
 
-@register_norm("torchvision.ops.misc.FrozenBatchNorm2d")
+@register_norm(
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
+    "mmcv.*.FrozenBatchNorm2d",
+    "mmdet.*.FrozenBatchNorm2d",
+    "transformers.models.*FrozenBatchNorm2d",  # every detector there has a copy of its own
+)
 def _frozen(module: Any) -> Norm:
     return Norm(
         features=module.running_mean.numel(),
@@ -17,6 +23,6 @@ def _frozen(module: Any) -> Norm:
         var=module.running_var,
         weight=module.weight,
         bias=module.bias,
-        eps=module.eps,
+        eps=getattr(module, "eps", 1e-5),  # transformers' have the number in their forward
         frozen=True,
     )

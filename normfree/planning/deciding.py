@@ -17,7 +17,7 @@ from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
-from normfree.plans import Action, Carried, Init, NormEdit, Plan, Units
+from normfree.plans import UNSEEN, Action, Carried, Init, NormEdit, Plan, Units
 from normfree.tracing.traces import Trace
 
 __all__ = ["UNITS", "Request", "decide"]
@@ -91,10 +91,11 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         sums=sums,
         biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
         weights=tuple(_weights(edits, findings)) if skipinit else (),
-        carried=() if skipinit else tuple(_carried(edits, findings, asked, apart, traced)),
+        carried=() if skipinit else tuple(_carried(edits, findings, asked, apart)),
         units=UNITS[asked.init],
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
-        opaque=tuple(traced.opaque.items()),
+        opaque=(("", traced.unseen),) if traced.unseen else (),
+        looked=traced.looked if traced.graphs else "",
         reset=asked.reset,
         inplace_activations=asked.inplace,
     )
@@ -111,12 +112,12 @@ def _norm_edit(
 ) -> NormEdit:
     modules, init = asked.modules, asked.init
     module = modules[name]
-    edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else "unknown", "keep", None, kept or "")
+    edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else UNSEEN, "keep", None, kept or "")
     if kept is not None:
         return edit
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
-        return replace(edit, action=action, reason=_why_unseen(name, traced), copy=not asked.inplace)
+        return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
     obstacle = _hook_between(modules, edit.name, site.producer) or _bias_apart(modules, site.producer, init, apart)
     if site.producer is not None and obstacle is None:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
@@ -152,12 +153,8 @@ def _bias_apart(modules: Modules, producer: str | None, init: Init, apart: set[i
     return None if bias is None or id(bias) not in apart else f"the bias of {producer} is used elsewhere too"
 
 
-def _why_unseen(name: str, traced: Trace) -> str:
-    around = [path for path in traced.opaque if name.startswith(f"{path}." if path else "")]
-    if not around:
-        return "never called"
-    path = max(around, key=len)
-    return f"no trace reaches it: {path or 'the root'} cannot be traced ({traced.opaque[path]})"
+def _why_unseen(traced: Trace) -> str:
+    return "never called" if traced.graphs else f"the model was not seen running: {traced.unseen}"
 
 
 def _biases(edits: tuple[NormEdit, ...], findings: Findings, modules: Modules) -> Iterable[str]:
@@ -182,9 +179,7 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
             yield path, gain_of(activation)
 
 
-def _carried(
-    edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: set[int], traced: Trace
-) -> Iterable[Carried]:
+def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: set[int]) -> Iterable[Carried]:
     """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
 
     A weight that somebody else uses too stays what it is.
@@ -194,12 +189,11 @@ def _carried(
     produced = {edit.producer: asked.described[edit.name] for edit in edits if edit.producer is not None}
     rescaled = {} if kept else findings.rescaled
     heads = () if kept else [path for path, followed in findings.known.items() if not followed]
-    hidden = {id(module) for opaque in traced.opaque for module in modules[opaque].modules()}
     for path in dict.fromkeys([*produced, *rescaled, *heads]):
         layer = modules[path]
         if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
-        own = id(layer.weight) not in apart and id(layer) not in hidden
+        own = id(layer.weight) not in apart
         head = path not in produced and path not in rescaled
         # A layer without a bias would need one, which the original would not know when it comes back.
         biased = path in produced or layer.bias is not None

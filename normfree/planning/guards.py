@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError
+from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError, some
 from normfree.layers import is_normfree
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
 from normfree.plans import PLAN_ATTRIBUTE, Init
@@ -93,10 +93,17 @@ def module_problems(
 ) -> dict[str, str]:
     """Collect what stands in the way of a conversion, by module."""
     found: dict[str, str] = {}
+    unknown: dict[type[nn.Module], list[str]] = {}
     for name, module in model.named_modules():
         problem = _module_problem(module, norms.get(name), init)
-        if problem is not None and not any(fnmatchcase(name, pattern) for pattern in exclude):
-            found[name] = f"{name} ({type(module).__qualname__}): {problem}"
+        if problem is None or any(fnmatchcase(name, pattern) for pattern in exclude):
+            continue
+        found[name] = f"{name} ({type(module).__qualname__}): {problem}"
+        if looks_like_norm(module) is not None:
+            unknown.setdefault(type(module), []).append(name)
+    for first, *more in unknown.values():  # one description does for all of a class
+        found[first] += f"; so are {some(more)}" if more else ""
+        found = {name: problem for name, problem in found.items() if name not in more}
     return found
 
 

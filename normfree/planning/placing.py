@@ -45,7 +45,7 @@ def place_alphas(
         alphas, declined, reason = [], [], total.reason
         for branch in total.branches:
             if not _loses_a_norm(branch, norms):
-                reason = f"{total.reason}; no norm was removed from its branch, so it needs no scalar"
+                reason = f"{total.reason}; no norm was removed from its branch or behind it, so it needs no scalar"
                 continue
             if matches(total.name, exclude):
                 reason = f"{total.reason}; its scalar is excluded by name"
@@ -65,7 +65,7 @@ _SERVES_OTHERS = "no place takes the scalar: what ends the branch serves somethi
 
 
 def _loses_a_norm(branch: Branch, norms: Mapping[str, NormEdit]) -> bool:
-    return any(norms[name].action != "keep" for name in branch.norms)
+    return any(norms[name].action != "keep" for name in branch.norms + branch.behind)
 
 
 def _place(

@@ -11,13 +11,14 @@ from torch import nn
 from normfree.analysis.findings import Findings, analyse, flows
 from normfree.analysis.moments import Moments, input_moments
 from normfree.errors import NoNormError, UnsupportedModelError
-from normfree.norms import Norm, describe, find_norms
+from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_arguments, check_model, is_lazy, module_problems
-from normfree.planning.kinds import asked_unseen, changed_classes, goes_another_way
+from normfree.planning.kinds import asked, asked_unseen
 from normfree.planning.selecting import Patterns, as_patterns
 from normfree.plans import Init, Plan
 from normfree.tracing.copying import meta_copy
+from normfree.tracing.inputs import Inputs
 from normfree.tracing.leaves import calls_batch_norm
 from normfree.tracing.trace import trace
 from normfree.tracing.traces import Trace
@@ -35,6 +36,7 @@ def plan(
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
     inplace_activations: bool = True,
+    inputs: Inputs | None = None,
 ) -> Plan:
     """Say what :func:`normfree.convert` would do, without doing it.
 
@@ -49,6 +51,7 @@ def plan(
         reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
         inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
             and what writes in place where a norm was gets a copy.
+        inputs: Arguments with which ``model`` runs, of which only shapes and types matter; found if not given.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -65,6 +68,7 @@ def plan(
         norms: 20 (20 fold)
         sums: 8, 8 residual
         alphas: 8 placed, 0 declined
+        looked at: (2, 3, 64, 64), found by its first convolution
     """
     made, _ = look(
         model,
@@ -75,6 +79,7 @@ def plan(
         scope=scope,
         reset=reset,
         inplace_activations=inplace_activations,
+        inputs=inputs,
     )
     return made
 
@@ -89,6 +94,7 @@ def look(
     scope: str = "all",
     reset: bool = True,
     inplace_activations: bool = True,
+    inputs: Inputs | None = None,
 ) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
     """Return the plan, and what computes, from the model's own norms, what the carried layers of the plan meet."""
     check_arguments(init, alpha, scope)
@@ -116,14 +122,14 @@ def look(
     with torch.random.fork_rng(devices=[]):  # the user's generator and modules stay as they are
         copied = meta_copy(model)
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
-        traced = trace(copied, sites)
+        traced = trace(model, copied, sites, inputs)
         findings = analyse(copied, traced, norms)
-        problems |= _functional(modules, traced, findings)
+        problems = _functional(modules, traced, findings) | problems
         if problems:
             raise UnsupportedModelError(tuple(problems.values()))
         if not norms:
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
-        made = _unnoticed(copied, traced, sites, request, decide(request, traced, findings))
+        made = _unnoticed(copied, traced, request, decide(request, traced, findings))
     return made, lambda: _met(copied, traced, sites, described, made)
 
 
@@ -132,28 +138,33 @@ def _met(
 ) -> dict[str, Moments]:
     """Return what the carried layers meet, by path; where graphs differ, or nothing is known, they are left out."""
     found: dict[str, Moments | None] = {}
+    state = torch.random.get_rng_state()
     names = {alias: edit.name for edit in made.norms for alias in (edit.name, *edit.aliases)}
     centred = [carried.path for carried in made.carried if carried.centred]
-    for prefix, _, flow in flows(copied, traced, sites, distinct=True):
-        below = {path.removeprefix(prefix): described[name] for path, name in names.items() if path.startswith(prefix)}
-        paths = [path.removeprefix(prefix) for path in centred if path.startswith(prefix)]
-        for path, moments in input_moments(flow, below, paths).items():
-            found[prefix + path] = moments if found.get(prefix + path, moments) is not None else None
+    for _, flow in flows(copied, traced, sites, distinct=True):
+        below = {path: described[name] for path, name in names.items()}
+        for path, moments in input_moments(flow, below, centred).items():
+            found[path] = moments if found.get(path, moments) is not None else None
+    torch.random.set_rng_state(state)  # an activation that draws its slopes was probed
     return {path: moments for path, moments in found.items() if moments is not None}
 
 
 def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str, str]:
-    """Find the places that call ``F.batch_norm`` themselves."""
+    """Find the places that call ``F.batch_norm`` themselves; on a weight they may."""
     unseen = {
-        path: f"{path or 'the root'}: cannot be traced and calls F.batch_norm; use an nn.BatchNorm module"
-        for path in traced.opaque
-        if calls_batch_norm(modules[path])
+        path: f"{path or 'the root'}: was not seen running and calls F.batch_norm; use an nn.BatchNorm module"
+        for path, module in modules.items()
+        if not traced.graphs
+        and calls_batch_norm(module)
+        and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
     }
     seen = "calls F.batch_norm on an activation; use an nn.BatchNorm module there"
-    return unseen | {place: f"{place}: {seen}" for place in findings.functional}
+    # A norm whose tensors somebody takes, or that nobody knows, is refused by its own name.
+    known = (place for place in findings.functional if place not in modules or not looks_like_norm(modules[place]))
+    return unseen | {place: f"{place}: {seen}" for place in known if not findings.read}
 
 
-def _unnoticed(copied: nn.Module, traced: Trace, sites: frozenset[str], request: Request, made: Plan) -> Plan:
+def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -> Plan:
     """Return a plan after which every forward goes the way it goes now, whatever it asks about classes.
 
     Layers that it asks about keep theirs; a norm cannot.
@@ -161,22 +172,18 @@ def _unnoticed(copied: nn.Module, traced: Trace, sites: frozenset[str], request:
     Raises:
         UnsupportedModelError: A forward goes another way without a norm.
     """
-    unseen = asked_unseen(request.modules, traced)
-    asked = traced.kinds | unseen
-    if not (unseen or _matters(copied, traced, sites, made)):
-        return made
-    made = decide(request, traced, analyse(copied, traced, request.norms, asked - request.norms.keys()))
-    gone = {edit.name for edit in made.removed}
-    lost = gone & (asked if _matters(copied, traced, sites, made) else unseen)
-    if lost:
-        what = "a forward asks for its class, and goes another way once it is gone; exclude it, or do not ask"
-        raise UnsupportedModelError(tuple(f"{name}: {what}" for name in request.norms if name in lost))
-    return made
-
-
-def _matters(copied: nn.Module, traced: Trace, sites: frozenset[str], made: Plan) -> bool:
-    """Whether a forward asks for a class that changes, and goes another way for it."""
-    return bool(traced.kinds & changed_classes(made)) and goes_another_way(copied, traced, sites, made)
+    fixed: frozenset[str] = frozenset() if traced.graphs else asked_unseen(request.modules, request.norms)
+    while True:
+        found = asked(copied, traced, made)
+        gone = {edit.name for edit in made.removed}
+        lost = gone & (found | fixed)
+        if lost:
+            what = "a forward asks for its class, and goes another way once it is gone; exclude it, or do not ask"
+            raise UnsupportedModelError(tuple(f"{name}: {what}" for name in request.norms if name in lost))
+        if found <= fixed:
+            return made
+        fixed |= found
+        made = decide(request, traced, analyse(copied, traced, request.norms, fixed - request.norms.keys()))
 
 
 def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map
 
 from normfree.errors import UsageError
 from normfree.plans import Plan
-from normfree.proofs.observing import Still, tensors
 from normfree.proofs.reference import Reference
-from normfree.tracing.copying import deep_copy, in_float64
+from normfree.tracing.copying import deep_copy, in_float64, is_own_hook
+from normfree.tracing.inputs import tensors
+from normfree.tracing.still import Still
 
 __all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between"]
 
@@ -138,24 +139,12 @@ class Case:
 
 
 def _strip_hooks(model: nn.Module) -> None:
-    """The user's hooks must not see the runs of a proof.
-
-    Those of torch's own weight reparametrisations stay, and those that are methods of something that the model holds:
-    timm's feature extractors collect their outputs that way, and what a copy holds is a copy too.
-    """
+    """The user's hooks must not see the runs of a proof; those of the model itself and of torch's own stay."""
     held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if not (id(_owner(hook)) in held or type(hook).__module__.startswith("torch.nn.utils")):
-                    del hooks[key]
-
-
-def _owner(hook: Any) -> Any:
-    """Return what a hook is a method of, or ``None``."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return getattr(hook, "__self__", None)
+            for key in [key for key, hook in hooks.items() if not is_own_hook(hook, held)]:
+                del hooks[key]
 
 
 def error_between(a: list[Tensor], b: list[Tensor]) -> float:

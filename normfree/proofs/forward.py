@@ -7,8 +7,10 @@ import torch
 from normfree.deployment.fuse import bake_
 from normfree.errors import some
 from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Proof, error_between
-from normfree.proofs.observing import NormSpy, Still, module_stack, tensors
+from normfree.proofs.observing import NormSpy, module_stack
 from normfree.rewriting.applying import rewrite
+from normfree.tracing.inputs import tensors
+from normfree.tracing.still import Still
 
 __all__ = ["no_norm_runs", "same_function"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normfree.proofs.observing import tensors
 from normfree.tracing.copying import deep_copy, in_float64
+from normfree.tracing.inputs import tensors
 
 __all__ = ["Reference"]
 

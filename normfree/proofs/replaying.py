@@ -1,93 +1,67 @@
-"""Running the graphs of a model node by node, each part with the arguments that the whole model gives it."""
+"""Running a model a second time, to look at the tensors that the first time has shown to matter."""
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from normfree.analysis.findings import flows
 from normfree.analysis.flow import Flow
-from normfree.proofs.observing import Still
-from normfree.tracing.inputs import fresh
-from normfree.tracing.trace import trace
-from normfree.tracing.traces import MODES
+from normfree.tracing.recorder import Recorder
+from normfree.tracing.running import leaves_of, record
+from normfree.tracing.traces import MODES, Graph
 
 __all__ = ["replay"]
 
-R = TypeVar("R", bound=fx.Interpreter)
+
+W = TypeVar("W")
 
 
-@torch.no_grad()
 def replay(
     model: nn.Module,
     sites: frozenset[str],
-    inputs: Callable[[], tuple[list[Any], dict[str, Any]]],
-    interpreter: Callable[[nn.Module, Flow, str], R],
+    arguments: Any,
+    watch: Callable[[Flow], W],
     modes: Collection[str] = MODES,
-) -> Iterator[R]:
-    """Run every part of a model in every mode, with dropout off, and yield what ran it.
+) -> Iterator[W]:
+    """Run a model that nobody else uses twice in each mode, and yield what has watched the second time.
 
-    Args:
-        model: The model; its modes and buffers change.
-        sites: Names of the norms, or of what stands in their place.
-        inputs: Returns fresh arguments of the model.
-        interpreter: Makes what runs the graph of a part: from the part, its flow, and the prefix of its names.
-        modes: The modes to run in.
+    What watches is made of what the first run has shown. Its ``nodes`` are those whose tensors it hears of
+    (``made(node, tensor)``); before one of its ``additions`` runs it is told what it has heard of
+    (``before(node, tensors)``).
     """
-    paths = [part.path for part in trace(model, sites).parts]
-    while paths:
-        path = paths.pop(0)
-        module = model.get_submodule(path)
-        passed = _part_arguments(model, module, inputs)
-        prefix = f"{path}." if path else ""
-        if passed is None:  # the model never calls it with these inputs, but may call what it holds
-            paths += [prefix + child for child, held in module.named_children() if any(True for _ in held.children())]
-            continue
-        below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
-        # Again, with what this call really passes: flags and optional tensors decide which way the forward goes.
-        traced = trace(module, below, passed)
-        whole = replace(traced, parts=tuple(p for p in traced.parts if not p.path))
-        for _, mode, flow in flows(module, whole, below):
-            if mode not in modes:
-                continue
-            module.train(mode == "train")
-            runner = interpreter(module, flow, prefix)
-            try:
-                with Still():
-                    runner.run(*fresh(_in_order(module, passed)))
-            except (TypeError, KeyError, IndexError, RuntimeError):
-                continue  # arguments that a graph cannot take, such as ``*levels``
-            yield runner
+    run = functools.partial(record, model, sites, leaves_of(model, sites), arguments)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for mode in modes:
+        graph = run(training=mode == "train")
+        watching = watch(Flow(graph, modules, sites))
+        run(training=mode == "train", recorder=functools.partial(_Watched, graph=graph, watch=watching))
+        yield watching
 
 
-def _part_arguments(
-    model: nn.Module, part: nn.Module, inputs: Callable[[], tuple[list[Any], dict[str, Any]]]
-) -> dict[str, Any] | None:
-    """Return what ``part`` is called with when the whole model runs, by name; ``None`` if it is not called."""
-    args, kwargs = inputs()
-    captured: list[dict[str, Any]] = []
+class _Watched(Recorder):
+    """Tells a watch of the nodes that it is after: a run that is repeated writes down the same ones again."""
 
-    def keep(_: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
-        bound = inspect.signature(part.forward).bind(*a, **k)
-        bound.apply_defaults()
-        captured.append({name: fresh(value) for name, value in bound.arguments.items()})
+    def __init__(self, *args: Any, graph: Graph, watch: Any) -> None:
+        super().__init__(*args)
+        self._watch = watch
+        self._wanted = {graph.order[node]: node for node in watch.nodes}
+        self._announced: dict[int, list[fx.Node]] = {}
+        for node in watch.additions:
+            self._announced.setdefault(graph.steps[node], []).append(node)
+        self._known: dict[fx.Node, Tensor] = {}
 
-    handle = part.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with Still():
-            model(*args, **kwargs)
-    finally:
-        handle.remove()
-    return captured[0] if captured else None
+    def next_step(self) -> None:
+        super().next_step()
+        for node in self._announced.get(self.step, ()):
+            self._watch.before(node, self._known)
 
-
-def _in_order(part: nn.Module, passed: dict[str, Any]) -> list[Any]:
-    """Return the arguments one by one, as a graph takes them."""
-    kinds = {name: p.kind for name, p in inspect.signature(part.forward).parameters.items()}
-    spread = (value if kinds[name] is inspect.Parameter.VAR_POSITIONAL else [value] for name, value in passed.items())
-    return [value for values in spread for value in values]
+    def value(self, node: fx.Node, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> None:
+        known = node in self.seen.values
+        super().value(node, tensor, writes=writes, handed_on=handed_on)
+        wanted = None if known else self._wanted.get(self.seen.order[node])
+        if wanted is not None:
+            self._known[wanted] = tensor
+            self._watch.made(wanted, tensor)

@@ -12,9 +12,9 @@ from torch import nn
 from normfree.errors import UsageError
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.proofs import PROOFS, Case, Proof
-from normfree.proofs.observing import tensors
 from normfree.proofs.reference import Reference
-from normfree.tracing.inputs import Inputs, arguments, example_input
+from normfree.tracing.inputs import Inputs, arguments, tensors
+from normfree.tracing.trace import example_input
 
 __all__ = ["Proof", "Report", "each_proof", "verify"]
 

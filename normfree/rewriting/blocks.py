@@ -10,31 +10,63 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import operator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from normfree.analysis.flow import Flow, Role
+from normfree.analysis.flow import Flow
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
-from normfree.tracing.calls import is_default
 from normfree.tracing.copying import meta_copy
-from normfree.tracing.tracer import Tracer
+from normfree.tracing.recorder import is_default
+from normfree.tracing.roles import name_of
 from normfree.tracing.traces import MODES, Graph
 
-__all__ = ["only_default", "optional_arguments", "scaled_block_class", "why_not_scalable"]
+__all__ = ["only_default", "operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
 
 
 Places = tuple[tuple[int, int], ...]
+_ONE_AT_A_TIME = threading.RLock()  # torch.fx replaces methods of nn.Module while it follows a forward
 
 
-class _OwnForward(Tracer):
-    """Sees what a block's own forward does in its default call; its children are leaves."""
+def _in_place(do: Any) -> Any:
+    return lambda x, y: x.tracer.create_proxy("call_function", do, (x, y), {})
+
+
+class _Proxy(fx.Proxy):
+    """Also knows what ``x += y`` does, which torch.fx would write down as ``x = x + y``, and that it is a tensor.
+
+    Of what a forward is given nothing says that it always is one.
+    """
+
+    @property  # type: ignore[misc]  # what ``isinstance`` asks
+    def __class__(self) -> type:
+        return fx.Proxy if self.node.op == "placeholder" else Tensor
+
+    __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
+
+
+class _OwnForward(fx.Tracer):
+    """Sees what a block's own forward does in its default call; its children are leaves.
+
+    What a run shows holds for the shapes of that run; a forward that is to be called again must hold for all. So this
+    is the one place where symbols stand for tensors; that they went the way of the run is checked.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # its signature is fx's
         """Stop at every child."""
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a proxy that knows in-place arithmetic."""
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what a node stores for an argument; torch.fx would take a proxy that calls itself a tensor for one."""
+        return a.node if type(a) is _Proxy else super().create_arg(a)
 
     def create_args_for_root(
         self,
@@ -64,13 +96,14 @@ def only_default(value: Any, default: Any, name: str) -> None:
         raise UsageError(f"{name} was given to a forward that was rewritten for its default; exclude its sum instead")
 
 
-def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | None:
+def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[str]) -> str | None:
     """Say why the forward of ``block`` cannot be rewritten, or return ``None`` if it can.
 
     Args:
         block: The module whose own forward adds; it should be on the meta device.
         addition: Which of its additions of two activations.
         operand: Which operand of that is the branch.
+        done: What its forward did in a run: see :func:`operations_of`.
     """
     if "forward" in block.__dict__ or hasattr(block, skipinit_name(addition)):
         return f"its forward is patched, or it has an attribute {skipinit_name(addition)} of its own"
@@ -80,10 +113,23 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int) -> str | Non
     if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
         return "its forward takes optional arguments whose defaults cannot be written down"
     try:
+        graphs = [_own_graph(mode) for mode in _modes(meta_copy(block))]
+        if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
+            return "it looks at what it is given, and a forward must hold for whatever that is"
         scaled_block_class(block, ((addition, operand),))
-    except Exception as error:  # whatever the block's forward raises when it meets a proxy
-        return f"its own forward cannot be traced ({type(error).__name__})"
+    except Exception as error:  # whatever the block's forward raises when it meets a symbol
+        return f"it cannot be followed without values ({type(error).__name__})"
     return None
+
+
+def operations_of(flow: Flow, owner: str) -> list[str]:
+    """Return the names of the functions and methods that a forward calls on activations itself, in order."""
+    own = (n for n in flow.nodes if n.op != "call_module" and flow.graph.owners.get(n, "") == owner)
+    names = (name_of(node).strip("_") for node in own)  # the operator += is the method add_ to a run
+    return [_OPERATORS.get(name, name) for name in names if name not in ("", "only_default", "getitem")]
+
+
+_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "rsub": "sub"}
 
 
 def optional_arguments(block: nn.Module) -> dict[str, Any]:
@@ -99,7 +145,7 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    evaluate, train = _forwards(meta_copy(block), places)
+    evaluate, train = (_generate(mode, places) for mode in _modes(meta_copy(block)))
     members = {
         "__module__": original.__module__,
         "_places": places,
@@ -137,25 +183,33 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return new
 
 
-def _forwards(block: nn.Module, places: Places) -> tuple[Any, ...]:
-    """Return the forward of each mode as a function of ``self`` and the block's arguments."""
+def _modes(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield a block in each mode."""
     training = block.training
     try:
-        return tuple(_generate(block.train(mode == "train"), mode, places) for mode in MODES)
+        yield from (block.train(mode == "train") for mode in MODES)
     finally:
         block.train(training)
 
 
-def _generate(block: nn.Module, mode: str, places: Places) -> Any:
-    tracer = _OwnForward(layers={id(module): module is not block for module in block.modules()})
-    graph = tracer.look(block, mode, {})
-    flow = Flow(Graph(graph, tracer.owners, {}, tracer.calls), dict(block.named_modules(remove_duplicate=False)), ())
+def _own_graph(block: nn.Module) -> fx.Graph:
+    with _ONE_AT_A_TIME:
+        return _OwnForward().trace(block)
+
+
+def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
+    return Flow(Graph(graph), dict(block.named_modules(remove_duplicate=False)), ())
+
+
+def _generate(block: nn.Module, places: Places) -> Any:
+    graph = _own_graph(block)
+    flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
     if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
         name.startswith("_tensor_constant") for name in held
     ):
         raise TypeError("the forward makes tensors of its own")
-    additions = [n for n in flow.nodes if flow.roles[n] is Role.ADD]
+    additions = flow.additions()
     for addition, operand in places:
         node = additions[addition]
         branch = node.args[operand]

@@ -1,16 +1,18 @@
-"""Copies of models: real ones for a conversion, and ones without memory for tracing."""
+"""Copies of models: real ones for a conversion, and ones to be looked at, mostly without memory."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["deep_copy", "in_float64", "meta_copy"]
+__all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,29 +30,75 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
         weight = model.get_submodule(path)._parameters["weight"]
         if weight is not None and type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    _copy_layers(model, memo, lambda tensor: copy.deepcopy(tensor, memo))
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in _held(model) if not tensor.is_leaf)
     return copy.deepcopy(model, memo)
+
+
+def meta_copy(model: M) -> M:
+    """Return a deep copy with every tensor replaced by one on the meta device."""
+    return _copy_to_look_at(model, _to_meta)
+
+
+def real_copy(model: M) -> M:
+    """Return a deep copy in which tensors without memory have got some, with made-up values."""
+    return _copy_to_look_at(model, _to_real)
 
 
 @torch.no_grad()
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy with every tensor replaced by one on the meta device, and without hooks.
-
-    Hooks are the user's own code: they must not run on proxies, nor be copied with what they hold.
-    """
+def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
+    """Copy a model with its own forward hooks; anybody else's must not run, nor be copied with what they hold."""
     memo: dict[int, Any] = {}
+    for tensor in _held(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = copied(tensor)
+    hooks: list[tuple[Any, Any]] = []
+    kept: OrderedDict[int, Any]
     for module in model.modules():
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _to_meta(value)
-            elif name in _HOOKS:
-                memo[id(value)] = OrderedDict()
-    _copy_layers(model, memo, _to_meta)
-    return copy.deepcopy(model, memo)
+        for name in _HOOKS & module.__dict__.keys():
+            memo[id(module.__dict__[name])] = kept = OrderedDict()
+            if name in ("_forward_hooks", "_forward_pre_hooks"):
+                hooks.append((module.__dict__[name], kept))
+    held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
+    result = copy.deepcopy(model, memo)
+    for before, kept in hooks:
+        kept.update(
+            (key, _copied_hook(hook, memo)) for key, hook in before.items() if is_own_hook(hook, held, around=True)
+        )
+    return result
+
+
+def is_own_hook(hook: Any, held: set[int], *, around: bool = False) -> bool:
+    """Whether a hook belongs to a model: it is a method of something that the model holds, or torch's own.
+
+    timm's feature extractors collect their outputs that way, torch's old weight reparametrisations work so. A function
+    ``around`` such a thing counts only for who copies that too: in a deep copy it still refers to the original.
+    """
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    cells = getattr(hook, "__closure__", None) or () if around else ()
+    owners = [getattr(hook, "__self__", None), *(cell.cell_contents for cell in cells)]
+    return any(id(owner) in held for owner in owners) or type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _copied_hook(hook: Any, memo: dict[int, Any]) -> Any:
+    if not isinstance(hook, FunctionType) or not hook.__closure__:
+        return copy.deepcopy(hook, memo)
+    cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in hook.__closure__)
+    return FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Yield every tensor that a model holds, in whatever nesting of containers."""
+    waiting: list[Any] = [module.__dict__ for module in model.modules()]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind in _CONTAINERS and value and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if kind in (dict, OrderedDict) else value
+        elif kind not in _ATOMS and isinstance(value, Tensor):
+            yield value
 
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
@@ -88,56 +136,8 @@ def _own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[int, Any]:
     return own
 
 
-def _copy_layers(model: nn.Module, memo: dict[int, Any], copied: Callable[[Tensor], Tensor]) -> None:
-    """Put copies of torch's own layers and of empty containers into ``memo``.
-
-    A model is mostly that, and deepcopy takes ten times as long over each: it goes through the pickle protocol.
-    """
-
-    def copy_tensor(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = copied(tensor)
-        result: Tensor = memo[id(tensor)]
-        return result
-
-    for module in reversed(list(model.modules())):  # what a container holds comes before the container
-        layer = _copy_layer(module, copy_tensor, memo)
-        if id(module) in memo:
-            continue  # something inside refers back to it
-        if layer is not None:
-            memo[id(module)] = layer
-            continue
-        for value in module.__dict__.values():
-            if not isinstance(value, Tensor) and type(value) in (OrderedDict, set) and not value:
-                memo.setdefault(id(value), type(value)())  # a handle of a hook refers to it
-
-
-def _copy_layer(module: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> nn.Module | None:
-    """Copy one of torch's own layers, or return ``None`` for anything that holds more than tensors and numbers."""
-    cls = type(module)
-    if not cls.__module__.startswith("torch.nn.modules") or hasattr(cls, "__deepcopy__"):
-        return None
-    state: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
-        kind = type(value)
-        if kind in _ATOMS:
-            state[name] = value
-        elif name in ("_parameters", "_buffers"):
-            state[name] = kind((key, None if tensor is None else copy_tensor(tensor)) for key, tensor in value.items())
-        elif kind in (OrderedDict, dict, set) and not value:
-            state[name] = memo.setdefault(id(value), kind())
-        elif name == "_modules":
-            state[name] = kind((key, copy.deepcopy(child, memo)) for key, child in value.items())
-        elif kind in (list, tuple) and all(type(item) in _ATOMS for item in value):
-            state[name] = kind(value)
-        else:
-            return None
-    layer = cls.__new__(cls)
-    layer.__dict__.update(state)
-    return layer
-
-
 _ATOMS = {int, float, bool, str, type(None)}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set, frozenset}
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -145,3 +145,12 @@ def _to_meta(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, tensor.requires_grad)
     return empty
+
+
+def _to_real(tensor: Tensor) -> Tensor:
+    made = tensor.detach().clone()
+    if tensor.is_meta:
+        made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if tensor.is_floating_point():  # weights that keep a signal about as large as it is, norms that do nothing
+            made = torch.randn_like(made) / max(tensor[0].numel(), 1) ** 0.5 if tensor.dim() > 1 else made + 1
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

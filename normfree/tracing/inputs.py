@@ -1,20 +1,48 @@
-"""What a model is run on: the forms in which a caller hands it over, and white noise where he does not."""
+"""What a model is run on: the forms in which a caller hands it over, and what to try where he does not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from normfree.errors import UsageError
-from normfree.tracing.copying import deep_copy
-
-__all__ = ["Inputs", "arguments", "example_input", "fresh"]
+__all__ = ["Guess", "Inputs", "arguments", "fresh", "guesses", "tensors"]
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Arguments that a model may take, and what says so. Tensors are on the meta device: only their shapes count."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    how: str
+
+    def __str__(self) -> str:
+        shapes = [str(tuple(tensor.shape)) for tensor in tensors((self.args, self.kwargs))]
+        return f"{' and '.join(dict.fromkeys(shapes))}, {self.how}"
+
+    def real(self, like: Tensor, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments with values, on the device of ``like``: white noise, or ones where numbers are counted."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_meta:
+                return leaf
+            if not leaf.is_floating_point():
+                return torch.ones(leaf.shape, dtype=leaf.dtype, device=like.device)
+            noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+            return noise.to(like.device, leaf.dtype)
+
+        args, kwargs = tree_map(drawn, (self.args, dict(self.kwargs)))
+        return args, kwargs
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -29,46 +57,124 @@ def fresh(x: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, x)
 
 
-def example_input(model: nn.Module, batch: int = 2, size: int | None = None) -> Tensor:
-    """Return white noise ``(N, C, *)`` of the smallest of a few shapes that the model takes.
-
-    The number of channels and the largest size come from its timm configuration or its first layer; ``size`` is the
-    length of every other dimension where the caller knows better.
-
-    Raises:
-        UsageError: Neither says anything, or the model takes none of the shapes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    like = next(model.parameters())
-    probe = deep_copy(model)
-    errors = []
-    shapes = _shapes(model)
-    for shape in shapes if size is None else {(shape[0], *(size for _ in shape[1:])): None for shape in shapes}:
-        x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
-        try:
-            with torch.no_grad():
-                probe.train()(x.clone())
-                probe.eval()(x.clone())
-        except Exception as error:  # whatever the model raises for a shape it does not take
-            errors.append(f"{tuple(x.shape)}: {type(error).__name__}: {error}"[:200])
-        else:
-            return x
-    tried = "; ".join(errors) or "no layer tells the shape"
-    raise UsageError(f"no input shape is known for {type(model).__name__}: pass inputs= ({tried})")
+def tensors(value: object) -> list[Tensor]:
+    """Return the tensors in any nesting of lists, dicts, tuples and plain objects, in order."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif not isinstance(leaf, (nn.Module, type)) and getattr(leaf, "__dict__", None):
+            found.extend(tensors(list(vars(leaf).values())))
+    return found
 
 
-def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
+def guesses(model: nn.Module, batch: int = 2, size: int | None = None, *, small: bool = False) -> Iterator[Guess]:
+    """Yield what the model may take, likely things first, and small ones for whoever is about to compute with them."""
+    yield from _of_detector(model)
+    for name, shape, how in _shapes(model, small):
+        if size is not None:
+            shape = (shape[0], *(size for _ in shape[1:]))
+        if name is not None:
+            yield Guess((), {name: _empty(model, batch, *shape)}, how)
+            continue
+        required, by_keyword = _required(model)
+        given = {name: _empty(model, batch, *shape) for name in by_keyword}
+        count = max(required, 0 if given else 1)
+        yield Guess(tuple(_empty(model, batch, *shape) for _ in range(count)), given, how)
+    yield from _of_text(model, batch)
+
+
+def _empty(model: nn.Module, *shape: int) -> Tensor:
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.empty(shape, dtype=next(floating, torch.float32), device="meta")
+
+
+def _required(model: nn.Module) -> tuple[int, list[str]]:
+    """Return how many arguments a forward needs by position, and the names of those it needs by keyword."""
+    needed = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    keyword = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed), keyword
+
+
+def _shapes(model: nn.Module, small: bool) -> Iterator[tuple[str | None, tuple[int, ...], str]]:
+    """Yield shapes without the batch, each with the keyword it goes by, if it does, and what says so."""
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
         channels, *native = config["input_size"]
-        return [(channels, *size) for size in ((64, 64), (128, 128), tuple(native))]
+        sizes = [tuple(native), (64, 64), (128, 128)]
+        for size in sizes[1:] + sizes[:1] if small else sizes:
+            yield None, (channels, *size), "found by its timm configuration"
+    name, native = getattr(model, "main_input_name", None), getattr(getattr(model, "config", None), "image_size", None)
+    named = name if isinstance(name, str) and name not in ("input_ids", "inputs_embeds") else None
+    first: list[list[tuple[tuple[int, ...], str]]] = []
+    for kind, module in _first_layers(model).items():
+        shapes = _SHAPES[kind](module)
+        if kind == "convolution" and isinstance(native, int) and isinstance(module, nn.Conv2d):
+            shapes.insert(0, (module.in_channels, native, native))
+        first.append([(shape, f"found by its first {kind}") for shape in shapes])
+    for shape, how in itertools.chain.from_iterable(first):
+        yield named, shape, how if named is None else f"{how} and its main_input_name"
+
+
+def _first_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the first layer of each kind, in the order in which the model holds them."""
+    kinds = {"convolution": nn.modules.conv._ConvNd, "linear layer": nn.Linear, "recurrent layer": nn.RNNBase}
+    kinds["norm"] = nn.modules.batchnorm._BatchNorm
+    found: dict[str, Any] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            return [(module.in_features,)]
-        if isinstance(module, nn.Conv1d):
-            return [(module.in_channels, 256)]
-        if isinstance(module, nn.Conv2d):
-            return [(module.in_channels, size, size) for size in (64, 128, 224, 299)]
-        if isinstance(module, nn.Conv3d):
-            return [(module.in_channels, 8, size, size) for size in (64, 112)]
-    return []
+        for kind, cls in kinds.items():
+            if isinstance(module, cls):
+                found.setdefault(kind, module)
+    return found
+
+
+def _convolved(conv: Any) -> list[tuple[int, ...]]:
+    dimensions = len(conv.kernel_size)
+    if dimensions == 1:
+        return [(conv.in_channels, 256), (conv.in_channels, 4096), (256, conv.in_channels)]
+    if dimensions == 3:
+        return [(conv.in_channels, *size) for size in ((8, 64, 64), (16, 112, 112), (16, 224, 224), (64, 64, 64))]
+    return [(conv.in_channels, size, size) for size in (64, 128, 224, 32, 28, 299, 256, 384, 512, 96, 16, 8)]
+
+
+def _normalised(norm: Any) -> list[tuple[int, ...]]:
+    return [(norm.num_features, *size) for size in ((256,), (), (64, 64), (8, 64, 64))] + [(256, norm.num_features)]
+
+
+_SHAPES: dict[str, Any] = {
+    "convolution": _convolved,
+    "linear layer": lambda linear: [(linear.in_features,), (16, linear.in_features), (8, 8, linear.in_features)],
+    "recurrent layer": lambda recurrent: [(16, recurrent.input_size)],
+    "norm": _normalised,
+}
+
+
+def _of_detector(model: nn.Module) -> Iterator[Guess]:
+    """Detectors of torchvision take lists of images, and in train mode what is to be found in them."""
+    transform = type(getattr(model, "transform", None))
+    if (
+        f"{transform.__module__}.{transform.__qualname__}"
+        != "torchvision.models.detection.transform.GeneralizedRCNNTransform"
+    ):
+        return
+    images = [_empty(model, 3, 128, 128) for _ in range(2)]
+    target = {
+        "boxes": torch.tensor([[8.0, 8.0, 96.0, 96.0]], dtype=images[0].dtype),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "masks": torch.ones(1, 128, 128, dtype=torch.uint8),
+        "keypoints": torch.full((1, 17, 3), 32.0, dtype=images[0].dtype),
+    }
+    yield Guess((images, [target, target]), {}, "found by its transform of images")
+
+
+_TRANSFORM = "torchvision.models.detection.transform.GeneralizedRCNNTransform"
+
+
+def _of_text(model: nn.Module, batch: int) -> Iterator[Guess]:
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and dummy:
+        yield Guess((), dict(dummy), "found by its dummy_inputs")
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if embedding is not None:
+        words = torch.empty(batch, 16, dtype=torch.int64, device="meta")
+        yield Guess((words,), {}, "found by its first embedding")

@@ -1,11 +1,8 @@
-"""What a trace does not look into: norms, layers, activations, and composites that hold nothing of interest."""
+"""What is one operation to a look: norms, layers, activations, and composites that hold nothing of interest."""
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +11,13 @@ from normfree.layers import ChannelAffine, ScaledWeight, SkipInit
 from normfree.norms import is_norm
 from normfree.tracing.roles import Role, elementwise, module_role
 
-__all__ = ["calls_batch_norm", "is_layer", "untraceable_functions"]
+__all__ = ["calls_batch_norm", "is_layer"]
 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether nothing that the analysis asks about lies inside: a layer or an activation, but no composite.
 
-    To be asked before a trace and not during one, when calling anything would be recorded.
+    To be asked before a run and not during one, when calling anything would be recorded.
     """
     if is_norm(module) or isinstance(module, (SkipInit, ChannelAffine, ScaledWeight, torch.jit.ScriptModule)):
         return True
@@ -49,11 +46,3 @@ def calls_batch_norm(module: nn.Module) -> bool:
         return False
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and any("batch_norm" in name and not hasattr(module, name) for name in code.co_names)
-
-
-def untraceable_functions(model: nn.Module) -> tuple[Callable[..., Any], ...]:
-    """Return the functions that branch on shapes, which timm marks, if there is anything of timm's in the model."""
-    if not any(type(module).__module__.startswith("timm.") for module in model.modules()):
-        return ()
-    marked = getattr(sys.modules.get("timm.layers"), "get_notrace_functions", None)
-    return tuple(marked()) if marked is not None else ()

@@ -6,16 +6,14 @@ Types of timm and torchvision stand here by qualified name, since neither may be
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-__all__ = ["VIEWS", "Role", "elementwise", "function_role", "is_shape", "method_role", "module_role"]
+__all__ = ["Role", "elementwise", "function_role", "makes_constants", "module_role", "name_of", "scales"]
 
 
 class Role(Enum):
@@ -38,60 +36,24 @@ class Role(Enum):
     OTHER = auto()  # activations, and everything unknown
 
 
-_FUNCTIONS: dict[Callable[..., Any], Role] = {
-    operator.add: Role.ADD,
-    operator.iadd: Role.ADD,
-    torch.add: Role.ADD,
-    operator.mul: Role.MUL,
-    operator.imul: Role.MUL,
-    torch.mul: Role.MUL,
-    operator.truediv: Role.DIV,
-    operator.itruediv: Role.DIV,
-    torch.div: Role.DIV,
-    torch.cat: Role.CAT,
-    torch.concat: Role.CAT,
-    torch.chunk: Role.SPLIT,
-    torch.split: Role.SPLIT,
-    torch.unbind: Role.SPLIT,
-    torch.flatten: Role.RESHAPE,
-    torch.reshape: Role.RESHAPE,
-    torch.permute: Role.RESHAPE,
-    torch.transpose: Role.RESHAPE,
-    torch.squeeze: Role.RESHAPE,
-    torch.unsqueeze: Role.RESHAPE,
-    F.pad: Role.PAD,
-    F.interpolate: Role.UPSAMPLE,
-    F.dropout: Role.PASS,
-    F.dropout1d: Role.PASS,
-    F.dropout2d: Role.PASS,
-    F.dropout3d: Role.PASS,
-    torch.dropout: Role.PASS,
-    F.linear: Role.CONV,
-    F.conv1d: Role.CONV,
-    F.conv2d: Role.CONV,
-    F.conv3d: Role.CONV,
-}
-_FUNCTION_NAMES: dict[str, Role] = {
-    "stochastic_depth": Role.PASS,
-    "drop_path": Role.PASS,
+_NAMES: dict[str, Role] = {
+    **dict.fromkeys(("add", "iadd", "add_"), Role.ADD),
+    **dict.fromkeys(("sub", "isub", "sub_", "subtract", "lerp", "lerp_"), Role.ADD),
+    **dict.fromkeys(("mul", "imul", "mul_", "multiply"), Role.MUL),
+    **dict.fromkeys(("truediv", "itruediv", "div", "div_", "divide"), Role.DIV),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack", "setitem", "overwritten", "copy_"), Role.CAT),
+    **dict.fromkeys(("chunk", "split", "unbind", "tensor_split"), Role.SPLIT),
+    **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze"), Role.RESHAPE),
+    **dict.fromkeys(("unsqueeze", "reshape_as", "view_as", "movedim", "swapaxes", "unflatten"), Role.RESHAPE),
+    **dict.fromkeys(("pad", "repeat", "repeat_interleave", "tile", "expand", "expand_as"), Role.PAD),
+    "narrow": Role.SLICE,
+    "interpolate": Role.UPSAMPLE,
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"), Role.PASS),
+    **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
+    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias"), Role.PASS),
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
     **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
-}
-_METHODS: dict[str, Role] = {
-    "add": Role.ADD,
-    "add_": Role.ADD,
-    "mul": Role.MUL,
-    "mul_": Role.MUL,
-    "div": Role.DIV,
-    "div_": Role.DIV,
-    "chunk": Role.SPLIT,
-    "split": Role.SPLIT,
-    "unbind": Role.SPLIT,
-    **dict.fromkeys(
-        ("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "reshape_as"),
-        Role.RESHAPE,
-    ),
-    "view_as": Role.RESHAPE,
 }
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], Role], ...] = (
     ((nn.modules.conv._ConvNd, nn.Linear), Role.CONV),
@@ -118,25 +80,28 @@ _MODULE_NAMES: dict[str, Role] = {
 }
 
 
+def name_of(node: fx.Node) -> str:
+    """Return the name of the function, method, operator or attribute that a node stands for."""
+    if node.target is getattr:
+        return str(node.args[1])
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+
+
 def function_role(node: fx.Node) -> Role:
-    """Return what a ``call_function`` node does."""
-    return _FUNCTIONS.get(cast(Any, node.target)) or _FUNCTION_NAMES.get(
-        getattr(node.target, "__name__", ""), Role.OTHER
-    )
+    """Return what a ``call_function`` or ``call_method`` node does."""
+    if node.target is getattr:
+        return Role.PASS if name_of(node) == "data" else Role.RESHAPE if name_of(node) in ("T", "mT") else Role.OTHER
+    return _NAMES.get(name_of(node), Role.OTHER)
 
 
-def method_role(node: fx.Node) -> Role:
-    """Return what a ``call_method`` node does."""
-    return _METHODS.get(str(node.target), Role.OTHER)
-
-
-def is_shape(node: fx.Node) -> bool:
-    """Whether a node tells the shape, the type or the place of its input, or uses nothing else of it."""
-    if node.op == "call_method":
-        return node.target in _SHAPE_METHODS or node.target in _NEW
-    if getattr(node.target, "__name__", "") in _LIKE:
-        return True
-    return node.op == "call_function" and node.target is getattr and node.args[1] not in ("T", "mT", "real", "data")
+def makes_constants(node: fx.Node) -> bool:
+    """Whether a node uses nothing but the shape of its input: ``zeros_like(x)``, ``x.new_empty(2)``, ``x * 0``."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target is getattr:
+        return name_of(node) not in ("T", "mT", "H", "mH", "data", "real", "imag")
+    zero = any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
+    return name_of(node) in _WITHOUT_DATA or (function_role(node) is Role.MUL and zero)
 
 
 def module_role(module: nn.Module) -> Role:
@@ -150,22 +115,17 @@ def module_role(module: nn.Module) -> Role:
     return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)
 
 
-_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point", "get_device"}
-_NEW = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
-_LIKE = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
-# Further methods whose result may share memory with the tensor they are called on.
-VIEWS = {
-    "narrow",
-    "select",
-    "expand",
-    "expand_as",
-    "unfold",
-    "diagonal",
-    "detach",
-    "swapaxes",
-    "movedim",
-    "t",
-    "as_strided",
+_WITHOUT_DATA = {"size", "dim", "ndimension", "numel", "is_contiguous", "is_floating_point", "get_device"}
+_WITHOUT_DATA |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
+_WITHOUT_DATA |= {
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli_",
+    "zero_",
 }
 
 
@@ -211,3 +171,14 @@ def _probe_at(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> E
     if not same or not torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6):
         return None
     return "pure" if torch.equal(given, x) else "in place"
+
+
+def scales(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function that works entry by entry multiplies by one and the same number: an identity, a quantiser."""
+    x = torch.linspace(-3.0, 3.0, 25).reshape(1, 1, 5, 5)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            y = function(x.clone())
+    except Exception:  # as above
+        return False
+    return bool(torch.allclose(y, x * (y.flatten()[-1] / 3), atol=1e-6))

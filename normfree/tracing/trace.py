@@ -1,184 +1,155 @@
-"""nn.Module -> Trace: torch.fx graphs, for reading only.
+"""nn.Module -> Trace: the model is run in both modes, and what it does is written down.
 
-The graphs are taken from a copy whose tensors live on the meta device, because tracing runs the module's own Python:
-in train mode that updates buffers for real. Both modes are traced, since auxiliary heads and distillation make them
-differ. A module whose forward cannot be traced (it loops over data, or branches on shapes) is found by its error and
-stepped over, and its children are traced as parts of their own.
+Without memory where that is possible, so that it takes no longer for a large model than for a small one; where an
+operator needs data, on a small real copy. No values of the model's own are read otherwise.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
-from normfree.errors import one_line
-from normfree.tracing.leaves import calls_batch_norm, is_layer, untraceable_functions
-from normfree.tracing.tracer import Tracer
-from normfree.tracing.traces import MODES, Graph, Part, Trace
+from normfree.errors import UsageError, one_line
+from normfree.tracing.copying import meta_copy, real_copy
+from normfree.tracing.inputs import Guess, Inputs, arguments, guesses
+from normfree.tracing.running import disguised, leaves_of, record
+from normfree.tracing.traces import MODES, Graph, Trace
 
-__all__ = ["trace"]
+__all__ = ["example_input", "trace", "where"]
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-# torch.fx replaces methods of nn.Module while it traces, and so do we with names in the modules of the forwards.
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = threading.RLock()  # random generators of Python and NumPy are the whole process's
 
 
-def _trace_part(
-    model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None, inputs: Callable[[str], type | None]
-) -> tuple[dict[str, Graph], Mapping[str, str]]:
-    """Trace one module in both modes; return the graphs, and what could not be looked into with the reason.
+def trace(model: nn.Module, copied: nn.Module, sites: frozenset[str], inputs: Inputs | None = None) -> Trace:
+    """Look at what a model, of which ``copied`` is a copy without memory, does in train and in eval mode.
 
-    There are no graphs if its own forward cannot be traced. ``inputs`` tells the type of an argument by its name.
+    Names of norms, or of what has taken their place, are ``sites``; arguments of one call are found if not given.
     """
-    if "forward" in model.__dict__:  # torch.fx would trace the class's
-        return {}, {"": "its forward is patched on the instance"}
-    layers = {id(module): is_layer(module) for module in model.modules()}
-    # In a converted model the norms are gone, but what held them is looked into as before.
-    layers.update((id(m), False) for m in _holders(model, sites) if not type(m).__module__.startswith("torch.nn"))
-    make = functools.partial(Tracer, sites, functions=untraceable_functions(model), inputs=inputs)
-    opaque: Mapping[str, str] = {}
-    try:
-        constants = _constants(model, arguments)
-        while True:
-            tracer = make(opaque, layers)
-            graphs = {MODES[0]: _one_graph(model, MODES[0], tracer, constants)}
-            opaque = tracer.opaque
-            if tracer.again:
-                continue
-            if _same_in_both_modes(model, tracer, functools.partial(make, opaque), layers, constants):
-                return dict.fromkeys(MODES, graphs[MODES[0]]), opaque
-            tracer = make(opaque, layers)
-            graphs[MODES[1]] = _one_graph(model, MODES[1], tracer, constants)
-            if not tracer.again and len(tracer.opaque) == len(opaque):
-                return graphs, opaque
-            opaque = tracer.opaque
-    except Exception as error:  # whatever the user's forward raises when it meets a proxy
-        return {}, {"": one_line(error)}
+    given = None if inputs is None else [Guess(*arguments(inputs), "as given")]
+    found = Trace({}, unseen="no input is known")
+    look = _Look(model, copied, sites)
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        for guess in guesses(model) if given is None else given:
+            seen = look.at(guess, given=given is not None)
+            if len(seen.graphs) > len(found.graphs) or not found.looked:
+                found = seen
+            if len(found.graphs) == len(MODES):
+                break
+    return found
 
 
-def _holders(model: nn.Module, sites: frozenset[str]) -> Iterator[nn.Module]:
-    """Yield the modules that hold a site, at any depth, from the model itself on."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path in {"" for _ in sites} | {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}:
-        yield modules[path]
+@dataclass
+class _Look:
+    """The copies of one model on which it is looked at."""
+
+    model: nn.Module
+    meta: nn.Module
+    sites: frozenset[str]
+
+    @functools.cached_property
+    def real(self) -> nn.Module:
+        return _smaller(real_copy(self.model))
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, bool]:
+        leaves = leaves_of(self.meta, self.sites)
+        return {name: leaves[id(module)] for name, module in self.meta.named_modules()}
+
+    def at(self, guess: Guess, *, given: bool) -> Trace:
+        """Run the model on something, without memory if that will do."""
+        to_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (guess.args, dict(guess.kwargs)))
+        seen, without_data = self._run(self.meta, to_meta, guess)
+        if len(seen.graphs) == len(MODES) or not (given or without_data):
+            return seen
+        like = next((p for p in self.real.parameters()), torch.empty(0))
+        real, _ = self._run(self.real, guess.real(like), guess)
+        return real if len(real.graphs) >= len(seen.graphs) else seen
+
+    def _run(self, copied: nn.Module, arguments: Any, guess: Guess) -> tuple[Trace, bool]:
+        """Return what was seen, and whether it ended because an operator needs data."""
+        leaves = {id(module): self.leaves[name] for name, module in copied.named_modules()}
+        run = functools.partial(record, copied, self.sites, leaves, arguments)
+        graphs: dict[str, Graph] = {}
+        why, without_data = "", False
+        try:
+            graphs["eval"] = run(training=False)
+            if self._same_in_disguise(copied, run, graphs["eval"]):
+                return Trace(dict.fromkeys(MODES, graphs["eval"]), str(guess), deaf=True), False
+            graphs["train"] = run(training=True)
+        except Exception as error:  # whatever a model raises for what it does not take; many need targets to train
+            why = f"{'in train mode: ' if graphs else ''}{where(error)}"
+            without_data = isinstance(error, NotImplementedError) or "meta" in str(error)
+
+        def again(classes: Mapping[str, type[nn.Module]]) -> dict[str, Graph]:
+            with disguised(copied, classes) as real:
+                return {mode: run(training=mode == "train", classes=real) for mode in graphs}
+
+        return Trace(graphs, str(guess), why, again=again), without_data
+
+    def _same_in_disguise(self, copied: nn.Module, run: Callable[..., Graph], evaluated: Graph) -> bool:
+        """Whether the train mode does the same, while no module answers to the class that it has."""
+        try:
+            with disguised(copied, _disguises(copied, self.sites)) as real:
+                return bool(run(training=True, classes=real).spelled == evaluated.spelled)
+        except Exception:  # what the train mode raises is seen when it runs as it is
+            return False
 
 
-def _one_graph(model: nn.Module, mode: str, tracer: Tracer, constants: dict[str, Any]) -> Graph:
-    graph = tracer.look(model, mode, constants)
-    optional = frozenset(tracer.optional)
-    return Graph(graph, tracer.owners, tracer.exits, tracer.calls, tracer.read, optional, tracer.kinds)
+def _disguises(model: nn.Module, sites: frozenset[str]) -> dict[str, type[nn.Module]]:
+    """Return another class for every module but the model itself."""
+    made: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in model.modules():
+        cls = type(module)
+        if cls not in made:
+            made[cls] = type(f"Scaled{cls.__name__}", (cls,), {"__module__": cls.__module__})
+    plain = ((name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule))
+    return {name: nn.Identity if name in sites else made[type(module)] for name, module in plain}
 
 
-def _same_in_both_modes(
-    model: nn.Module,
-    tracer: Tracer,
-    make: Callable[[dict[int, bool]], Tracer],
-    layers: dict[int, bool],
-    constants: dict[str, Any],
-) -> bool:
-    """Whether nothing that is looked into acts on the mode.
+def where(error: Exception) -> str:
+    """Return an error in one line, with the line of the user's code that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OTHERS)]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{one_line(error)}{place}"
 
-    What asked for it is known from the trace in eval mode. Where that is little, two traces that stop everywhere else
-    are cheaper than a second one of everything.
+
+_OTHERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "<")
+
+
+def _smaller(model: nn.Module) -> nn.Module:
+    """Let a detector that resizes its images resize them to something small: only what it does to them counts."""
+    transform: Any = getattr(model, "transform", None)
+    if hasattr(transform, "min_size") and hasattr(transform, "max_size"):
+        transform.min_size, transform.max_size = (128,), 128
+    return model
+
+
+def example_input(model: nn.Module, batch: int = 2, size: int | None = None) -> Inputs:
+    """Return white noise ``(N, C, *)`` that the model takes in both modes, small where it may be.
+
+    ``size`` is the length of every dimension but channels, where the caller knows better.
+
+    Raises:
+        UsageError: Nothing says what to try, or the model takes none of it.
     """
-    if not tracer.asked:
-        return True
-    steps = (path.split(".") for path in tracer.asked)
-    above = {".".join(names[:i]) for names in steps for i in range(len(names) + 1)}
-    asking = {id(model.get_submodule(path)) for path in above}
-    if 2 * len(asking) > sum(not layer for layer in layers.values()):
-        return False
-    coarse = {key: layer or key not in asking for key, layer in layers.items()}
-    coarsely = [make(coarse) for _ in MODES]
-    try:
-        first, second = (_one_graph(model, m, t, constants).spelled() for m, t in zip(MODES, coarsely, strict=True))
-    except Exception:  # what the train mode raises is seen when it is traced in full
-        return False
-    return first == second and all(len(coarse.opaque) == len(tracer.opaque) for coarse in coarsely)
-
-
-def _constants(model: nn.Module, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments that are no proxies.
-
-    Optional arguments keep their defaults: a proxy would take every ``if mask is not None``. Where the arguments of a
-    call are known, everything in them that is no tensor stays what it is.
-    """
-    if arguments is not None:
-        return {
-            name: value
-            for name, value in arguments.items()
-            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
-        }
-    given = inspect.signature(model.forward).parameters.values()
-    parameters = [p for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    options: dict[str, Any] = {p.name: {} for p in given if p.kind is p.VAR_KEYWORD}
-    options |= {p.name: () for p in given if p.kind is p.VAR_POSITIONAL and parameters}
-    if parameters and all(p.default is not p.empty for p in parameters):
-        parameters = parameters[1:]  # one of them must be the input
-    return options | {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def trace(model: nn.Module, sites: frozenset[str], arguments: Mapping[str, Any] | None = None) -> Trace:
-    """Trace ``model`` in train and eval mode.
-
-    Args:
-        model: A model on the meta device that nobody else uses: see :func:`normfree.tracing.copying.meta_copy`.
-        sites: Qualified names that are leaves: the norms, or what has taken their place.
-        arguments: Arguments of one call by name, to trace what that call does; by default optional arguments are left
-            out.
-    """
-    parts: list[Part] = []
-    opaque: dict[str, str] = {}
-    with _ONE_AT_A_TIME:
-        for path in _roots(model, sites, ""):
-            _collect(model, path, sites, parts, opaque, arguments)
-    return Trace(tuple(parts), opaque)
-
-
-def _collect(
-    model: nn.Module,
-    path: str,
-    sites: frozenset[str],
-    parts: list[Part],
-    opaque: dict[str, str],
-    arguments: Mapping[str, Any] | None = None,
-) -> None:
-    prefix = f"{path}." if path else ""
-    below = frozenset(site.removeprefix(prefix) for site in sites if site.startswith(prefix))
-    graphs, unseen = _trace_part(
-        model.get_submodule(path), below, arguments, functools.partial(_input, path, arguments)
-    )
-    if graphs:
-        parts.append(Part(path, graphs))
-    for name, reason in unseen.items():
-        inner = f"{prefix}{name}" if name else path
-        opaque[inner] = reason
-        for child in _roots(model, sites, inner, descend=True):
-            _collect(model, child, sites, parts, opaque)
-
-
-def _input(path: str, arguments: Mapping[str, Any] | None, name: str) -> type | None:
-    """The root is given tensors; what cannot be traced may give its parts anything."""
-    if arguments is not None:
-        return type(arguments[name]) if name in arguments else None
-    return None if path else Tensor
-
-
-def _roots(model: nn.Module, sites: frozenset[str], path: str, descend: bool = False) -> Iterator[str]:
-    """Yield what can be traced at or below ``path``: containers have no forward of their own."""
-    module = model.get_submodule(path)
-    if not descend and not isinstance(module, _CONTAINERS):
-        yield path
-        return
-    for name, child in module.named_children():
-        inner = f"{path}.{name}" if path else name
-        inside = any(site.startswith(f"{inner}.") for site in sites) or any(map(calls_batch_norm, child.modules()))
-        if inside and inner not in sites and not isinstance(child, torch.jit.ScriptModule):
-            yield from _roots(model, sites, inner)
+    like = next(model.parameters())
+    look, errors = _Look(model, meta_copy(model), frozenset()), dict[str, None]()
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        for guess in guesses(model, batch, size, small=True):
+            seen = look.at(guess, given=False)
+            if len(seen.graphs) == len(MODES):
+                args, kwargs = guess.real(like)
+                return kwargs or (args[0] if len(args) == 1 else args)
+            errors[f"{seen.looked}: {seen.unseen}"[:300]] = None
+    tried = "; ".join(errors) or "no layer tells the shape"
+    raise UsageError(f"no input is known for {type(model).__name__}: pass inputs= ({tried})")

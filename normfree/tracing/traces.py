@@ -1,44 +1,77 @@
-"""What a trace of a model is: graphs of its parts in both modes, and what could not be traced."""
+"""What a look at a model is: a graph for each mode, what it was run on, or why there is none."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 
-from normfree.tracing.roles import Role, function_role, is_shape
+from normfree.tracing.roles import Role, function_role, makes_constants
 
-__all__ = ["MODES", "Graph", "Part", "Trace"]
+__all__ = ["MODES", "Graph", "Trace", "Value"]
 
 MODES = ("eval", "train")
 
 
 @dataclass(frozen=True)
+class Value:
+    """What is known of the tensor that a node returned: whether it was written into by it, or handed on as it came."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    memory: int
+    writes: bool = False
+    handed_on: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> Value:
+        """Describe a tensor."""
+        if tensor.layout is not torch.strided:
+            return cls(tuple(tensor.shape), (), 0, id(tensor), writes, handed_on)
+        memory = int(tensor.untyped_storage()._cdata)
+        offset = int(tensor.storage_offset())
+        return cls(tuple(tensor.shape), tensor.stride(), offset, memory, writes, handed_on)
+
+    def covers(self, other: Value) -> bool:
+        """Whether both are one and the same part of one memory."""
+        places = [(value.memory, value.shape, value.strides, value.offset) for value in (self, other)]
+        return places[0] == places[1]
+
+
+@dataclass(frozen=True)
 class Graph:
-    """One fx graph of one part in one mode.
+    """What one run of the model did.
 
     Attributes:
-        nodes: The graph; module targets are relative to the part.
+        nodes: The graph.
         owners: For each node, the path of the module whose forward created it.
-        exits: For each node, the paths of the traced modules that return it, innermost first.
+        exits: For each node, the paths of the modules that return it, innermost first.
         calls: How often each module was called.
         read: Norms of which a forward reads a tensor, each with the first that it reads.
         optional: Modules that are called with more than their defaults.
-        kinds: Modules of whose class a forward asks.
+        values: What each node returned.
+        order: The number of each node.
+        steps: The number of the operation that was running when the node was written down.
     """
 
     nodes: fx.Graph
-    owners: Mapping[fx.Node, str]
-    exits: Mapping[fx.Node, tuple[str, ...]]
-    calls: Mapping[str, int]
-    read: Mapping[str, str] = field(default_factory=dict)
-    optional: Container[str] = frozenset()
-    kinds: frozenset[str] = frozenset()
+    owners: dict[fx.Node, str] = field(default_factory=dict)
+    exits: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    read: dict[str, str] = field(default_factory=dict)
+    optional: set[str] = field(default_factory=set)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    steps: dict[fx.Node, int] = field(default_factory=dict)
 
+    @functools.cached_property
     def spelled(self) -> list[tuple[object, ...]]:
-        """Return what the graph does to its inputs, in a form that can be compared.
+        """What the graph does to its inputs, in a form that can be compared.
 
         Left out is what makes no difference to an analysis: whether a dropout is on, and how a value is made that
         depends on no input, such as a table of biases that is cached in eval mode.
@@ -46,52 +79,41 @@ class Graph:
         names: dict[fx.Node, str] = {}
         told: list[tuple[object, ...]] = []
         for node in self.nodes.nodes:
-            fed = any(source in names for source in node.all_input_nodes) and not is_shape(node)
+            fed = any(source in names for source in node.all_input_nodes) and not makes_constants(node)
             if fed or node.op in ("placeholder", "output"):
-                kwargs = {key: value for key, value in node.kwargs.items() if not _is_switch(node, key)}
-                args = fx.map_arg((node.args, kwargs), lambda source: names.get(source, "constant"))
+                given = (node.all_input_nodes,) if _is_switch(node) else (node.args, node.kwargs)
+                args = fx.map_arg(given, lambda source: names.get(source, "constant"))
                 names[node] = f"%{len(names)}"
-                told.append((node.op, node.target, str(args)))
+                written = node in self.values and self.values[node].writes
+                told.append((node.op, node.target, str(args), written))
         return told
 
 
-def _is_switch(node: fx.Node, key: str) -> bool:
-    return key == "training" and node.op == "call_function" and function_role(node) is Role.PASS
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module that was traced as a whole: the root, or a piece of a root that could not be.
-
-    Attributes:
-        path: Qualified name, empty for the root.
-        graphs: One graph for each of :data:`MODES`.
-    """
-
-    path: str
-    graphs: Mapping[str, Graph]
-
-    @functools.cached_property
-    def distinct(self) -> tuple[str, ...]:
-        """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
-        first, second = (self.graphs[mode] for mode in MODES)
-        return MODES[:1] if first is second or first.spelled() == second.spelled() else MODES
+def _is_switch(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and function_role(node) is Role.PASS
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything the graphs say about a model.
+    """Everything that running a model has shown.
 
     Attributes:
-        parts: The traced parts.
-        opaque: Modules that were called but not looked into, with the error that says why.
+        graphs: A graph for each of the modes that ran; none if nothing was seen.
+        looked: On what it was run, and who said so.
+        unseen: Why nothing was seen, or why one mode was not.
+        deaf: The model did the same while every layer answered to another class.
+        again: Runs the model once more while modules answer to other classes.
     """
 
-    parts: tuple[Part, ...]
-    opaque: Mapping[str, str]
+    graphs: Mapping[str, Graph]
+    looked: str = ""
+    unseen: str = ""
+    deaf: bool = False
+    again: Callable[[Mapping[str, type[nn.Module]]], Mapping[str, Graph]] = field(default=lambda _: {}, repr=False)
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        """Modules of whose class some forward asks."""
-        graphs = ((part.path, graph) for part in self.parts for graph in part.graphs.values())
-        return frozenset(f"{path}.{name}".strip(".") for path, graph in graphs for name in graph.kinds)
+    @functools.cached_property
+    def distinct(self) -> tuple[str, ...]:
+        """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
+        graphs = list(self.graphs.values())
+        same = len(graphs) == 2 and (graphs[0] is graphs[1] or graphs[0].spelled == graphs[1].spelled)
+        return tuple(self.graphs)[: 1 if same else None]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, fx, nn
 
+from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow
-from normfree.analysis.sums import SumNode, additions_of, find_sums, sum_names
+from normfree.analysis.sums import find_sums
 from normfree.conversion import convert
 from normfree.errors import UsageError, require
 from normfree.norms import find_norms
@@ -18,7 +19,8 @@ from normfree.planning.plan import plan as make_plan
 from normfree.plans import PLAN_ATTRIBUTE, Init, Plan
 from normfree.proofs.replaying import replay
 from normfree.tracing.copying import deep_copy
-from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
+from normfree.tracing.inputs import Inputs, arguments
+from normfree.tracing.trace import example_input
 from normfree.training.initialization import draw_
 
 __all__ = ["Moments", "Signal", "Signals", "before_and_after", "plot", "signals"]
@@ -130,7 +132,7 @@ def signals(model: nn.Module, x: Inputs | None = None) -> Signals:
     args, kwargs = arguments(example_input(model, batch=16) if x is None else x)
     found: dict[str, Signal] = {}
     copied = deep_copy(model)
-    for probe in replay(copied.train(), sites, lambda: fresh((list(args), kwargs)), _Probe, modes=("train",)):
+    for probe in replay(copied, sites, (args, kwargs), _Probe, modes=("train",)):
         for row in probe.rows():
             found.setdefault(row.name, row)
     if not found:
@@ -154,38 +156,39 @@ def before_and_after(model: nn.Module, init: Init | Literal["auto"] = "auto") ->
     yield f"converted ({plan.init})", convert(model, init=plan.init, reset=False)
 
 
-class _Probe(fx.Interpreter):
-    """Runs a graph and measures the operands and the result of every residual sum."""
+class _Probe:
+    """Measures the operands and the result of every residual sum."""
 
-    def __init__(self, module: nn.Module, flow: Flow, prefix: str) -> None:
-        super().__init__(module, graph=flow.graph.nodes)
-        self.names = {node: prefix + name for node, name in sum_names(flow).items()}
-        self.sums = [total for total in find_sums(flow) if total.skip is not None]
-        self.additions: dict[fx.Node, list[SumNode]] = {}
-        for total in self.sums:
+    def __init__(self, flow: Flow) -> None:
+        self._names = sum_names(flow)
+        self._sums = [total for total in find_sums(flow) if total.skip is not None]
+        self._operands: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
+        for total in self._sums:
             for addition in additions_of(flow, total.node):
-                self.additions.setdefault(addition, []).append(total)
-        self.inputs = flow.inputs
-        self.measured: dict[tuple[fx.Node, fx.Node | None], Moments] = {}
+                added = [n for n in (total.skip, *total.branches) if n is not None and n in flow.inputs[addition]]
+                self._operands.setdefault(addition, []).extend((total.node, n) for n in added)
+        self.additions = set(self._operands)
+        self._totals = {total.node for total in self._sums}
+        self.nodes = self._totals | {n for found in self._operands.values() for _, n in found}
+        self._measured: dict[tuple[fx.Node, fx.Node | None], Moments] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; what it adds is measured before, for it may write into it."""
-        for total in self.additions.get(n, ()):
-            for operand in (total.skip, *total.branches):
-                if operand is not None and operand in self.inputs[n]:
-                    self.measured[total.node, operand] = Moments.of(self.env[operand])
-        result = super().run_node(n)
-        if any(total.node is n for total in self.additions.get(n, ())):
-            self.measured[n, n] = Moments.of(result)
-        return result
+    def made(self, node: fx.Node, value: Tensor) -> None:
+        """Measure what a sum has returned."""
+        if node in self._totals:
+            self._measured[node, node] = Moments.of(value)
+
+    def before(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> None:
+        """Measure what is about to be added: the addition may write into it."""
+        for total, operand in self._operands[node]:
+            self._measured[total, operand] = Moments.of(values[operand])
 
     def rows(self) -> Iterator[Signal]:
         """Yield what was measured."""
-        for total in self.sums:
-            parts = [self.measured.get((total.node, operand)) for operand in (total.skip, *total.branches, total.node)]
+        for total in self._sums:
+            parts = [self._measured.get((total.node, operand)) for operand in (total.skip, *total.branches, total.node)]
             known = [part for part in parts if part is not None]
             if len(known) == len(parts):
-                yield Signal(self.names[total.node], known[0], _together(known[1:-1]), known[-1])
+                yield Signal(self._names[total.node], known[0], _together(known[1:-1]), known[-1])
 
 
 def _together(branches: list[Moments]) -> Moments:

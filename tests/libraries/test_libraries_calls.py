@@ -207,7 +207,7 @@ def test_parts_whose_number_the_call_tells_may_be_iterated(how: str, init: str) 
 
 
 class Flexible(Block):
-    """One of several: only the one that looks at its input cannot be traced."""
+    """One of several looks at its input."""
 
     def __init__(self, looks: bool) -> None:
         super().__init__()
@@ -218,17 +218,17 @@ class Flexible(Block):
 
 
 @both
-def test_only_the_instance_that_fails_is_opaque(init: str) -> None:
+def test_instance_that_looks_at_values_is_as_good_as_the_others(init: str) -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), Flexible(False), Flexible(True), Flexible(False)))
     converted = prove(model, X, init=init)
-    assert [path for path, _ in plan_of(converted).opaque] == ["2"]
-    assert [actions(converted)[f"{i}.bn1"] == "fold" for i in (1, 2, 3)] == [True, False, True]
-    assert alphas(converted) == ["1.conv2", "3.conv2"]
+    assert plan_of(converted).opaque == ()
+    assert set(actions(converted).values()) == {"fold"}
+    assert alphas(converted) == ["1.conv2", "2.conv2", "3.conv2"]
     assert_preserved(model, X)
 
 
 class Twice(nn.Module):
-    """Calls its block in a way that can be traced, and then in one that cannot."""
+    """Calls its block in two ways, in one of which it looks at values."""
 
     def __init__(self, first: bool) -> None:
         super().__init__()
@@ -253,16 +253,16 @@ class Sometimes(nn.Module):
 
 @both
 @pytest.mark.parametrize("first", [False, True])
-def test_module_that_fails_in_one_of_its_calls_is_opaque_in_all(first: bool, init: str) -> None:
+def test_module_that_is_called_in_two_ways_is_not_folded(first: bool, init: str) -> None:
     model = randomise(Twice(first))
     converted = prove(model, X, init=init)
-    assert [path for path, _ in plan_of(converted).opaque] == ["block"]
+    assert plan_of(converted).opaque == ()
     assert actions(converted)["block.bn"] != "fold"
     assert_preserved(model, X)
 
 
 class Remembering(nn.Module):
-    """Keeps what it computed in a list of its caller's before it fails."""
+    """Keeps what it computed in a list of its caller's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,9 +285,9 @@ class Collecting(nn.Module):
 
 
 @both
-def test_what_a_failed_forward_left_behind_is_not_used(init: str) -> None:
+def test_what_a_forward_left_in_a_list_is_an_edge(init: str) -> None:
     model = randomise(Collecting())
     converted = prove(model, X, init=init)
-    assert [path for path, _ in plan_of(converted).opaque] == ["", "inner"]
+    assert plan_of(converted).opaque == ()
     assert norms(converted) == []
     assert_preserved(model, X)

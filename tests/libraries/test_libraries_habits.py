@@ -156,7 +156,7 @@ def _right_or_refused(model: nn.Module, *inputs: Tensor, match: str) -> None:
     inits: tuple[Literal["preserve", "skipinit"], ...] = ("preserve", "skipinit")
     for init in inits:
         try:
-            converted = normfree.convert(model, init=init)
+            converted = normfree.convert(model, init=init, inputs=inputs)
         except UnsupportedModelError as error:
             assert match in str(error)  # noqa: PT017  # a refusal is one of two right answers
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import timm.layers as tl
@@ -186,7 +187,7 @@ def test_per_sample_norms_stay_as_they_are(init: str) -> None:
     )
     x = noise(2, 3, 6, 6)
     before = {k: v.clone() for k, v in model[2].state_dict().items()}
-    converted = normfree.convert(model, init=init)
+    converted = normfree.convert(model, init=init, inputs=x)
     assert actions(converted) == {"1": "fold"}
     assert [type(m) for m in converted] == [
         scaled_weight_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
@@ -207,3 +208,96 @@ def test_instance_norm_does_not_count_as_a_batch_norm_left(init: str) -> None:
     tracked = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
     prove(randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), tracked)), noise(2, 3, 6, 6), init=init)
     assert plan_of(prove(model, noise(2, 3, 6, 6), init=init)).declined == ()
+
+
+def _of(module: str, name: str, forward: Any = None) -> type[nn.Module]:
+    """Make a frozen batch norm that a library might have: buffers, and a number in the forward."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for key, value in {"weight": 1.5, "bias": 0.5, "running_mean": 0.25, "running_var": 2.0}.items():
+                self.register_buffer(key, torch.full((4,), value) + torch.arange(4) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.weight * (self.running_var + 1e-5).rsqrt()
+            return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+    Frozen.__module__, Frozen.__qualname__, Frozen.__name__ = module, name, name
+    return Frozen
+
+
+FROZEN = {
+    "transformers.models.detr.modeling_detr": "DetrFrozenBatchNorm2d",
+    "transformers.models.rt_detr.modeling_rt_detr_resnet": "RTDetrFrozenBatchNorm2d",
+    "transformers.models.d_fine.modeling_d_fine": "DFineFrozenBatchNorm2d",
+    "detectron2.layers.batch_norm": "FrozenBatchNorm2d",
+    "mmcv.cnn.bricks": "FrozenBatchNorm2d",
+}
+
+
+@both
+@pytest.mark.parametrize("module", FROZEN)
+def test_frozen_norm_of_another_library_is_known_by_its_name(module: str, init: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), _of(module, FROZEN[module])(), nn.ReLU())
+    plan = normfree.plan(model, init=init)
+    assert [(edit.type, edit.action) for edit in plan.norms] == [(FROZEN[module], "fold")]
+    assert_preserved(model, noise(2, 3, 6, 6))
+
+
+def test_frozen_norms_need_not_be_told_that_they_were_trained() -> None:
+    norm = _of("detectron2.layers.batch_norm", "FrozenBatchNorm2d")()
+    assert normfree.plan(nn.Sequential(nn.Conv2d(3, 4, 1), norm)).init == "preserve"
+
+
+class OwnCheck(nn.modules.batchnorm._BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError
+
+
+class Split(nn.BatchNorm2d):
+    """Statistics of halves of a batch, in train mode only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return torch.cat([super(Split, self).forward(half) for half in input.chunk(2)])
+
+
+Split.__module__, Split.__qualname__ = "lightly.models.batchnorm", "SplitBatchNorm"
+
+
+class Wrapping(nn.Module):
+    """Holds a batch norm, as torch_geometric's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(0) < 1:
+            return torch.nn.functional.batch_norm(x, self.module.running_mean, self.module.running_var)
+        return self.module(x)
+
+
+@both
+@pytest.mark.parametrize("kind", [OwnCheck, Split, Wrapping])
+def test_norm_that_differs_from_torchs_in_nothing_that_matters(kind: Any, init: str) -> None:
+    norm = kind() if kind is Wrapping else kind(4)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU()))
+    assert [edit.action for edit in normfree.plan(model, init=init).norms] == ["fold"]
+    assert_preserved(model, noise(2, 3, 6, 6))
+
+
+def test_unknown_norms_are_one_line_a_class() -> None:
+    class Odd(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3 * super().forward(input)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Odd(4), nn.Conv2d(4, 4, 1), Odd(4), Odd(4))
+    with pytest.raises(UnsupportedModelError) as error:
+        normfree.plan(model)
+    assert len(error.value.problems) == 1
+    assert "normfree.register_norm" in error.value.problems[0]
+    assert error.value.problems[0].endswith("so are 3, 4")

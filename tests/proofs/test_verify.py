@@ -90,7 +90,7 @@ def test_model_that_cannot_run_in_float64_is_proved_in_its_own_type(init: str) -
 
 def test_error_beyond_rounding_is_found_without_float64() -> None:
     model = randomise(Grid())
-    converted = normfree.convert(model, init="preserve")
+    converted = normfree.convert(model, init="preserve", inputs=X)
     assert normfree.verify(converted, model, X).proofs[2].passed
     with torch.no_grad():
         converted.conv.gain *= 1 + 1e-4
@@ -98,7 +98,7 @@ def test_error_beyond_rounding_is_found_without_float64() -> None:
 
 
 def test_model_that_cannot_run_at_all_raises_its_own_error() -> None:
-    converted = normfree.convert(randomise(Grid()), init="preserve")
+    converted = normfree.convert(randomise(Grid()), init="preserve", inputs=X)
     with pytest.raises(RuntimeError, match="size mismatch|mat1 and mat2|shapes"):
         normfree.verify(converted, None, noise(2, 3, 5, 5))
 
@@ -159,7 +159,7 @@ COMPANY: dict[str, tuple[Callable[[], nn.Module], bool | None, str]] = {
 def test_samples_that_never_run_alone_are_replaced_instead(how: str, init: str) -> None:
     make, passed, said = COMPANY[how]
     model = randomise(make())
-    proof = normfree.verify(normfree.convert(model, init=init), model, X).proofs[1]
+    proof = normfree.verify(normfree.convert(model, init=init, inputs=X), model, X).proofs[1]
     assert proof.passed is passed, proof
     assert proof.detail.startswith("no sample runs alone (")
     assert said in proof.detail

@@ -155,7 +155,7 @@ def test_in_place_write_behind_a_deleted_norm_leaves_the_skip_path(block: type[n
 def test_assignment_into_a_norms_output_leaves_the_skip_path(init: str) -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), Assigned()))
     converted = prove(model, noise(2, 3, 6, 6), init=init)
-    assert "item assignment" in dict(plan_of(converted).opaque)["2"]
+    assert plan_of(converted).opaque == ()
     assert_preserved(model, noise(2, 3, 6, 6))
     stem = converted[1](converted[0](noise(2, 3, 6, 6)))
     y = converted[2].bn(stem).clone()

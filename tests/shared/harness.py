@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def prove(model: nn.Module, inputs: Any, *, init: str, **options: Any) -> Any:
     """Convert, hold all six proofs of :func:`normfree.verify`, and return the converted model."""
-    converted = normfree.convert(model, init=init, **options)
+    converted = normfree.convert(model, init=init, **{"inputs": inputs} | options)
     report = normfree.verify(converted, model, inputs)
     assert report.ok, f"\n{report}\n{plan_of(converted)}"
     return converted
@@ -71,7 +72,8 @@ def prove(model: nn.Module, inputs: Any, *, init: str, **options: Any) -> Any:
 def assert_preserved(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Hold ``preserve`` to the original in float64, without the package's own verification."""
     original = deep_copy(model).double()
-    converted = normfree.convert(original, init="preserve").eval()
+    inputs = {**dict(zip(inspect.signature(model.forward).parameters, map(_double, args), strict=False)), **kwargs}
+    converted = normfree.convert(original, init="preserve", inputs=inputs).eval()
     original.eval()
     with torch.no_grad():
         expected = original(*map(_double, args), **{k: _double(v) for k, v in kwargs.items()})

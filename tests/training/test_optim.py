@@ -33,7 +33,7 @@ def test_every_parameter_is_in_one_group(init: str) -> None:
 
 
 def test_rates_of_the_groups() -> None:
-    model = normfree.convert(nn.Sequential(Block(), nn.Flatten(), nn.Linear(4, 2)))
+    model = normfree.convert(nn.Sequential(Block(), nn.Flatten(), nn.Linear(4, 2)), inputs=torch.randn(2, 4, 1, 1))
     groups = {g["name"]: g for g in normfree.param_groups(model, lr=0.5, weight_decay=0.25)}
     assert [(g["lr"], g["weight_decay"]) for g in groups.values()] == [
         (0.5, 0.25),
@@ -49,6 +49,9 @@ def test_an_alpha_of_somebody_elses_is_no_scalar() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.alpha = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.alpha
 
     model = normfree.convert(nn.Sequential(Block(), Own()))
     groups = by_name(model, lr=0.1)

@@ -1,0 +1,65 @@
+"""Additions of activations: their names, and which of them make up one sum ``a + b + c``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx
+
+from normfree.analysis.flow import Flow, Role
+from normfree.tracing.roles import name_of
+
+__all__ = ["additions_of", "adds", "flattened", "inner_of", "is_inner", "sum_names"]
+
+
+def sum_names(flow: Flow) -> dict[fx.Node, str]:
+    """Name every addition by the module whose forward adds, counted within it: ``layer1.0.add``."""
+    counts: Counter[str] = Counter()
+    names = {}
+    for node in flow.nodes:
+        if flow.roles[node] is Role.ADD:
+            owner, verb = flow.graph.owners[node], "add" if adds(node) else name_of(node).strip("_").removeprefix("i")
+            stem = f"{owner}.{verb}" if owner else verb
+            names[node] = f"{stem}_{counts[stem]}" if counts[stem] else stem
+            counts[stem] += 1
+    return names
+
+
+def adds(node: fx.Node) -> bool:
+    """Whether an addition is no difference, nor a mean with weights."""
+    return name_of(node) in ("add", "iadd", "add_", "sum")
+
+
+def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the additions that make up ``a + b + c``, the outermost first."""
+    yield node
+    for operand in flow.operands(node):
+        inner = inner_of(flow, operand)
+        if inner is not None:
+            yield from additions_of(flow, inner)
+
+
+def flattened(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield ``a``, ``b`` and ``c`` of ``a + b + c``."""
+    for operand in flow.operands(node):
+        inner = inner_of(flow, operand)
+        if inner is not None:
+            yield from flattened(flow, inner)
+        else:
+            yield operand
+
+
+def is_inner(flow: Flow, node: fx.Node) -> bool:
+    """Whether ``node`` goes into one addition and nowhere else, dropout and the like aside."""
+    users = flow.users[node]
+    while len(users) == 1 and flow.roles[users[0]] is Role.PASS:
+        users = flow.users[users[0]]
+    return len(users) == 1 and flow.roles[users[0]] is Role.ADD and adds(node) and adds(users[0])
+
+
+def inner_of(flow: Flow, operand: fx.Node) -> fx.Node | None:
+    """Return the addition whose result is this operand and nothing else, or ``None``."""
+    while flow.roles[operand] is Role.PASS:
+        operand = flow.inputs[operand][0]
+    return operand if flow.roles[operand] is Role.ADD and is_inner(flow, operand) else None

@@ -1,0 +1,166 @@
+"""What a run has shown so far: the nodes of a graph, and which of them made which tensor.
+
+Writing into a tensor, or into a view of it, is an edge as well: whoever reads the memory later reads what was written.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfree.tracing.traces import Graph, Value
+
+__all__ = ["Notes", "overwritten", "tensors_in"]
+
+Versions = list[tuple[Tensor, int]]
+
+
+def overwritten(_: Any, part: Any) -> Any:
+    """Stand in a graph for a tensor into a part of which somebody has written through a view."""
+    return part
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a result or in arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+class Notes:
+    """Writes down operations that have run: ``seen`` is the graph so far, ``step`` the number of the latest operation.
+
+    The ``stack`` holds the names of the modules whose forward is running and looked into, innermost last.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen = Graph(fx.Graph())
+        self.stack = [""]
+        self.step = 0
+        self._kept: list[Any] = []  # nothing that was seen may die: its identity would be given to another
+        self._nodes: dict[int, fx.Node] = {}
+        self._parts: dict[int, tuple[fx.Node, tuple[Any, ...]]] = {}
+        self._writes: dict[int, fx.Node] = {}
+        self._parameters = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """Write down an argument of the model."""
+        self._bind(tensor, self._create("placeholder", name, (), {}))
+
+    def finish(self, returned: list[Tensor]) -> Graph:
+        """Return the graph of a run that has come to its end."""
+        nodes = (self.node_of(tensor) for tensor in returned)
+        self._create("output", "output", (tuple(node for node in nodes if node is not None),), {})
+        return self.seen
+
+    def next_step(self) -> None:
+        """Count an operation that is about to run."""
+        self.step += 1
+
+    def value(self, node: fx.Node, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> None:
+        """Note what a node returned, the first time that it is known."""
+        if node not in self.seen.values:
+            self.seen.values[node] = Value.of(tensor, writes=writes, handed_on=handed_on)
+
+    def write_down(self, op: str, target: Any, args: Any, kwargs: Any, before: Versions, out: Any) -> Any:
+        """Create the node of an operation that has run, with what it returned and what it wrote into."""
+        node = self._create(op, target, args, kwargs)
+        changed = [tensor for tensor, version in before if tensor._version != version]
+        out = self._renewed(out, {id(tensor) for tensor, _ in before} - {id(tensor) for tensor in changed}, node)
+        for tensor in changed:
+            self._nodes[id(tensor)] = self._writes[_storage(tensor)] = node
+            self.value(node, tensor, writes=True)
+        self._bind(out, node)
+        return out
+
+    def _renewed(self, out: Any, given: set[int], node: fx.Node) -> Any:
+        """Return another name for a tensor that is handed on as it came: what reads it now reads this operation."""
+        if isinstance(out, Tensor) and id(out) in given:
+            out = out.detach()
+            self.value(node, out, handed_on=True)
+            return out
+        if type(out) in (tuple, list):
+            return type(out)(item.detach() if id(item) in given else item for item in out)
+        return out
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.seen.nodes.create_node(op, target, args, kwargs)
+        self.seen.owners[node], self.seen.steps[node] = self.stack[-1], self.step
+        self.seen.order[node] = len(self.seen.order)
+        return node
+
+    def _bind(self, out: Any, node: fx.Node, path: tuple[Any, ...] = ()) -> None:
+        """Remember what made each tensor in a result; what takes it out of a tuple is written down once it is used."""
+        if isinstance(out, Tensor):
+            self._kept.append(out)
+            if path:
+                self._parts[id(out)] = node, path
+                self._nodes.pop(id(out), None)
+            else:
+                self._nodes[id(out)] = node
+                self.value(node, out)
+        elif isinstance(out, (tuple, list)):
+            for i, item in enumerate(out):
+                self._bind(item, node, (*path, i))
+        elif isinstance(out, Mapping):
+            for key, item in out.items():
+                self._bind(item, node, (*path, key))
+        elif hasattr(out, "__dict__") and not isinstance(out, (nn.Module, type)):
+            for key, item in vars(out).items():
+                self._bind(item, node, (*path, key))
+
+    def node_of(self, tensor: Tensor) -> fx.Node | None:
+        """Return what made a tensor as it is now, or ``None`` for a constant."""
+        node = self._nodes.get(id(tensor))
+        if node is None and id(tensor) in self._parts:
+            node, path = self._parts[id(tensor)]
+            for key in path:
+                node = self._create("call_function", operator.getitem, (node, key), {})
+            self.value(node, tensor)
+            self._nodes[id(tensor)] = node
+        if node is None and id(tensor) in self._parameters:
+            node = self._nodes[id(tensor)] = self._create("get_attr", self._parameters[id(tensor)], (), {})
+            self._kept.append(tensor)
+        last = self._writes.get(_storage(tensor)) if self._writes else None
+        if last is None or node is last or (node is not None and self.seen.order[node] > self.seen.order[last]):
+            return node
+        if not self.seen.values[last].covers(Value.of(tensor)):
+            last = self._create("call_function", overwritten, (node, last), {})
+            self.value(last, tensor)
+        self._nodes[id(tensor)] = last
+        self._kept.append(tensor)
+        return last
+
+    def argument(self, value: Any) -> Any:
+        """Return what a node stores for an argument."""
+        if isinstance(value, Tensor):
+            node = self.node_of(value)
+            return "constant" if node is None else node
+        if value is None or type(value) in _ATOMS:
+            return value
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self.argument, value)) if type(value) is not list else list(map(self.argument, value))
+        if isinstance(value, Mapping):
+            return {str(key): self.argument(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        own = hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type))
+        held = [self.argument(item) for item in vars(value).values()] if own else []
+        found = [item for item in held if isinstance(item, fx.Node)]
+        return tuple(found) if found else type(value).__name__
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+_ATOMS = {int, float, bool, str, torch.dtype, torch.device, type(Ellipsis)}

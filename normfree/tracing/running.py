@@ -1,0 +1,117 @@
+"""Running a model to see what it does: on a copy that is as it was afterwards, with every draw standing still."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.tracing.inputs import fresh, tensors
+from normfree.tracing.leaves import is_layer
+from normfree.tracing.recorder import Recorder
+from normfree.tracing.still import Still, random_halves
+from normfree.tracing.traces import Graph
+
+__all__ = ["disguised", "leaves_of", "record"]
+
+
+def leaves_of(model: nn.Module, sites: frozenset[str]) -> dict[int, bool]:
+    """Return whether each module of a model is one operation, by its identity; to be asked before anything is recorded.
+
+    In a converted model the norms are gone, but what held them is looked into as before.
+    """
+    leaves = {id(module): is_layer(module) for module in model.modules()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders = {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}
+    for module in map(modules.__getitem__, holders):
+        leaves[id(module)] &= type(module).__module__.startswith("torch.nn")
+    return leaves
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def record(
+    model: nn.Module,
+    sites: frozenset[str],
+    leaves: Mapping[int, bool],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    training: bool,
+    classes: Mapping[int, type[nn.Module]] | None = None,
+    recorder: Callable[..., Recorder] = Recorder,
+) -> Graph:
+    """Run a model that nobody else uses once, in a mode, and return what it did.
+
+    ``leaves`` is what :func:`leaves_of` returned; ``classes`` tells what modules really are that answer to
+    another class meanwhile, by identity.
+    """
+    args, kwargs = fresh(arguments)
+    meta = bool(tensors((args, kwargs))) and all(tensor.is_meta for tensor in tensors((args, kwargs)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_as_it_was(model))
+        entered = stack.enter_context(random_halves())
+        for module in model.modules():
+            module.training = training
+        recording = recorder(model, leaves, sites, classes or {}, entered, meta)
+        for name, tensor in _named(model, args, kwargs):
+            recording.give(name, tensor)
+        stack.enter_context(torch.device("meta") if meta else Still())
+        with recording:
+            out = model(*args, **kwargs)
+        return recording.finish(tensors(out))
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors that are given, each with the name of its parameter."""
+    try:
+        given = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError:  # the call itself will say what is wrong
+        given = {"x": (args, kwargs)}
+    for name, value in given.items():
+        for tensor in tensors(value):
+            yield name, tensor
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Leave a model as it is, whatever its forwards keep, count or hang on its modules, in whatever class they are."""
+    kept = [(module, type(module), dict(module.__dict__), _containers(module)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for module, cls, before, containers in kept:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(before)
+            for container, content in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return what a module keeps in dicts, lists and sets, each with a copy."""
+    return [(value, value.copy()) for value in module.__dict__.values() if type(value) in _CONTAINERS]
+
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextlib.contextmanager
+def disguised(model: nn.Module, classes: Mapping[str, type[nn.Module]]) -> Iterator[dict[int, type[nn.Module]]]:
+    """Let some modules answer to other classes, and yield what they really are, by identity."""
+    modules = {name: model.get_submodule(name) for name in classes}
+    real = {id(module): type(module) for module in modules.values()}
+    try:
+        for name, module in modules.items():
+            module.__class__ = classes[name]
+        yield real
+    finally:
+        for module in modules.values():
+            module.__class__ = real[id(module)]

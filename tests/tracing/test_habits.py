@@ -1,0 +1,303 @@
+"""How people write residual blocks: every one of these is one sum with one scalar, however it is spelled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Block, assert_preserved, both, noise, prove, randomise, set_alphas
+from readings import alphas, kinds, norms, plan_of
+from torch import Tensor, nn
+
+import normfree
+
+X = noise(2, 3, 8, 8)
+
+
+class Branch(nn.Sequential):
+    def __init__(self, out: int = 4, stride: int = 1) -> None:
+        first = nn.Conv2d(4, out, 3, stride, 1, bias=False)
+        super().__init__(first, nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 1, bias=False), nn.BatchNorm2d(out))
+
+
+class Written(nn.Module):
+    """A block whose forward is given."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Tensor], out: int = 4, stride: int = 1) -> None:
+        super().__init__()
+        self.f, self.how, self.mine = Branch(out, stride), how, Mine()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+
+class Mine(nn.Module):
+    """An identity of one's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def net(block: nn.Module, head: nn.Module | None = None) -> nn.Module:
+    return randomise(nn.Sequential(nn.Conv2d(3, 4, 1), block, head or nn.ReLU()))
+
+
+def _sizes(self: Any, x: Tensor) -> Tensor:
+    y = self.f(x)
+    if x.size() != y.size():
+        x = F.interpolate(x, y.shape[2:])
+    return x + y if len(x.shape) == 4 and x.dim() == 4 and int(x.shape[3]) > 0 else y
+
+
+def _detected(self: Any, x: Tensor) -> Tensor:
+    scale = torch.as_tensor(1.0, device=x.device)
+    return x + self.f(x) * scale if not torch.jit.is_scripting() else x
+
+
+SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "sizes are compared": _sizes,
+    "a device is asked": _detected,
+    "clone": lambda self, x: x.clone() + self.f(x),
+    "detach": lambda self, x: self.f(x) + x.detach(),
+    "float": lambda self, x: x.float() + self.f(x),
+    "to": lambda self, x: x.to(torch.float32) + self.f(x),
+    "to a device": lambda self, x: x.to("cpu") + self.f(x),
+    "type_as": lambda self, x: self.f(x) + x.type_as(x),
+    "an identity of one's own": lambda self, x: self.mine(x) + self.f(x),
+    "built-in sum": lambda self, x: sum([x, self.f(x)]),
+    "stack": lambda self, x: torch.stack([x, self.f(x)]).sum(0),
+    "stack by keyword": lambda self, x: torch.stack([x, self.f(x)], dim=1).sum(dim=1),
+}
+
+
+def _through_a_view(x: Tensor, y: Tensor) -> Tensor:
+    whole = torch.zeros(len(x) + 1, *x.shape[1:])
+    whole[:-1].copy_(y)
+    return x + whole[:-1]
+
+
+@both
+@pytest.mark.parametrize("how", SAME)
+def test_residual_sum_in_other_words(how: str, init: str) -> None:
+    converted = prove(net(Written(SAME[how])), X.clone(), init=init)
+    plan = plan_of(converted)
+    assert (kinds(converted), alphas(converted), plan.declined) == (["residual"], ["1.f.3"], ())
+    assert norms(converted) == []
+    set_alphas(converted, 0.0).eval()
+    assert torch.equal(converted(X), torch.relu(converted[0](X)))
+
+
+@both
+def test_branch_that_is_written_through_a_view_is_seen(init: str) -> None:
+    converted = prove(net(Written(lambda self, x: _through_a_view(x, self.f(x)))), X, init=init)
+    assert kinds(converted) == ["residual"]
+    assert "which no module of its own returns" in plan_of(converted).declined[0]
+
+
+@both
+def test_difference_is_a_residual_sum(init: str) -> None:
+    converted = prove(net(Written(lambda self, x: x - self.f(x))), X, init=init)
+    assert [(total.name, total.kind) for total in plan_of(converted).sums] == [("1.sub", "residual")]
+    assert alphas(converted) == ["1.f.3"]
+
+
+@both
+def test_mean_with_weights_is_a_residual_sum(init: str) -> None:
+    converted = prove(net(Written(lambda self, x: torch.lerp(x, self.f(x), 0.25))), X, init=init)
+    assert [(total.name, total.kind) for total in plan_of(converted).sums] == [("1.lerp", "residual")]
+    set_alphas(converted, 0.0).eval()
+    assert torch.allclose(converted(X), torch.relu(0.75 * converted[0](X)))
+
+
+@both
+@pytest.mark.parametrize("how", ["f(x) - x", "less its mean"])
+def test_difference_that_takes_no_branch_away_is_none(how: str, init: str) -> None:
+    taken = {"f(x) - x": lambda self, x: self.f(x) - x, "less its mean": lambda self, x: self.f(x - x.mean(1, True))}
+    assert plan_of(prove(net(Written(taken[how])), X, init=init)).sums == ()
+
+
+def _twice(self: Any, x: Tensor) -> Tensor:
+    return x[:, :, ::2, ::2]
+
+
+PADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "zeros of shapes": lambda self, x: torch.cat([_twice(self, x), torch.zeros(len(x), 4, *self.f(x).shape[2:])], 1),
+    "zeros_like": lambda self, x: torch.cat([_twice(self, x), torch.zeros_like(_twice(self, x))], 1),
+    "times zero": lambda self, x: torch.cat([_twice(self, x), _twice(self, x).mul(0)], 1),
+    "repeat": lambda self, x: _twice(self, x).repeat(1, 2, 1, 1),
+    "pad": lambda self, x: F.pad(_twice(self, x), (0, 0, 0, 0, 2, 2)),
+    "assigned": lambda self, x: _assigned(_twice(self, x)),
+}
+
+
+def _assigned(x: Tensor) -> Tensor:
+    wide = x.new_zeros(len(x), 8, *x.shape[2:])
+    wide[:, :4] = x
+    return wide
+
+
+@both
+@pytest.mark.parametrize("how", PADDED)
+def test_shortcut_with_more_channels_and_no_layer(how: str, init: str) -> None:
+    block = Written(lambda self, x: PADDED[how](self, x) + self.f(x), out=8, stride=2)
+    converted = prove(net(block), X, init=init)
+    assert kinds(converted)[-1] == "residual"
+    assert alphas(converted) == (["1.f.3"] if how != "zeros of shapes" else alphas(converted))
+    assert plan_of(converted).opaque == ()
+
+
+class Fusion(nn.Module):
+    """A decoder's block with an optional second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Branch(), Branch()
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is not None:
+            x = x + (other + self.one(other))
+        return x + self.two(x)
+
+
+class Fusing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 4, 1), nn.ModuleList(Fusion() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, fused = self.stem(x), None
+        for i, block in enumerate(self.blocks):
+            features = F.avg_pool2d(x, 2 ** (2 - i))
+            fused = block(features) if fused is None else block(F.interpolate(fused, scale_factor=2.0), features)
+        return fused
+
+
+@both
+def test_block_with_an_optional_input_with_and_without_it(init: str) -> None:
+    model = randomise(Fusing())
+    model.blocks[0].one = nn.Identity()
+    converted = prove(model, X, init=init)
+    assert plan_of(converted).declined == ()
+    assert alphas(converted) == ["blocks.0.two.3", *(f"blocks.{i}.{part}.3" for i in (1, 2) for part in ("one", "two"))]
+
+
+class MoreInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 4, 1), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x))
+        return self.block(x) if self.training else x
+
+
+@both
+def test_block_called_once_in_evaluation_and_twice_in_training(init: str) -> None:
+    converted = prove(randomise(MoreInTraining()), X, init=init)
+    assert alphas(converted) == ["block.conv2" if init == "skipinit" else "block.bn2"]
+    assert plan_of(converted).declined == ()
+
+
+class Tapped(nn.Module):
+    """Hangs hooks on its layers in its forward, returns what they saw, and takes them off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 4, 1), Block()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        seen: list[Tensor] = []
+        handle = self.block.register_forward_hook(lambda _, __, out: seen.append(out))
+        self.block(self.stem(x))
+        handle.remove()
+        return [2 * tensor for tensor in seen]
+
+
+@both
+def test_hooks_that_a_forward_installs_run(init: str) -> None:
+    converted = prove(randomise(Tapped()), X, init=init)
+    assert alphas(converted) == ["block.conv2"]
+    assert not converted.block._forward_hooks
+
+
+def test_a_users_hooks_do_not_run_and_stay() -> None:
+    model, seen = net(Block()), []
+    model[1].register_forward_hook(lambda _, __, out: seen.append(out))
+    normfree.plan(model, init="skipinit")
+    assert seen == []
+    assert len(model[1]._forward_hooks) == 1
+
+
+class Keeping(nn.Module):
+    """Keeps its activations in a list and in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.kept = nn.Conv2d(3, 4, 1), Block(), {"all": [noise(1)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["all"].append(self.stem(x))
+        return self.block(self.kept["all"][-1])
+
+
+@both
+def test_activation_in_a_list_of_the_model(init: str) -> None:
+    model = randomise(Keeping())
+    model(X)
+    before = list(model.kept["all"])
+    assert before[-1].grad_fn is not None
+    assert len(normfree.plan(model, init=init).alphas) == 1
+    assert all(one is other for one, other in zip(model.kept["all"], before, strict=True))
+    assert norms(normfree.convert(model, init=init)) == []
+    assert norms(normfree.convert_(model, init=init)) == []
+
+
+class Reversible(nn.Module):
+    """Takes the mean off in front and adds it again at the end, as forecasters do."""
+
+    def __init__(self, repeated: bool) -> None:
+        super().__init__()
+        self.repeated = repeated
+        self.body = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        y = self.body((x - mean) / deviation)
+        if self.repeated:
+            return y * deviation.repeat(1, 1, y.shape[-1]) + mean[:, :, 0].unsqueeze(-1).repeat(1, 1, y.shape[-1])
+        return y * deviation + mean
+
+
+@both
+@pytest.mark.parametrize("repeated", [False, True])
+def test_mean_that_is_added_back_is_no_skip_path(repeated: bool, init: str) -> None:
+    converted = prove(randomise(Reversible(repeated)), noise(2, 3, 12), init=init)
+    assert kinds(converted) == ["merge"]
+    assert alphas(converted) == []
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "random": random.random,
+    "uniform": lambda: random.uniform(0, 1),  # noqa: S311  # no secret
+    "numpy": np.random.rand,
+    "torch": lambda: float(torch.rand(())),
+}
+
+
+@both
+@pytest.mark.parametrize("how", DRAWS)
+def test_stochastic_depth_by_hand_hides_no_block(how: str, init: str) -> None:
+    def dropped(self: Any, x: Tensor) -> Tensor:
+        return x if self.training and DRAWS[how]() < 0.2 else x + self.f(x)
+
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), *(Written(dropped) for _ in range(4))))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    plan = normfree.plan(model, init=init)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert len(plan.alphas) == 4
+    assert_preserved(model.eval(), X)
