@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from normfree.planning.plan import look
+from normfree.analysis.moments import Moments
+from normfree.checkpoint.header import read_plan
+from normfree.errors import InternalError, UsageError
+from normfree.planning.plan import look, look_again
 from normfree.planning.selecting import Patterns
-from normfree.rewriting.applying import rewrite
+from normfree.plans import Plan
+from normfree.rewriting.applying import check_plan, rewrite
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 
@@ -27,6 +33,7 @@ def convert_(
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
     inplace_activations: bool = True,
+    plan: Plan | str | Path | None = None,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
@@ -36,8 +43,9 @@ def convert_(
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
     """
-    made, moments = look(
+    made, moments = _planned(
         model,
+        plan,
         init=init,
         alpha=alpha,
         include=include,
@@ -63,6 +71,7 @@ def convert(
     scope: Literal["all", "residual"] = "all",
     reset: bool = True,
     inplace_activations: bool = True,
+    plan: Plan | str | Path | None = None,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -76,7 +85,8 @@ def convert(
         model: Any module with batch normalisation in it; it is not changed.
         init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew from He's distribution with torch's
             global generator), ``"preserve"`` to keep the function that ``model.eval()`` computes (alpha 1), ``"auto"``
-            for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``.
+            for ``"preserve"`` if any norm has been trained (its statistics or its beta have moved) or is frozen, else
+            ``"skipinit"``; an error where nothing tells.
         alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
         include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
@@ -84,6 +94,8 @@ def convert(
         reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
         inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
             and what writes in place where a norm was gets a copy.
+        plan: A plan to apply instead of making one, with no other argument: a :class:`normfree.Plan`, its JSON, or the
+            file or folder that holds it. So a checkpoint of a converted model finds what it was saved from.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -91,7 +103,8 @@ def convert(
         WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
             ScriptModule.
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
-        UsageError: An argument makes no sense.
+        UsageError: An argument makes no sense, or the plan is one of another model.
+        CheckpointError: There is no plan to be read.
 
     Example:
         >>> import normfree, torchvision
@@ -99,8 +112,9 @@ def convert(
         >>> model.layer1[0].conv2.alpha
         0.0
     """
-    made, moments = look(
+    made, moments = _planned(
         model,
+        plan,
         init=init,
         alpha=alpha,
         include=include,
@@ -113,3 +127,32 @@ def convert(
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made, moments())
     return converted
+
+
+_DEFAULTS = {
+    "init": "auto",
+    "alpha": None,
+    "include": (),
+    "exclude": (),
+    "scope": "all",
+    "reset": True,
+    "inplace_activations": True,
+}
+
+
+def _planned(
+    model: nn.Module, plan: Plan | str | Path | None, **options: Any
+) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
+    """Return the plan that is made or given, and what computes what its carried layers meet."""
+    if plan is None:
+        return look(model, **options)
+    both = [name for name, value in options.items() if value != _DEFAULTS[name]]
+    if both:
+        raise UsageError(f"a plan says all that {', '.join(both)} would say: give the one or the other")
+    made = plan if isinstance(plan, Plan) else read_plan(plan)
+    moments = look_again(model, made)
+    try:
+        check_plan(model, made)
+    except InternalError as error:
+        raise UsageError(f"the plan is not one of this {type(model).__name__}: {error}") from error
+    return made, moments

@@ -20,7 +20,7 @@ from normfree.files.plain import from_plain
 from normfree.plans import Plan
 from normfree.proofs.reference import Reference
 
-__all__ = ["FORMAT", "Header", "read_header", "weights_in"]
+__all__ = ["FORMAT", "Header", "read_header", "read_plan", "weights_in"]
 
 FORMAT = 3
 """1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with
@@ -120,3 +120,22 @@ def read_header(path: str | Path) -> Header:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: normfree's header cannot be read: {error}") from error
     return header
+
+
+def read_plan(text: str | Path) -> Plan:
+    """Return the plan in a text, in a text file, or in a file or folder that normfree wrote.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if isinstance(text, str) and text.lstrip().startswith("{"):
+        return Plan.from_json(text)
+    path = Path(text)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return read_header(path).plan
+    try:
+        return Plan.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no plan can be read there: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error

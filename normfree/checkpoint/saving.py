@@ -14,7 +14,7 @@ from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
 from normfree.files import Pieces, check_output, stored, write_state
 from normfree.layers import ScaledWeight
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import Plan
 from normfree.proofs.reference import Reference
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 
@@ -62,9 +62,7 @@ def header_of(
     model: nn.Module, source: str | None, num_classes: int | None, plan: Plan | None, reference: Reference | None
 ) -> Header:
     """Return what the file is to say about itself."""
-    plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
-    if plan is None:
-        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    plan = plan if plan is not None else Plan.of(model)
     if not plan.fused:  # a head that was put on since the conversion is a plain layer
         carried = {name for name, module in model.named_modules() if isinstance(module, ScaledWeight)}
         plan = replace(plan, carried=tuple(layer for layer in plan.carried if layer.path in carried))

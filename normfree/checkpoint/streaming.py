@@ -66,7 +66,7 @@ def convert_file(
     check_fits(model.state_dict(keep_vars=True), weights, where, hint)
     streamed = _fill(model, weights)
     del weights
-    made, met = look(model, **options)
+    made, met = look(model, loaded=True, **options)
     layers = [(model.get_submodule(path), gain) for path, gain in made.drawn]
     drawn = draws(layers)
     zero_biases_(layers)

@@ -130,12 +130,17 @@ def inspect(
     with reporting(as_json):
         with progress(3) as step:
             step("importing torch")
-            from normfree.planning.plan import plan
+            from normfree.planning.plan import look
 
             _, model = build_original(source, step, checkpoint, pretrained, num_classes)
             step("planning")
             options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
-            made = plan(model, include=include or (), exclude=exclude or (), **options)
+            options |= {
+                "include": include or (),
+                "exclude": exclude or (),
+                "loaded": pretrained or checkpoint is not None,
+            }
+            made, _ = look(model, **options)
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
         else:

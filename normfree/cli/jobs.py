@@ -60,7 +60,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
 
     from normfree import checkpoint as files
     from normfree import conversion, zoo
-    from normfree.plans import PLAN_ATTRIBUTE
+    from normfree.planning.plan import look
     from normfree.proofs import verify as verifying
     from normfree.proofs.reference import Reference
     from normfree.tracing.inputs import example_input
@@ -76,8 +76,8 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     name, original = build_original(job.source, step, job.checkpoint, job.pretrained, job.num_classes)
     step("converting")
     torch.manual_seed(job.seed)
-    model = conversion.convert(original, **job.options)
-    plan = getattr(model, PLAN_ATTRIBUTE)
+    plan, _ = look(original, loaded=job.pretrained or job.checkpoint is not None, **job.options)
+    model = conversion.convert(original, plan=plan)
     done = []
     reference = None
     if job.proofs:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.errors import UnsupportedModelError, UsageError, one_line, require, some
 from normfree.files import check_output, replacing
-from normfree.plans import PLAN_ATTRIBUTE
+from normfree.plans import plan_on
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments, example_input, fresh
 
@@ -109,7 +109,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _keeps(model: nn.Module) -> bool:
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = plan_on(model)
     return plan is not None and any(edit.action == "keep" for edit in plan.norms)
 
 

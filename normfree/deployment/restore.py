@@ -25,6 +25,7 @@ from normfree.layers import (
 from normfree.norms import describe
 from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
 from normfree.rewriting.applying import hand_on_hooks, replace_everywhere
+from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded
 from normfree.tracing.copying import deep_copy
 
@@ -92,6 +93,7 @@ def restore_(model: M) -> M:
         elif isinstance(module, ScaledSum):
             _own_forward(module, slots)
     replace_everywhere(model, slots)
+    no_hint_(model)
     for attribute in (PLAN_ATTRIBUTE, ORIGINALS_ATTRIBUTE):
         del model.__dict__[attribute]
     left = multiplying(model)
@@ -103,10 +105,8 @@ def restore_(model: M) -> M:
 
 def _asked(model: nn.Module) -> tuple[Plan, Originals]:
     """Return what a model carries that can be restored."""
-    plan, originals = model.__dict__.get(PLAN_ATTRIBUTE), model.__dict__.get(ORIGINALS_ATTRIBUTE)
+    plan, originals = Plan.of(model), model.__dict__.get(ORIGINALS_ATTRIBUTE)
     name = type(model).__name__
-    if plan is None:
-        raise UsageError(f"this {name} was not converted by normfree: it carries no plan")
     if plan.fused:
         raise UsageError(f"this {name} is fused: its gains are gone; restore the converted one")
     if plan.init != "preserve" or originals is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normfree.errors import UsageError
 from normfree.layers import ChannelAffine, ScaledWeight, alpha_of, alpha_scale
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import Plan
 from normfree.proofs.observing import Still
 from normfree.tracing.copying import deep_copy
 from normfree.training.centring import centre_
@@ -104,9 +104,7 @@ def calibrate_(
 
 def _plan(model: nn.Module) -> Plan:
     """Return the plan of a model that can be calibrated."""
-    plan: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
-    if plan is None:
-        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    plan = Plan.of(model)
     if plan.fused:
         raise UsageError(f"this {type(model).__name__} is fused, and learns in plain coordinates: calibrate before")
     return plan
