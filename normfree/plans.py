@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -17,8 +17,7 @@ from normfree.errors import CheckpointError, UsageError
 from normfree.files.plain import from_plain
 from normfree.layers import Channels, skipinit_name
 
-__all__ = ["PLAN_ATTRIBUTE", "Action", "Alpha", "Carried", "Init", "NormEdit", "Plan", "SumEdit", "Units"]
-__all__ += ["plan_on"]
+__all__ = ["PLAN_ATTRIBUTE", "Action", "Alpha", "Carried", "Init", "NormEdit", "Plan", "SumEdit", "Units", "plan_on"]
 
 Action = Literal["fold", "affine", "delete", "bias", "keep"]
 Init = Literal["skipinit", "preserve"]
@@ -221,13 +220,8 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:
-        """Return the plan that a converted or fused model carries.
-
-        Raises:
-            UsageError: It carries none.
-        """
-        found = plan_on(model)
-        if found is None:
+        """Return the plan that a converted or fused model carries; raise :class:`UsageError` if it carries none."""
+        if (found := plan_on(model)) is None:
             raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
         return found
 
@@ -239,10 +233,9 @@ class Plan:
             CheckpointError: The text is not a plan.
         """
         try:
-            made: Plan = from_plain(cls, json.loads(text))
+            return cast(Plan, from_plain(cls, json.loads(text)))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the stored plan cannot be read: {error}") from error
-        return made
 
 
 def plan_on(model: nn.Module) -> Plan | None:

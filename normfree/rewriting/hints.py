@@ -14,7 +14,7 @@ _OURS = ("gain", "center", "offset", "raw_alpha")
 
 def hint_(model: nn.Module) -> None:
     """Let a converted model name the way out when it is to load what was converted by another plan."""
-    model.register_load_state_dict_pre_hook(_hint)
+    model.register_load_state_dict_pre_hook(_hint)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def no_hint_(model: nn.Module) -> None:
@@ -30,6 +30,6 @@ def _hint(module: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, stri
     if strict and any(key.rpartition(".")[2] in _OURS for key in differ):
         lists[-1].append(
             "The checkpoint was converted by another plan than this model, or not at all. Convert by the plan of the "
-            "checkpoint: normfree.convert(model, plan=...), with normfree.Plan.of(model) of what was saved, its JSON, or "
-            "a file that normfree.save wrote."
+            "checkpoint: normfree.convert(model, plan=...), with normfree.Plan.of(model) of what was saved, its JSON, "
+            "or a file that normfree.save wrote."
         )
