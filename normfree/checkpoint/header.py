@@ -39,6 +39,7 @@ class Header:
         source: The architecture, as :func:`normfree.zoo.find` reads it, or ``None`` for one no zoo knows.
         num_classes: Width of its classifier where it is not the default.
         reference: Samples of what the original computed.
+        input_size: Shape of one input, ``(C, *)``, where it is known.
         norms: Tensors of the norms that were taken away, and of the biases, as a small safetensors file in base64.
     """
 
@@ -46,6 +47,7 @@ class Header:
     source: str | None = None
     num_classes: int | None = None
     reference: Reference | None = None
+    input_size: tuple[int, ...] | None = None
     norms: str | None = None
 
     def to_metadata(self) -> dict[str, str]:
@@ -56,6 +58,7 @@ class Header:
             "source": self.source,
             "num_classes": self.num_classes,
             "reference": None if self.reference is None else asdict(self.reference),
+            "input_size": self.input_size,
             "versions": _versions(self.source),
         }
         norms = {} if self.norms is None else {_NORMS: self.norms}
@@ -114,7 +117,7 @@ def read_header(path: str | Path) -> Header:
                 f"{path}: format {version}, in which gain and weight were two parameters; this version reads format "
                 f"{FORMAT} only: convert the original again, or use the version that wrote the file"
             )
-        fields = {name: raw.get(name) for name in ("source", "num_classes", "reference")}
+        fields = {name: raw.get(name) for name in ("source", "num_classes", "reference", "input_size")}
         fields["norms"] = found.get(_NORMS)
         header: Header = from_plain(Header, {"plan": raw["plan"], **fields})
     except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normfree.deployment.plain import plain_
 from normfree.errors import UsageError, some
 from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
+from normfree.layers.reparametrized import check_plain
 from normfree.plans import PLAN_ATTRIBUTE
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
@@ -55,6 +56,7 @@ def fuse_(model: M) -> M:
     """Do in place what :func:`fuse` does on a copy."""
     if not any(map(is_normfree, model.modules())):
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
+    check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)
     left = multiplying(model)
     if left:

@@ -20,8 +20,10 @@ from normfree.layers import (
     ScaledWeight,
     SkipInit,
     alpha_scale,
+    is_normfree,
     scaled_output_class,
 )
+from normfree.layers.reparametrized import check_plain
 from normfree.norms import describe
 from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
 from normfree.rewriting.applying import hand_on_hooks, replace_everywhere
@@ -66,6 +68,7 @@ def restore(model: M) -> M:
 def restore_(model: M) -> M:
     """Do in place what :func:`restore` does on a copy; all or nothing."""
     plan, originals = _asked(model)
+    check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "restore")
     modules = dict(model.named_modules(remove_duplicate=False))
     slots: dict[int, nn.Module] = {}
     problems: list[str] = []

@@ -129,8 +129,8 @@ def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | N
     if norm is not None:
         if norm.problem is None and norm.mean is None and init == "preserve":
             return (
-                "tracks no running statistics, so there is nothing to preserve; exclude it, or use init='skipinit', which "
-                "draws the weights anew"
+                "tracks no running statistics, so there is nothing to preserve; exclude it, or use init='skipinit', "
+                "which draws the weights anew"
             )
         return norm.problem or (_broken(norm) if init == "preserve" else None)
     if looks_like_norm(module) == "subclass":

@@ -24,11 +24,13 @@ def no_hint_(model: nn.Module) -> None:
         del hooks[key]
 
 
-def _hint(module: nn.Module, state: Mapping[str, Any], prefix: str, _: Any, strict: bool, *lists: list[str]) -> None:
+def _hint(module: nn.Module, state: Mapping[str, Any], prefix: str, *told: Any) -> None:
+    """Compare what carries constants and scalars, of the layers that both have; torch does not say if it is strict."""
     theirs = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
-    differ = theirs ^ module.state_dict(keep_vars=True).keys()
-    if strict and any(key.rpartition(".")[2] in _OURS for key in differ):
-        lists[-1].append(
+    own = module.state_dict(keep_vars=True).keys()
+    differ = (key.rpartition(".") for key in theirs ^ own)
+    if any(leaf in _OURS and f"{layer}.weight" in theirs & own for layer, _, leaf in differ):
+        told[-1].append(
             "The checkpoint was converted by another plan than this model, or not at all. Convert by the plan of the "
             "checkpoint: normfree.convert(model, plan=...), with normfree.Plan.of(model) of what was saved, its JSON, "
             "or a file that normfree.save wrote."

@@ -14,6 +14,8 @@ from torch import nn
 import normfree
 from normfree.errors import CheckpointError, UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+
 X = noise(2, 3, 8, 8)
 
 
