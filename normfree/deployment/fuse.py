@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.plain import plain_
-from normfree.errors import UsageError, some
+from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
 from normfree.layers.reparametrized import check_plain
 from normfree.plans import PLAN_ATTRIBUTE
@@ -68,11 +68,24 @@ def fuse_(model: M) -> M:
 
 @torch.no_grad()
 def bake_(model: nn.Module) -> None:
-    """Bake in what a weight can absorb."""
+    """Bake in what a weight can absorb; all or nothing.
+
+    Raises:
+        UnsupportedModelError: A weight would not be finite.
+    """
+    combined = {name: m.combined() for name, m in model.named_modules() if isinstance(m, ScaledWeight)}
+    problems = [
+        f"{name} ({type(model.get_submodule(name)).__name__}): its weight and bias overflow {str(weight.dtype)[6:]} once "
+        "gain and alpha are in them; fuse in float32"
+        for name, (weight, bias) in combined.items()
+        if not all(t is None or t.is_meta or bool(t.isfinite().all()) for t in (weight, bias))
+    ]
+    if problems:
+        raise UnsupportedModelError(tuple(problems))
+    for name, (weight, bias) in combined.items():
+        _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias)
     for module in model.modules():
-        if isinstance(module, ScaledWeight):
-            _bake(module)
-        elif isinstance(module, ChannelAffine):
+        if isinstance(module, ChannelAffine):
             _bake_affine(module)
     plan = model.__dict__.get(PLAN_ATTRIBUTE)
     if plan is not None:
@@ -80,17 +93,25 @@ def bake_(model: nn.Module) -> None:
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
 
 
-def _bake(layer: ScaledWeight) -> None:
+def _bake(layer: ScaledWeight, weight: Tensor, bias: Tensor | None) -> None:
     """Give a carrier its combined weight and its old class back.
 
     The parameters are new ones: a weight that is tied to another layer's stays there what it was.
     """
     module = cast(nn.Module, layer)
-    weight, bias = layer.combined()
     trains, learns = layer.weight.requires_grad, layer.weight if layer.bias is None else layer.bias
     plain_(module)
-    module._parameters["weight"] = nn.Parameter(weight.contiguous(), trains)
+    module._parameters["weight"] = nn.Parameter(_own_layout(weight), trains)
     module._parameters["bias"] = None if bias is None else nn.Parameter(bias, learns.requires_grad)
+
+
+def _own_layout(weight: Tensor) -> Tensor:
+    """Return a weight that is dense in its own memory format: channels last stays so."""
+    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        if weight.dim() == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(layout, weight.dim()):
+            if weight.is_contiguous(memory_format=layout):
+                return weight
+    return weight.contiguous()
 
 
 def _bake_affine(slot: ChannelAffine) -> None:
