@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,7 +11,7 @@ from torch import nn
 
 from normfree.analysis.moments import Moments
 from normfree.checkpoint.header import read_plan
-from normfree.errors import InternalError, UsageError
+from normfree.errors import InternalError, UsageError, some
 from normfree.planning.plan import look, look_again
 from normfree.planning.selecting import Patterns
 from normfree.plans import Plan
@@ -18,9 +19,13 @@ from normfree.rewriting.applying import check_plan, rewrite
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 
-__all__ = ["convert", "convert_"]
+__all__ = ["FrozenWarning", "convert", "convert_"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class FrozenWarning(UserWarning):
+    """A frozen layer gets what only training makes good: a scalar of zero, or weights that are drawn anew."""
 
 
 def convert_(
@@ -42,6 +47,7 @@ def convert_(
 
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
+        FrozenWarning: As there.
     """
     made, moments = _planned(
         model,
@@ -54,6 +60,7 @@ def convert_(
         reset=reset,
         inplace_activations=inplace_activations,
     )
+    _warn_of_frozen(model, made)
     met = moments()
     del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
@@ -106,6 +113,10 @@ def convert(
         UsageError: An argument makes no sense, or the plan is one of another model.
         CheckpointError: There is no plan to be read.
 
+    Warns:
+        FrozenWarning: A layer with ``requires_grad=False`` would get an alpha of zero, or weights that are drawn anew,
+            and keep them for good; all are named.
+
     Example:
         >>> import normfree, torchvision
         >>> model = normfree.convert(torchvision.models.resnet18())
@@ -123,6 +134,7 @@ def convert(
         reset=reset,
         inplace_activations=inplace_activations,
     )
+    _warn_of_frozen(model, made)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made, moments())
@@ -156,3 +168,21 @@ def _planned(
     except InternalError as error:
         raise UsageError(f"the plan is not one of this {type(model).__name__}: {error}") from error
     return made, moments
+
+
+def _warn_of_frozen(model: nn.Module, made: Plan) -> None:
+    """Name what would stay closed or random, as nobody trains it."""
+    closed = [a.path for a in made.alphas if made.alpha == 0 and _is_frozen(model.get_submodule(a.path), model)]
+    drawn = [path for path, _ in made.drawn if _is_frozen(model.get_submodule(path), model)]
+    said = [*([f"alpha is 0 at {some(closed)}"] if closed else []), *([f"drawn anew: {some(drawn)}"] if drawn else [])]
+    if said:
+        text = (
+            f"frozen layers (requires_grad=False) keep for good what they get: {'; '.join(said)}. Unfreeze them before "
+        )
+        warnings.warn(f"{text}the conversion, or use init='preserve'", FrozenWarning, stacklevel=3)
+
+
+def _is_frozen(layer: nn.Module, model: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    parameters = [weight] if weight is not None else list(layer.parameters()) or list(model.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

@@ -75,8 +75,8 @@ def bake_(model: nn.Module) -> None:
     """
     combined = {name: m.combined() for name, m in model.named_modules() if isinstance(m, ScaledWeight)}
     problems = [
-        f"{name} ({type(model.get_submodule(name)).__name__}): its weight and bias overflow {str(weight.dtype)[6:]} once "
-        "gain and alpha are in them; fuse in float32"
+        f"{name} ({type(model.get_submodule(name)).__name__}): its weight and bias overflow {str(weight.dtype)[6:]} "
+        "once gain and alpha are in them; fuse in float32"
         for name, (weight, bias) in combined.items()
         if not all(t is None or t.is_meta or bool(t.isfinite().all()) for t in (weight, bias))
     ]
@@ -101,17 +101,8 @@ def _bake(layer: ScaledWeight, weight: Tensor, bias: Tensor | None) -> None:
     module = cast(nn.Module, layer)
     trains, learns = layer.weight.requires_grad, layer.weight if layer.bias is None else layer.bias
     plain_(module)
-    module._parameters["weight"] = nn.Parameter(_own_layout(weight), trains)
+    module._parameters["weight"] = nn.Parameter(weight.clone(), trains)  # which keeps channels last
     module._parameters["bias"] = None if bias is None else nn.Parameter(bias, learns.requires_grad)
-
-
-def _own_layout(weight: Tensor) -> Tensor:
-    """Return a weight that is dense in its own memory format: channels last stays so."""
-    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
-        if weight.dim() == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(layout, weight.dim()):
-            if weight.is_contiguous(memory_format=layout):
-                return weight
-    return weight.contiguous()
 
 
 def _bake_affine(slot: ChannelAffine) -> None:

@@ -43,7 +43,6 @@ class _Scaled(_Module):
     """Part of both mixins: their classes are made at run time, one for each original class."""
 
     _normfree_original: ClassVar[type[nn.Module]]
-    __jit_unused_properties__ = (*HasAlpha.__jit_unused_properties__, "base_layer")
 
     def __new__(cls, *args: Any, **_: Any) -> Any:
         """Refuse ``type(layer)(...)``, with which adapters make layers beside one that they wrap."""
@@ -109,8 +108,8 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
 
 def _no_adapter(cls: type[nn.Module]) -> str:
     return (
-        f"{cls.__name__} computes with another weight than its own: an adapter would be merged into the wrong one. Adapt "
-        "plain layers: model = normfree.fuse(model) first. Adapters learn on it as they would here"
+        f"{cls.__name__} computes with another weight than its own: an adapter would be merged into the wrong one. "
+        "Adapt plain layers: model = normfree.fuse(model) first. Adapters learn on it as they would here"
     )
 
 

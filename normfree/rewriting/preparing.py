@@ -94,6 +94,7 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UnsupportedModelError: A gain or a bias would be infinite; all layers are named.
     """
+    made: dict[str, tuple[Tensor | None, ...]]
     made = {path: (c.gain, c.bias, c.offset) for path, c in writes.carriers.items()}
     made |= {path: (slot.gain, slot.bias) for path, slot in writes.slots.items() if isinstance(slot, ChannelAffine)}
     problems = [

@@ -208,3 +208,13 @@ def test_a_fused_model_is_verified_but_for_its_scalars(init: str) -> None:
     with torch.no_grad():
         fused.layer1[0].conv1.weight.mul_(1.01)
     assert normfree.verify(fused, original, noise(2, 3, 32, 32)).ok is (init == "skipinit")
+
+
+def test_channels_last_survives() -> None:
+    model = normfree.convert(randomise(timm.create_model("test_resnet")).double(), init="preserve").eval()
+    model = model.to(memory_format=torch.channels_last)
+    fused = normfree.fuse(model)
+    weights = [module.weight for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    x = noise(2, 3, 32, 32, dtype=torch.float64)
+    assert_close(fused(x), model(x))
