@@ -16,7 +16,7 @@ from normfree.files import check_fits
 from normfree.layers import is_normfree
 from normfree.layers.reparametrized import check_plain
 
-__all__ = ["SaveWarning", "loadable"]
+__all__ = ["SaveWarning", "loadable", "said_by_timm"]
 
 
 class SaveWarning(UserWarning):
@@ -38,35 +38,40 @@ def loadable(model: nn.Module, header: Header, state: Mapping[str, Tensor]) -> H
     touched = {edit.producer or "" for edit in plan.removed} | {*plan.biases, *(layer.path for layer in plan.carried)}
     touched |= {name for name, module in model.named_modules() if is_normfree(module)}
     check_plain(model, touched - {""}, "save")
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = header.input_size or config.get("input_size")
-    header = replace(header, input_size=None if size is None else tuple(size))
-    named, classes = header.source, header.num_classes
-    if named is None and config.get("architecture"):
-        named = f"timm:{config['architecture']}"
-    if classes is None and named is not None and named.startswith("timm:"):
-        classes = getattr(model, "num_classes", None)
-    problem = "no zoo is said to know it" if named is None else _problem(header, named, classes, state)
+    named = said_by_timm(model, header)
+    problem = _problem(named, state)
     if problem is None:
-        return replace(header, source=named, num_classes=classes)
+        return named
     if header.source is not None:
         raise UsageError(f"load could not read this {type(model).__name__} as {header.source}: {problem}")
-    reason = f" ({problem.splitlines()[0]})" if named else ""
     warnings.warn(
-        f"no source= names the architecture of this {type(model).__name__}{reason}: to load the file, pass the "
+        f"no source= names the architecture of this {type(model).__name__}: to load the file, pass the "
         "original architecture, load(path, model=...)",
         SaveWarning,
         stacklevel=3,
     )
-    return header
+    return replace(named, source=None, num_classes=header.num_classes)
 
 
-def _problem(header: Header, source: str, classes: int | None, state: Mapping[str, Tensor]) -> str | None:
+def said_by_timm(model: nn.Module, header: Header) -> Header:
+    """Fill in what timm's configuration of a model says, where the caller says nothing."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    source, classes, size = header.source, header.num_classes, header.input_size or config.get("input_size")
+    if source is None and config.get("architecture"):
+        source = f"timm:{config['architecture']}"
+    if classes is None and (source or "").startswith("timm:"):
+        classes = getattr(model, "num_classes", None)
+    return replace(header, source=source, num_classes=classes, input_size=None if size is None else tuple(size))
+
+
+def _problem(header: Header, state: Mapping[str, Tensor]) -> str | None:
     """Say why the architecture that is named is not the model's, by building it without memory."""
+    if header.source is None:
+        return "none is named"
     hint = "if only the classifier differs, give its num_classes"
     try:
-        empty = applied_to_empty(header, source, zoo.find(source), classes)
-        check_fits(empty.state_dict(keep_vars=True), state, source, hint)
+        empty = applied_to_empty(header, header.source, zoo.find(header.source), header.num_classes)
+        check_fits(empty.state_dict(keep_vars=True), state, header.source, hint)
     except (CheckpointError, SourceError) as error:
         return str(error)
     return None
