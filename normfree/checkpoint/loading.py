@@ -84,7 +84,7 @@ def _apply(model: nn.Module, header: Header, path: object) -> None:
         raise CheckpointError(f"{path}: the stored plan does not fit this {type(model).__name__}: {error}") from error
     if header.plan.fused:
         bake_(model)
-    model.__dict__[PLAN_ATTRIBUTE] = header.plan
+    model.__dict__[PLAN_ATTRIBUTE] = header.plan.to_json() if header.plan.fused else header.plan
 
 
 def _fitting(

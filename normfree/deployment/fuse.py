@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.plain import plain_
+from normfree.deployment.slots import in_torch_alone
 from normfree.errors import UnsupportedModelError, UsageError, some
-from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
+from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
 from normfree.layers.reparametrized import check_plain
-from normfree.plans import PLAN_ATTRIBUTE
+from normfree.plans import PLAN_ATTRIBUTE, plan_on
+from normfree.rewriting.applying import replace_everywhere
+from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
 
@@ -54,6 +57,9 @@ def fuse(model: M) -> M:
 
 def fuse_(model: M) -> M:
     """Do in place what :func:`fuse` does on a copy."""
+    plan = plan_on(model)
+    if plan is not None and plan.fused:
+        raise UsageError(f"this {type(model).__name__} is fused already")
     if not any(map(is_normfree, model.modules())):
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
     check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
@@ -84,13 +90,18 @@ def bake_(model: nn.Module) -> None:
         raise UnsupportedModelError(tuple(problems))
     for name, (weight, bias) in combined.items():
         _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias)
+    slots: dict[int, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, ChannelAffine):
             _bake_affine(module)
-    plan = model.__dict__.get(PLAN_ATTRIBUTE)
+        if isinstance(module, (ChannelAffine, SkipInit, Copy)):
+            slots[id(module)] = in_torch_alone(module)
+    replace_everywhere(model, slots)
+    plan = plan_on(model)
     if plan is not None:
-        model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True)
+        model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True).to_json()
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
+    no_hint_(model)
 
 
 def _bake(layer: ScaledWeight, weight: Tensor, bias: Tensor | None) -> None:
@@ -125,6 +136,5 @@ def multiplying(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (SkipInit, ScaledOutput, ChannelAffine))
-        and module._parameters.get("raw_alpha") is not None
+        if not isinstance(module, ScaledWeight) and module._parameters.get("raw_alpha") is not None
     ]

@@ -96,7 +96,7 @@ def test_fuse_writes_plain_layers(original: nn.Module, file: Path, tmp_path: Pat
     assert run("verify", out).exit_code == 0
     done = run("fuse", out, "-o", tmp_path / "again.safetensors")
     assert done.exit_code == 2
-    assert "convert it first" in done.stderr
+    assert "is fused already" in done.stderr
 
 
 def test_restore_writes_the_original(original: nn.Module, file: Path, tmp_path: Path) -> None:

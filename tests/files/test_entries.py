@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint are, under any key and behind any prefix of the frameworks; what was taken is said."""
+"""Where the weights of a checkpoint are, under any key and behind any prefix; and what was taken is said."""
 
 from __future__ import annotations
 
