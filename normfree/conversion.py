@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from normfree.errors import UnseenWarning
-from normfree.planning.plan import look
+from normfree.analysis.moments import Moments
+from normfree.checkpoint.header import read_plan
+from normfree.errors import InternalError, UnseenWarning, UsageError, some
+from normfree.planning.plan import look, look_again
 from normfree.planning.selecting import Patterns
 from normfree.plans import Plan
-from normfree.rewriting.applying import rewrite
+from normfree.rewriting.applying import check_plan, rewrite
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
 
-__all__ = ["convert", "convert_"]
+__all__ = ["FrozenWarning", "convert", "convert_"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class FrozenWarning(UserWarning):
+    """A frozen layer gets what only training makes good: a scalar of zero, or weights that are drawn anew."""
 
 
 def convert_(
@@ -32,6 +40,7 @@ def convert_(
     reset: bool = True,
     inplace_activations: bool = True,
     inputs: Inputs | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
@@ -41,9 +50,11 @@ def convert_(
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
         UnseenWarning: As there.
+        FrozenWarning: As there.
     """
-    made, moments = look(
+    made, moments = _planned(
         model,
+        plan,
         init=init,
         alpha=alpha,
         include=include,
@@ -54,6 +65,7 @@ def convert_(
         inputs=inputs,
     )
     _warn_of_unseen(made)
+    _warn_of_frozen(model, made)
     met = moments()
     del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
@@ -72,6 +84,7 @@ def convert(
     reset: bool = True,
     inplace_activations: bool = True,
     inputs: Inputs | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -85,7 +98,8 @@ def convert(
         model: Any module with batch normalisation in it; it is not changed.
         init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew from He's distribution with torch's
             global generator), ``"preserve"`` to keep the function that ``model.eval()`` computes (alpha 1), ``"auto"``
-            for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``.
+            for ``"preserve"`` if any norm has been trained (its statistics or its beta have moved) or is frozen, else
+            ``"skipinit"``; an error where nothing tells.
         alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
         include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
@@ -97,9 +111,8 @@ def convert(
             arguments. Only shapes and types matter. What the conversion does is read from one run on them, without
             memory where that is possible. Default: found from timm's configuration, the first layer, or what
             transformers' models say of themselves.
-
-    Warns:
-        UnseenWarning: Norms did not run: what is around them could not be seen, and ``inputs`` is the way out.
+        plan: A plan to apply instead of making one, with no other argument: a :class:`normfree.Plan`, its JSON, or the
+            file or folder that holds it. So a checkpoint of a converted model finds what it was saved from.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -107,7 +120,13 @@ def convert(
         WrappedModelError: The model is wrapped (DDP, FSDP, ``torch.compile``, an average of weights, Opacus) or a
             ScriptModule.
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
-        UsageError: An argument makes no sense.
+        UsageError: An argument makes no sense, or the plan is one of another model.
+        CheckpointError: There is no plan to be read.
+
+    Warns:
+        UnseenWarning: Norms did not run: what is around them could not be seen, and ``inputs`` is the way out.
+        FrozenWarning: A layer with ``requires_grad=False`` would get an alpha of zero, or weights that are drawn anew,
+            and keep them for good; all are named.
 
     Example:
         >>> import normfree, torchvision
@@ -115,8 +134,9 @@ def convert(
         >>> model.layer1[0].conv2.alpha
         0.0
     """
-    made, moments = look(
+    made, moments = _planned(
         model,
+        plan,
         init=init,
         alpha=alpha,
         include=include,
@@ -127,6 +147,7 @@ def convert(
         inputs=inputs,
     )
     _warn_of_unseen(made)
+    _warn_of_frozen(model, made)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
     rewrite(converted, made, moments())
@@ -136,3 +157,51 @@ def convert(
 def _warn_of_unseen(made: Plan) -> None:
     if made.unseen and made.opaque:
         warnings.warn(made.warning, UnseenWarning, stacklevel=3)
+
+
+_DEFAULTS = {
+    "init": "auto",
+    "alpha": None,
+    "include": (),
+    "exclude": (),
+    "scope": "all",
+    "reset": True,
+    "inplace_activations": True,
+}
+
+
+def _planned(
+    model: nn.Module, plan: Plan | str | Path | None, **options: Any
+) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
+    """Return the plan that is made or given, and what computes what its carried layers meet."""
+    if plan is None:
+        return look(model, **options)
+    inputs = options.pop("inputs")
+    both = [name for name, value in options.items() if value != _DEFAULTS[name]]
+    if both:
+        raise UsageError(f"a plan says all that {', '.join(both)} would say: give the one or the other")
+    made = plan if isinstance(plan, Plan) else read_plan(plan)
+    moments = look_again(model, made, inputs)
+    try:
+        check_plan(model, made)
+    except InternalError as error:
+        raise UsageError(f"the plan is not one of this {type(model).__name__}: {error}") from error
+    return made, moments
+
+
+def _warn_of_frozen(model: nn.Module, made: Plan) -> None:
+    """Name what would stay closed or random, as nobody trains it."""
+    closed = [a.path for a in made.alphas if made.alpha == 0 and _is_frozen(model.get_submodule(a.path), model)]
+    drawn = [path for path, _ in made.drawn if _is_frozen(model.get_submodule(path), model)]
+    said = [*([f"alpha is 0 at {some(closed)}"] if closed else []), *([f"drawn anew: {some(drawn)}"] if drawn else [])]
+    if said:
+        text = (
+            f"frozen layers (requires_grad=False) keep for good what they get: {'; '.join(said)}. Unfreeze them before "
+        )
+        warnings.warn(f"{text}the conversion, or use init='preserve'", FrozenWarning, stacklevel=3)
+
+
+def _is_frozen(layer: nn.Module, model: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    parameters = [weight] if weight is not None else list(layer.parameters()) or list(model.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

@@ -7,20 +7,23 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
+
+from torch import nn
 
 from normfree.analysis.sums import Kind
 from normfree.analysis.tails import Place
-from normfree.errors import CheckpointError, some
+from normfree.errors import CheckpointError, UsageError, some
 from normfree.files.plain import from_plain
 from normfree.layers import Channels, skipinit_name
 
 __all__ = ["PLAN_ATTRIBUTE", "UNSEEN", "Action", "Alpha", "Carried", "Init", "NormEdit", "Plan", "SumEdit", "Units"]
+__all__ += ["plan_on"]
 
 Action = Literal["fold", "affine", "delete", "bias", "keep"]
 Init = Literal["skipinit", "preserve"]
 PLAN_ATTRIBUTE = "_normfree_plan"
-"""Where a converted model keeps its plan."""
+"""Where a converted model keeps its plan; a fused one its text, which can be unpickled without this package."""
 UNSEEN = "unknown"
 """What feeds a norm that was not seen."""
 _CHANNELS = 2**20
@@ -227,9 +230,10 @@ class Plan:
         actions = Counter(edit.action for edit in self.norms)
         kinds = Counter(total.kind for total in self.sums)
         declined = "an unknown number missing" if self.unseen else f"{len(self.declined)} declined"
+        drawn = f", {len(self.drawn)} weights are drawn anew" if self.drawn else ""
         lines = [
             *([f"not seen: {self.warning}"] if self.unseen else []),
-            f"init: {self.init} ({self.init_reason}), alpha starts at {self.alpha:g}",
+            f"init: {self.init} ({self.init_reason}), alpha starts at {self.alpha:g}{drawn}",
             f"norms: {len(self.norms)} ({', '.join(f'{n} {action}' for action, n in actions.items())})",
             f"sums: {len(self.sums)}" + "".join(f", {n} {kind}" for kind, n in kinds.items()),
             f"alphas: {len(self.alphas)} placed, {declined}",
@@ -245,6 +249,13 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
     @classmethod
+    def of(cls, model: nn.Module) -> Plan:
+        """Return the plan that a converted or fused model carries; raise :class:`UsageError` if it carries none."""
+        if (found := plan_on(model)) is None:
+            raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+        return found
+
+    @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read what :meth:`to_json` wrote.
 
@@ -252,7 +263,12 @@ class Plan:
             CheckpointError: The text is not a plan.
         """
         try:
-            made: Plan = from_plain(cls, json.loads(text))
+            return cast(Plan, from_plain(cls, json.loads(text)))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the stored plan cannot be read: {error}") from error
-        return made
+
+
+def plan_on(model: nn.Module) -> Plan | None:
+    """Return the plan that a model carries, if it does."""
+    found: Plan | str | None = getattr(model, PLAN_ATTRIBUTE, None)
+    return Plan.from_json(found) if isinstance(found, str) else found

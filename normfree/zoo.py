@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfree.errors import SourceError
 
-__all__ = ["Source", "build", "find", "skeleton"]
+__all__ = ["Source", "build", "find", "own_shape", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -158,3 +158,34 @@ def _torchvision_options(builder: Any) -> dict[str, Any]:
     if any(init is not None and init.default is None for init in parents):
         options["init_weights"] = True
     return options
+
+
+def own_shape(model: nn.Module, source: Source | None = None) -> tuple[int, ...] | None:
+    """Return the shape of one input that a model was made for, ``(C, *)``, or ``None`` where nobody says it.
+
+    timm says it in the model's configuration, torchvision in the transforms of its weights; of a torchvision model
+    without its name, all those of its class must agree.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        return tuple(config["input_size"])
+    if source is not None and source.library == "torchvision":
+        return _trained_on(source.name)
+    if type(model).__module__.startswith("torchvision.models."):
+        import torchvision
+
+        builders = {name: inspect.unwrap(torchvision.models.get_model_builder(name)) for name in _torchvision_names()}
+        names = [name for name, builder in builders.items() if typing.get_type_hints(builder)["return"] is type(model)]
+        shapes = {_trained_on(name) for name in names}
+        return shapes.pop() if len(shapes) == 1 else None
+    return None
+
+
+def _trained_on(name: str) -> tuple[int, ...] | None:
+    """Return the shape of an image after the transforms of a torchvision network's default weights."""
+    import torchvision
+
+    weights = list(torchvision.models.get_model_weights(name))
+    transforms = weights[0].transforms() if weights else None
+    size = getattr(transforms, "crop_size", None)
+    return (3, size[0], size[0]) if size is not None and len(size) == 1 else None

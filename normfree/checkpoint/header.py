@@ -20,7 +20,7 @@ from normfree.files.plain import from_plain
 from normfree.plans import Plan
 from normfree.proofs.reference import Reference
 
-__all__ = ["FORMAT", "Header", "read_header", "weights_in"]
+__all__ = ["FORMAT", "Header", "read_header", "read_plan", "weights_in"]
 
 FORMAT = 3
 """1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with
@@ -39,6 +39,7 @@ class Header:
         source: The architecture, as :func:`normfree.zoo.find` reads it, or ``None`` for one no zoo knows.
         num_classes: Width of its classifier where it is not the default.
         reference: Samples of what the original computed.
+        input_size: Shape of one input, ``(C, *)``, where it is known.
         norms: Tensors of the norms that were taken away, and of the biases, as a small safetensors file in base64.
     """
 
@@ -46,6 +47,7 @@ class Header:
     source: str | None = None
     num_classes: int | None = None
     reference: Reference | None = None
+    input_size: tuple[int, ...] | None = None
     norms: str | None = None
 
     def to_metadata(self) -> dict[str, str]:
@@ -56,6 +58,7 @@ class Header:
             "source": self.source,
             "num_classes": self.num_classes,
             "reference": None if self.reference is None else asdict(self.reference),
+            "input_size": self.input_size,
             "versions": _versions(self.source),
         }
         norms = {} if self.norms is None else {_NORMS: self.norms}
@@ -114,9 +117,28 @@ def read_header(path: str | Path) -> Header:
                 f"{path}: format {version}, in which gain and weight were two parameters; this version reads format "
                 f"{FORMAT} only: convert the original again, or use the version that wrote the file"
             )
-        fields = {name: raw.get(name) for name in ("source", "num_classes", "reference")}
+        fields = {name: raw.get(name) for name in ("source", "num_classes", "reference", "input_size")}
         fields["norms"] = found.get(_NORMS)
         header: Header = from_plain(Header, {"plan": raw["plan"], **fields})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: normfree's header cannot be read: {error}") from error
     return header
+
+
+def read_plan(text: str | Path) -> Plan:
+    """Return the plan in a text, in a text file, or in a file or folder that normfree wrote.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if isinstance(text, str) and text.lstrip().startswith("{"):
+        return Plan.from_json(text)
+    path = Path(text)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return read_header(path).plan
+    try:
+        return Plan.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no plan can be read there: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from normfree import zoo
 from normfree.checkpoint.header import Header, read_header, weights_in
-from normfree.checkpoint.hub import read_config
 from normfree.deployment.fuse import bake_
 from normfree.errors import CheckpointError, InternalError, UsageError
 from normfree.files import check_fits, read_state_dict, take
@@ -19,7 +18,7 @@ from normfree.rewriting.applying import rewrite
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import meta_copy
 
-__all__ = ["build_original", "load"]
+__all__ = ["applied_to_empty", "build_original", "load"]
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int | None = None) -> nn.Module:
@@ -39,9 +38,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     if model is None:
         # Without memory first: a file that names what it does not hold should not cost more than its own size.
         source, classes = _architecture(header, path, num_classes)
-        empty = meta_copy(zoo.skeleton(source, num_classes=classes))
-        _apply(empty, header, path)
-        _fitting(empty, state, path, num_classes)
+        _fitting(applied_to_empty(header, path, source, classes), state, path, num_classes)
         model = build_original(header, path, num_classes=num_classes)
     _apply(model, header, path)
     floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
@@ -62,16 +59,24 @@ def build_original(
     return zoo.build(source, pretrained=pretrained, num_classes=classes)
 
 
+def applied_to_empty(header: Header, where: object, source: zoo.Source, num_classes: int | None) -> nn.Module:
+    """Return the architecture after the stored plan, without memory: its state has names, shapes and types only.
+
+    Raises:
+        CheckpointError: The plan does not fit.
+    """
+    empty = meta_copy(zoo.skeleton(source, num_classes=num_classes))
+    _apply(empty, header, where)
+    return empty
+
+
 def _architecture(header: Header, path: str | Path, num_classes: int | None) -> tuple[zoo.Source, int | None]:
-    name, classes = header.source, header.num_classes
-    if name is None and Path(path).is_dir():
-        name, classes = read_config(Path(path))
-    if name is None:
+    if header.source is None:
         raise UsageError(f"{path} names no architecture: pass the original model, load(path, model=...)")
-    return zoo.find(name), classes if num_classes is None else num_classes
+    return zoo.find(header.source), header.num_classes if num_classes is None else num_classes
 
 
-def _apply(model: nn.Module, header: Header, path: str | Path) -> None:
+def _apply(model: nn.Module, header: Header, path: object) -> None:
     """Give ``model`` the structure that the plan says; its weights come from the file, so none are drawn."""
     try:
         rewrite(model, dataclasses.replace(header.plan, reset=False, fused=False))
@@ -79,7 +84,7 @@ def _apply(model: nn.Module, header: Header, path: str | Path) -> None:
         raise CheckpointError(f"{path}: the stored plan does not fit this {type(model).__name__}: {error}") from error
     if header.plan.fused:
         bake_(model)
-    model.__dict__[PLAN_ATTRIBUTE] = header.plan
+    model.__dict__[PLAN_ATTRIBUTE] = header.plan.to_json() if header.plan.fused else header.plan
 
 
 def _fitting(

@@ -9,12 +9,13 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
+from normfree.checkpoint.checking import loadable
 from normfree.checkpoint.header import WEIGHTS, Header
 from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
 from normfree.files import Pieces, check_output, stored, write_state
 from normfree.layers import ScaledWeight
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import Plan
 from normfree.proofs.reference import Reference
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 
@@ -29,6 +30,7 @@ def save(
     num_classes: int | None = None,
     plan: Plan | None = None,
     reference: Reference | None = None,
+    input_size: tuple[int, ...] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Save a converted or fused model.
@@ -37,15 +39,22 @@ def save(
         model: What :func:`normfree.convert` or :func:`normfree.fuse` returned, trained or not.
         path: A ``.safetensors`` file, or a folder for the layout of the Hugging Face Hub: ``model.safetensors`` with
             timm's ``config.json`` beside it. Files are written beside and moved into place: never half a file.
-        source: The architecture (``"timm:resnet50"``), so that :func:`load` can build it.
-        num_classes: Width of its classifier, where it is not the architecture's default.
+        source: The architecture (``"timm:resnet50"``), so that :func:`load` can build it. Default: what timm's
+            configuration of the model says. It is held to the model before anything is written.
+        num_classes: Width of its classifier, where it is not the architecture's default; of timm's models it is known.
         plan: The plan that was applied, if ``model`` is a piece of what was converted.
         reference: Samples of what the original computed, for ``normfree verify``.
+        input_size: Shape of one input that the model was made for, ``(C, *)``, for ``normfree export``. Default: what
+            timm's configuration or torchvision's weights say.
         overwrite: Replace an existing file.
 
     Raises:
-        UsageError: The model carries no plan.
+        UsageError: The model carries no plan, is not of the architecture that is named, or has a layer whose weight is
+            pruned or parametrized.
         OutputError: The file exists, or cannot be written.
+
+    Warns:
+        SaveWarning: No architecture is known: :func:`load` will want ``model=``.
 
     Example:
         >>> import normfree, torchvision
@@ -54,17 +63,17 @@ def save(
         >>> normfree.load("resnet18.safetensors").layer1[0].conv2.alpha
         0.0
     """
-    header = header_of(model, source, num_classes, plan, reference)
-    write(model, path, header.to_metadata(), source, num_classes, overwrite=overwrite)
+    check_target(path, overwrite=overwrite)
+    header = replace(header_of(model, source, num_classes, plan, reference), input_size=input_size)
+    header = loadable(model, header, stored(model)[0])
+    write(model, path, header.to_metadata(), header.source, header.num_classes, overwrite=overwrite)
 
 
 def header_of(
     model: nn.Module, source: str | None, num_classes: int | None, plan: Plan | None, reference: Reference | None
 ) -> Header:
     """Return what the file is to say about itself."""
-    plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
-    if plan is None:
-        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    plan = plan if plan is not None else Plan.of(model)
     if not plan.fused:  # a head that was put on since the conversion is a plain layer
         carried = {name for name, module in model.named_modules() if isinstance(module, ScaledWeight)}
         plan = replace(plan, carried=tuple(layer for layer in plan.carried if layer.path in carried))
@@ -73,7 +82,7 @@ def header_of(
     if originals is not None:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in originals.tensors().items()}
         norms = base64.b64encode(safetensors.torch.save(tensors)).decode()
-    return Header(plan, source, num_classes, reference, norms)
+    return Header(plan, source, num_classes, reference, norms=norms)
 
 
 def write(

@@ -7,8 +7,8 @@ anew for each piece, so that its pages do not pile up.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree import zoo
+from normfree.checkpoint.checking import said_by_timm
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
-from normfree.files import check_fits, is_mapped, read_state_dict, reader
+from normfree.files import ANY, Choice, is_mapped, prefix_of, read_weights, reader, without_prefix
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
@@ -27,6 +28,8 @@ from normfree.training.initialization import Draw, draws, he_normal_, zero_biase
 
 __all__ = ["convert_file"]
 
+Read = Callable[[str], Tensor]
+"""Reads a tensor of a checkpoint by its name."""
 _SMALL = 2**12
 """Entries up to which tensors of several dimensions are read rather than streamed."""
 _PIECE = 2**21
@@ -40,6 +43,8 @@ def convert_file(
     *,
     num_classes: int | None = None,
     overwrite: bool = False,
+    choice: Choice = ANY,
+    tell: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Plan:
     """Convert a checkpoint into a file without holding the model in memory.
@@ -52,6 +57,8 @@ def convert_file(
         out: A ``.safetensors`` file, or a folder.
         num_classes: Width of its classifier, where it is not the default.
         overwrite: Replace an existing file.
+        choice: Which entry of the checkpoint, and behind which prefix, its weights are.
+        tell: Is told what was taken where there was a choice.
         options: As for :func:`normfree.convert`.
 
     Raises:
@@ -59,30 +66,33 @@ def convert_file(
     """
     check_target(out, overwrite=overwrite, inputs=(checkpoint,))
     found = zoo.find(source)
-    weights = read_state_dict(checkpoint)
+    read = read_weights(checkpoint, choice)
+    tell(read.note)
     model = zoo.skeleton(found, num_classes=num_classes)
-    where = f"{checkpoint}: the checkpoint is not one of this {type(model).__name__}"
-    hint = "if only the classifier differs, give its num_classes"
-    check_fits(model.state_dict(keep_vars=True), weights, where, hint)
-    streamed = _fill(model, weights)
-    del weights
-    made, met = look(model, **options)
+    prefix = prefix_of(model, read.state, checkpoint)
+    tell(without_prefix(prefix, checkpoint))
+    streamed = _fill(model, {key.removeprefix(prefix): value for key, value in read.state.items()})
+    del read
+    open_again = reader(Path(checkpoint), replace(choice, prefix=choice.prefix + prefix))
+    made, met = look(model, loaded=True, **options)
     layers = [(model.get_submodule(path), gain) for path, gain in made.drawn]
     drawn = draws(layers)
     zero_biases_(layers)
-    rewrite(model, dataclasses.replace(made, reset=False), met(), scale=False)
-    factors = _scaled(model, made, streamed, Path(checkpoint))
+    rewrite(model, replace(made, reset=False), met(), scale=False)
+    factors = _scaled(model, made, streamed, open_again)
     model.__dict__[PLAN_ATTRIBUTE] = made
-    metadata = header_of(model, str(found), num_classes, made, None).to_metadata()
-    pieces = _Pieces(Path(checkpoint), streamed, drawn, factors)
+    metadata = said_by_timm(model, header_of(model, str(found), num_classes, made, None)).to_metadata()
+    pieces = _Pieces(Path(checkpoint), open_again, streamed, drawn, factors)
     write(model, out, metadata, str(found), num_classes, overwrite=overwrite, pieces=pieces)
     return made
 
 
 @torch.no_grad()
-def _scaled(model: nn.Module, made: Plan, streamed: Mapping[int, str], checkpoint: Path) -> dict[int, float]:
+def _scaled(
+    model: nn.Module, made: Plan, streamed: Mapping[int, str], open_again: Callable[[], Read]
+) -> dict[int, float]:
     """Give carried layers units and offsets; return the factor of each weight that is a placeholder, by its id."""
-    factors, open_again = dict[int, float](), reader(checkpoint)
+    factors = dict[int, float]()
     for carried in made.carried:
         layer: Any = model.get_submodule(carried.path)
         unit = float(1 / layer.gain[0]) if carried.head else carried.unit
@@ -133,18 +143,20 @@ def _stand_in(old: Tensor) -> Tensor:
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Pieces:
     """The values of a file that is being written, in its order.
 
     Attributes:
         checkpoint: Where the placeholders' values are.
+        open_again: Opens it.
         streamed: Their keys there.
         drawn: What is drawn anew instead.
         factors: What some of them are multiplied by.
     """
 
     checkpoint: Path
+    open_again: Callable[[], Read]
     streamed: Mapping[int, str]
     drawn: Mapping[int, Draw]
     factors: Mapping[int, float]
@@ -153,8 +165,8 @@ class _Pieces:
         """Yield them flat."""
         size = self.checkpoint.stat().st_size
         budget = max(_PIECE, size // 32)
-        opened, used, open_again = self._stamp(), 0, reader(self.checkpoint)
-        read, part = open_again(), torch.empty(0)
+        opened, used = self._stamp(), 0
+        read, part = self.open_again(), torch.empty(0)
         for name in names:
             tensor, key = state[name].detach(), self.streamed.get(id(state[name]))
             draw = self.drawn.get(id(state[name]))
@@ -169,7 +181,7 @@ class _Pieces:
             for start in range(0, tensor.numel(), step):
                 if used >= budget and is_mapped(self.checkpoint):
                     del read, flat, part  # nothing must hold the old pages
-                    read, used = open_again(), 0
+                    read, used = self.open_again(), 0
                     if self._stamp() != opened:
                         raise CheckpointError(f"{self.checkpoint}: the file changed while it was read")
                     flat = read(key).reshape(-1)

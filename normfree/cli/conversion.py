@@ -15,6 +15,9 @@ from normfree.cli.options import (
     ClassesOption,
     InitOption,
     JsonOption,
+    KeyOption,
+    Loaded,
+    PrefixOption,
     PretrainedOption,
     SourceArgument,
     app,
@@ -46,8 +49,10 @@ def convert(
     out: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file, or the folder, to write.")],
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar, or a folder of such files."),
+        typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar .ckpt, or a folder of such files."),
     ] = None,
+    key: KeyOption = None,
+    prefix: PrefixOption = "",
     pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     init: InitOption = "auto",
@@ -80,7 +85,7 @@ def convert(
     with reporting(as_json):
         options: dict[str, Any] = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
         options |= {"include": include or (), "exclude": exclude or (), "inplace_activations": inplace}
-        job = Job(source, out, checkpoint, pretrained, num_classes, options, force, proofs, seed)
+        job = Job(source, out, Loaded(checkpoint, key, prefix, pretrained), num_classes, options, force, proofs, seed)
         many = checkpoint is not None and checkpoint.is_dir()
         with progress(10 if proofs else 4) as step:
             if many:
@@ -117,6 +122,8 @@ def _say_all(rows: list[tuple[Path, Path, str | None]], ok: bool, as_json: bool)
 def inspect(
     source: SourceArgument,
     checkpoint: CheckpointOption = None,
+    key: KeyOption = None,
+    prefix: PrefixOption = "",
     pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     init: InitOption = "auto",
@@ -130,12 +137,18 @@ def inspect(
     with reporting(as_json):
         with progress(3) as step:
             step("importing torch")
-            from normfree.planning.plan import plan
+            from normfree.planning.plan import look
 
-            _, model = build_original(source, step, checkpoint, pretrained, num_classes)
+            loaded = Loaded(checkpoint, key, prefix, pretrained)
+            _, model = build_original(source, step, loaded, num_classes)
             step("planning")
             options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
-            made = plan(model, include=include or (), exclude=exclude or (), **options)
+            options |= {
+                "include": include or (),
+                "exclude": exclude or (),
+                "loaded": pretrained or checkpoint is not None,
+            }
+            made, _ = look(model, loaded=bool(loaded), **options)
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
         else:
@@ -147,6 +160,8 @@ def inspect(
 def verify(
     file: Annotated[Path, typer.Argument(help="A file that normfree convert wrote.")],
     checkpoint: CheckpointOption = None,
+    key: KeyOption = None,
+    prefix: PrefixOption = "",
     pretrained: PretrainedOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -159,19 +174,17 @@ def verify(
         with progress(8) as step:
             step("importing torch")
             from normfree import checkpoint as files
-            from normfree.files import load_weights, read_state_dict
             from normfree.proofs import verify as verifying
 
             header = files.read_header(file)
             step("loading")
             model = files.load(file)
             structure = files.build_original(header, file, pretrained=pretrained)
-            if checkpoint is not None:
-                load_weights(structure, read_state_dict(checkpoint), checkpoint)
-            known = pretrained or checkpoint is not None
+            loaded = Loaded(checkpoint, key, prefix, pretrained)
+            loaded.give(structure, loaded.read())
             done = []
             proofs = verifying.each_proof(
-                model, structure if known else None, structure=structure, reference=header.reference
+                model, structure if loaded else None, structure=structure, reference=header.reference
             )
             for number, proof in enumerate(proofs, start=1):
                 done.append(proof)

@@ -55,7 +55,8 @@ def export(
     file: FileArgument,
     out: Annotated[Path, typer.Option("-o", "--output", help="A .pt2 or .onnx file.")],
     format: Annotated[str | None, typer.Option(help="pt2 or onnx; by default what OUT ends in.")] = None,
-    size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width; by default the network's own.")] = None,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +67,7 @@ def export(
     with reporting(as_json):
         with progress(4) as step:
             step("importing torch")
-            from normfree import checkpoint, files
+            from normfree import checkpoint, files, zoo
             from normfree.deployment import export as exporting
             from normfree.deployment import fuse as fusing
             from normfree.tracing.trace import example_input
@@ -74,15 +75,22 @@ def export(
             exporting.format_of(out, format)
             files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
             step("loading")
-            model = checkpoint.load(file).eval()
-            if not checkpoint.read_header(file).plan.fused:
+            header, model = checkpoint.read_header(file), checkpoint.load(file).eval()
+            if not header.plan.fused:
                 fusing.bake_(model)
             step("exporting")
-            error = exporting.export(model, out, example_input(model, size=size), overwrite=force)
+            source = None if header.source is None else zoo.find(header.source)
+            own = header.input_size or zoo.own_shape(model, source)
+            x = exporting.own_input(model, own) if size is None else example_input(model, size=size)
+            error = exporting.export(model, out, x, dynamic_size=dynamic_size, overwrite=force)
+        taken = ["N", *x.shape[1:]] if not dynamic_size else ["N", *x.shape[1:2], *("H", "W")[: x.dim() - 2]]
         if as_json:
-            print_json({"ok": True, "output": str(out), "difference": error})
+            print_json({"ok": True, "output": str(out), "input": taken, "difference": error})
         else:
-            print_out(f"wrote {out}: its output differs by {error:.1e} from the model's, relative to the largest value")
+            shape = ", ".join(map(str, taken))
+            print_out(
+                f"wrote {out}: input ({shape}); output within {error:.1e} of the model's, relative to its largest"
+            )
 
 
 def _loaded(step: Any, file: Path, out: Path, force: bool, action: str) -> tuple[Any, Any, list[str]]:

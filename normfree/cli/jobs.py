@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfree.cli.options import build_original
+from normfree.cli.options import Loaded, build_original, tell
 from normfree.errors import NormfreeError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ class Job:
     Attributes:
         source: Name of the architecture.
         out: Where to.
-        checkpoint: Its weights.
-        pretrained: Or the library's own.
+        loaded: Its weights.
         num_classes: Width of its classifier.
         options: As for :func:`normfree.convert`.
         force: Replace what is there.
@@ -35,8 +34,7 @@ class Job:
 
     source: str
     out: Path
-    checkpoint: Path | None
-    pretrained: bool
+    loaded: Loaded
     num_classes: int | None
     options: dict[str, Any]
     force: bool
@@ -60,24 +58,27 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
 
     from normfree import checkpoint as files
     from normfree import conversion, zoo
-    from normfree.plans import PLAN_ATTRIBUTE
+    from normfree.files import Choice
+    from normfree.planning.plan import look
     from normfree.proofs import verify as verifying
     from normfree.proofs.reference import Reference
     from normfree.tracing.trace import example_input
 
-    inputs = () if job.checkpoint is None else (job.checkpoint,)
+    checkpoint = job.loaded.checkpoint
+    inputs = () if checkpoint is None else (checkpoint,)
     files.check_target(job.out, overwrite=job.force, inputs=inputs)
     about: dict[str, Any] = {"num_classes": job.num_classes, "overwrite": job.force}
-    if job.checkpoint is not None and not job.proofs:
+    if checkpoint is not None and not job.proofs:
         step("converting")
         torch.manual_seed(job.seed)
-        plan = files.convert_file(job.source, job.checkpoint, job.out, **about, **job.options)
+        about |= {"choice": Choice(job.loaded.key, job.loaded.prefix), "tell": tell}
+        plan = files.convert_file(job.source, checkpoint, job.out, **about, **job.options)
         return Outcome(str(zoo.find(job.source)), plan, verifying.Report(()))
-    name, original = build_original(job.source, step, job.checkpoint, job.pretrained, job.num_classes)
+    name, original = build_original(job.source, step, job.loaded, job.num_classes)
     step("converting")
     torch.manual_seed(job.seed)
-    model = conversion.convert(original, **job.options)
-    plan = getattr(model, PLAN_ATTRIBUTE)
+    plan, _ = look(original, loaded=bool(job.loaded), **job.options)
+    model = conversion.convert(original, plan=plan)
     done = []
     reference = None
     if job.proofs:
@@ -106,7 +107,7 @@ def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
     step("importing torch")
     from normfree.files import ENDINGS
 
-    folder = Path(job.checkpoint or ".")
+    folder = Path(job.loaded.checkpoint or ".")
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in ENDINGS)
     if not found:
         raise UsageError(f"{folder} holds no checkpoints ({' '.join(ENDINGS)})")
@@ -118,7 +119,7 @@ def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
         step(path.name)
         out = job.out / f"{path.name.removesuffix('.tar').rpartition('.')[0] or path.name}.safetensors"
         try:
-            outcome = run(replace(job, checkpoint=path, out=out), lambda _: None)
+            outcome = run(replace(job, loaded=replace(job.loaded, checkpoint=path), out=out), lambda _: None)
             failed = [proof.name for proof in outcome.report.proofs if proof.passed is False]
             yield path, out, f"a proof failed: {', '.join(failed)}" if failed else None
         except NormfreeError as error:

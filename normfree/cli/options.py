@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,15 @@ __all__ = [
     "ClassesOption",
     "InitOption",
     "JsonOption",
+    "KeyOption",
+    "Loaded",
+    "PrefixOption",
     "PretrainedOption",
     "SourceArgument",
     "app",
     "build_original",
     "parse_alpha",
+    "tell",
 ]
 
 app = typer.Typer(
@@ -33,30 +38,71 @@ SourceArgument = Annotated[
     str, typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, or a bare name found in one of them.")
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar", dir_okay=False)
+    Path | None, typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar .ckpt", dir_okay=False)
 ]
+KeyOption = Annotated[str | None, typer.Option(help="Entry of the checkpoint that holds them, as in ema.module.")]
+PrefixOption = Annotated[str, typer.Option(help="Take only names that begin so, and without it, as in backbone.")]
 PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the library's own weights first.")]
 ClassesOption = Annotated[int | None, typer.Option(min=1, help="Number of classes of the checkpoint's classifier.")]
 InitOption = Annotated[str, typer.Option(help="auto, skipinit (from scratch) or preserve (keep the function).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def build_original(
-    source: str, step: Any, checkpoint: Path | None = None, pretrained: bool = False, num_classes: int | None = None
-) -> Any:
+@dataclass(frozen=True)
+class Loaded:
+    """Which weights a model is to have: a checkpoint's, or the library's own.
+
+    Attributes:
+        checkpoint: The file.
+        key: Its entry.
+        prefix: What its names begin with.
+        pretrained: Whether the library's own are taken.
+    """
+
+    checkpoint: Path | None = None
+    key: str | None = None
+    prefix: str = ""
+    pretrained: bool = False
+
+    def __bool__(self) -> bool:
+        return self.pretrained or self.checkpoint is not None
+
+    def read(self) -> Any:
+        """Read the checkpoint, if there is one, and say what was taken of it."""
+        from normfree.files import Choice, read_weights
+
+        if self.checkpoint is None:
+            return None
+        found = read_weights(self.checkpoint, Choice(self.key, self.prefix))
+        tell(found.note)
+        return found.state
+
+    def give(self, model: Any, state: Any) -> None:
+        """Load what was read into a model."""
+        from normfree.files import load_weights, without_prefix
+
+        if self.checkpoint is not None:
+            prefix = load_weights(model, state, self.checkpoint)
+            tell(without_prefix(prefix, self.checkpoint))
+
+
+def tell(text: str) -> None:
+    """Print a note, if there is one."""
+    if text:
+        note(text)
+
+
+def build_original(source: str, step: Any, loaded: Loaded = Loaded(), num_classes: int | None = None) -> Any:
     """Build the model that is to be converted; return its unambiguous name with it."""
     from normfree import zoo
-    from normfree.files import load_weights, read_state_dict
 
     found = zoo.find(source)
-    if found.note:
-        note(found.note)
+    tell(found.note)
     step(f"building {found}")
     # The checkpoint first: a file that cannot be read should not cost the time of building.
-    state = None if checkpoint is None else read_state_dict(checkpoint)
-    model = zoo.build(found, pretrained=pretrained and state is None, num_classes=num_classes)
-    if state is not None and checkpoint is not None:
-        load_weights(model, state, checkpoint)
+    state = loaded.read()
+    model = zoo.build(found, pretrained=loaded.pretrained and state is None, num_classes=num_classes)
+    loaded.give(model, state)
     return str(found), model
 
 

@@ -10,8 +10,12 @@ import typer
 
 from normfree.cli.options import (
     CheckpointOption,
+    ClassesOption,
     InitOption,
     JsonOption,
+    KeyOption,
+    Loaded,
+    PrefixOption,
     PretrainedOption,
     SourceArgument,
     app,
@@ -30,7 +34,10 @@ __all__ = ["signals"]
 def signals(
     source: SourceArgument,
     checkpoint: CheckpointOption = None,
+    key: KeyOption = None,
+    prefix: PrefixOption = "",
     pretrained: PretrainedOption = False,
+    num_classes: ClassesOption = None,
     init: InitOption = "auto",
     batch: Annotated[int, typer.Option(min=2, help="Images of white noise.")] = 16,
     size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
@@ -50,7 +57,7 @@ def signals(
             from normfree.tracing.trace import example_input
             from normfree.training import signals as propagation
 
-            name, model = build_original(source, step, checkpoint, pretrained)
+            name, model = build_original(source, step, Loaded(checkpoint, key, prefix, pretrained), num_classes)
             x, chosen = example_input(model, batch, size), cast(Any, init)
             measured = {}
             for title, arm in propagation.before_and_after(model, chosen):

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normfree import zoo
 from normfree.errors import UnsupportedModelError, UsageError, one_line, require, some
 from normfree.files import check_output, replacing
-from normfree.plans import PLAN_ATTRIBUTE
+from normfree.plans import plan_on
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments, fresh
 from normfree.tracing.trace import example_input
 
-__all__ = ["export", "format_of"]
+__all__ = ["export", "format_of", "own_input"]
 
 Format = Literal["pt2", "onnx"]
 TOLERANCE = 1e-4
@@ -31,6 +32,7 @@ def export(
     inputs: Inputs | None = None,
     *,
     format: Format | None = None,
+    dynamic_size: bool = False,
     overwrite: bool = False,
 ) -> float:
     """Write a model in eval mode as a program that runs without its Python code, and compare the two.
@@ -41,16 +43,20 @@ def export(
         model: A converted or fused model; it is not changed.
         path: A file that ends in ``.pt2`` or ``.onnx``.
         inputs: Arguments of ``model`` as for :func:`normfree.verify`, ``(N, C, *)``; the program takes any ``N``.
-            Default: white noise of the shape the model tells.
+            Default: white noise of the size that the model was made for, by timm's configuration or torchvision's
+            weights.
         format: ``"pt2"`` for ``torch.export.save``, ``"onnx"`` for the exporter of ``torch.onnx`` that uses
             ``torch.export`` (needs ``normfree[export]``). Default: what the ending says.
+        dynamic_size: Let the program take images of any height and width too.
         overwrite: Replace an existing file.
 
     Returns:
-        The largest difference between what program and model return for a larger batch, relative to the largest value.
+        The largest difference between what program and model return for a larger batch (and, with ``dynamic_size``, a
+        larger image), relative to the largest value.
 
     Raises:
-        UsageError: The ending does not fit, a package is missing, or the batch has fewer than two samples.
+        UsageError: The ending does not fit, a package is missing, the batch has fewer than two samples, or nothing says
+            which size the model was made for.
         OutputError: The file exists, or cannot be written.
         UnsupportedModelError: The model cannot be exported, a batch norm runs in it, or the program differs from it.
 
@@ -65,23 +71,46 @@ def export(
     out = check_output(path, overwrite=overwrite)
     name = type(model).__name__
     model = deep_copy(model).eval()
-    args, kwargs = arguments(example_input(model) if inputs is None else inputs)
+    args, kwargs = arguments(own_input(model) if inputs is None else inputs)
     if min((x.shape[0] for x in tree_leaves((args, kwargs)) if _has_batch(x)), default=0) < 2:
         raise UsageError("export needs a batch of at least two: a size of one would be taken for a constant")
     try:
-        program = _program(model, fresh(args), fresh(kwargs))
+        program = _program(model, fresh(args), fresh(kwargs), dynamic_size)
     except Exception as error:  # whatever a model's own code leads torch.export to
         raise UnsupportedModelError((f"{name}: torch.export cannot follow it: {one_line(error)}",)) from error
     norms = [] if _keeps(model) else _norms(program)
     if norms:
         raise UnsupportedModelError((f"{name}: batch norms run in the exported program: {some(norms)}",))
-    larger = tree_map(lambda x: torch.cat([x, x[:1]]) if _has_batch(x) else x, (args, kwargs))
+    larger = tree_map(lambda x: _larger(x, dynamic_size) if _has_batch(x) else x, (args, kwargs))
     with replacing(out) as temporary:
         run = (_write_onnx if chosen == "onnx" else _write_pt2)(program, temporary)
         difference = _difference(model, run, *larger)
         if not difference <= TOLERANCE:
             raise UnsupportedModelError((f"{name}: the {chosen} program's output differs by {difference:.1e}",))
     return difference
+
+
+def own_input(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Return a batch of two, of white noise, of the size that a model was made for.
+
+    Args:
+        model: The model.
+        shape: That size, ``(C, *)``, if it is known.
+
+    Raises:
+        UsageError: Nothing says it. Many networks would take any size, but their program is for one.
+    """
+    shape = zoo.own_shape(model) if shape is None else shape
+    if shape is None:
+        if not any(hasattr(module, "kernel_size") for module in model.modules()):
+            return example_input(model)  # of linear layers alone: they take one size only
+        raise UsageError(
+            f"nothing says which size this {type(model).__name__} was made for, and its program will be for one: pass "
+            "inputs= (--size)"
+        )
+    like = next(model.parameters())
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise.to(like.device, like.dtype)
 
 
 def format_of(path: str | Path, format: str | None) -> Format:
@@ -102,15 +131,24 @@ def _has_batch(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0
 
 
-def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def _larger(x: Tensor, dynamic_size: bool) -> Tensor:
+    """Return one more sample, and a larger image where the program takes any."""
+    x = torch.cat([x, x[:1]])
+    return torch.cat([x, x], dim=3) if dynamic_size and x.dim() == 4 else x
+
+
+def _program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_size: bool
+) -> torch.export.ExportedProgram:
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's own
     for x in filter(_has_batch, tree_leaves((args, kwargs))):
-        shapes[x] = {0: torch.export.Dim.DYNAMIC}
+        free = (0, 2, 3) if dynamic_size and x.dim() == 4 else (0,)
+        shapes[x] = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs))
 
 
 def _keeps(model: nn.Module) -> bool:
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = plan_on(model)
     return plan is not None and any(edit.action == "keep" for edit in plan.norms)
 
 
@@ -140,9 +178,17 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
     import onnxruntime
 
-    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    given, returned = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+    made = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=["input"] if len(given) == 1 else [str(name) for name in given],
+        output_names=["output"] if len(returned) == 1 else [f"output_{i}" for i in range(len(returned))],
+    )
     if made is None:
         raise UnsupportedModelError(("torch.onnx.export returned nothing",))
+    _name_dimensions(made.model.graph)
     made.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
@@ -152,6 +198,20 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
         return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, given, strict=True)))]
 
     return run
+
+
+def _name_dimensions(graph: Any) -> None:
+    """Call the dimensions that are free what they are, wherever they stand by themselves."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for what, dim in zip(("batch", "channels", "height", "width"), value.shape, strict=False):
+            if not isinstance(dim, int):
+                names.setdefault(str(dim), what)
+    nodes = (output for node in graph.all_nodes() for output in node.outputs)
+    for value in (*graph.inputs, *nodes):
+        if value.shape is not None:
+            dims = [names.get(str(dim), dim) for dim in value.shape]
+            value.shape = type(value.shape)(dims)
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.plain import plain_
-from normfree.errors import UsageError, some
-from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
-from normfree.plans import PLAN_ATTRIBUTE
+from normfree.deployment.slots import in_torch_alone
+from normfree.errors import UnsupportedModelError, UsageError, some
+from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
+from normfree.layers.reparametrized import check_plain
+from normfree.plans import PLAN_ATTRIBUTE, plan_on
+from normfree.rewriting.applying import replace_everywhere
+from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
 
@@ -53,8 +57,12 @@ def fuse(model: M) -> M:
 
 def fuse_(model: M) -> M:
     """Do in place what :func:`fuse` does on a copy."""
+    plan = plan_on(model)
+    if plan is not None and plan.fused:
+        raise UsageError(f"this {type(model).__name__} is fused already")
     if not any(map(is_normfree, model.modules())):
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
+    check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)
     left = multiplying(model)
     if left:
@@ -66,28 +74,45 @@ def fuse_(model: M) -> M:
 
 @torch.no_grad()
 def bake_(model: nn.Module) -> None:
-    """Bake in what a weight can absorb."""
+    """Bake in what a weight can absorb; all or nothing.
+
+    Raises:
+        UnsupportedModelError: A weight would not be finite.
+    """
+    combined = {name: m.combined() for name, m in model.named_modules() if isinstance(m, ScaledWeight)}
+    problems = [
+        f"{name} ({type(model.get_submodule(name)).__name__}): its weight and bias overflow {str(weight.dtype)[6:]} "
+        "once gain and alpha are in them; fuse in float32"
+        for name, (weight, bias) in combined.items()
+        if not all(t is None or t.is_meta or bool(t.isfinite().all()) for t in (weight, bias))
+    ]
+    if problems:
+        raise UnsupportedModelError(tuple(problems))
+    for name, (weight, bias) in combined.items():
+        _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias)
+    slots: dict[int, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, ScaledWeight):
-            _bake(module)
-        elif isinstance(module, ChannelAffine):
+        if isinstance(module, ChannelAffine):
             _bake_affine(module)
-    plan = model.__dict__.get(PLAN_ATTRIBUTE)
+        if isinstance(module, (ChannelAffine, SkipInit, Copy)):
+            slots[id(module)] = in_torch_alone(module)
+    replace_everywhere(model, slots)
+    plan = plan_on(model)
     if plan is not None:
-        model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True)
+        model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True).to_json()
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
+    no_hint_(model)
 
 
-def _bake(layer: ScaledWeight) -> None:
+def _bake(layer: ScaledWeight, weight: Tensor, bias: Tensor | None) -> None:
     """Give a carrier its combined weight and its old class back.
 
     The parameters are new ones: a weight that is tied to another layer's stays there what it was.
     """
     module = cast(nn.Module, layer)
-    weight, bias = layer.combined()
     trains, learns = layer.weight.requires_grad, layer.weight if layer.bias is None else layer.bias
     plain_(module)
-    module._parameters["weight"] = nn.Parameter(weight.contiguous(), trains)
+    module._parameters["weight"] = nn.Parameter(weight.clone(), trains)  # which keeps channels last
     module._parameters["bias"] = None if bias is None else nn.Parameter(bias, learns.requires_grad)
 
 
@@ -111,6 +136,5 @@ def multiplying(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (SkipInit, ScaledOutput, ChannelAffine))
-        and module._parameters.get("raw_alpha") is not None
+        if not isinstance(module, ScaledWeight) and module._parameters.get("raw_alpha") is not None
     ]

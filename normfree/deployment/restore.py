@@ -20,11 +20,14 @@ from normfree.layers import (
     ScaledWeight,
     SkipInit,
     alpha_scale,
+    is_normfree,
     scaled_output_class,
 )
+from normfree.layers.reparametrized import check_plain
 from normfree.norms import describe
 from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
 from normfree.rewriting.changing import become
+from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded
 from normfree.tracing.copying import deep_copy
 
@@ -65,6 +68,7 @@ def restore(model: M) -> M:
 def restore_(model: M) -> M:
     """Do in place what :func:`restore` does on a copy; all or nothing."""
     plan, originals = _asked(model)
+    check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "restore")
     modules = dict(model.named_modules(remove_duplicate=False))
     slots: dict[int, nn.Module] = {}
     problems: list[str] = []
@@ -93,6 +97,7 @@ def restore_(model: M) -> M:
             _own_forward(module, slots)
     for module in {id(module): module for module in modules.values() if id(module) in slots}.values():
         become(module, slots[id(module)])
+    no_hint_(model)
     for attribute in (PLAN_ATTRIBUTE, ORIGINALS_ATTRIBUTE):
         del model.__dict__[attribute]
     left = multiplying(model)
@@ -104,10 +109,8 @@ def restore_(model: M) -> M:
 
 def _asked(model: nn.Module) -> tuple[Plan, Originals]:
     """Return what a model carries that can be restored."""
-    plan, originals = model.__dict__.get(PLAN_ATTRIBUTE), model.__dict__.get(ORIGINALS_ATTRIBUTE)
+    plan, originals = Plan.of(model), model.__dict__.get(ORIGINALS_ATTRIBUTE)
     name = type(model).__name__
-    if plan is None:
-        raise UsageError(f"this {name} was not converted by normfree: it carries no plan")
     if plan.fused:
         raise UsageError(f"this {name} is fused: its gains are gone; restore the converted one")
     if plan.init != "preserve" or originals is None:

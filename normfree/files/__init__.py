@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from normfree.files.fitting import check_fits, load_weights, take
+from normfree.files.entries import ANY, Choice, Weights
+from normfree.files.fitting import check_fits, load_weights, prefix_of, take, without_prefix
 from normfree.files.outputs import check_output, replacing
-from normfree.files.reading import ENDINGS, is_mapped, read_state_dict, reader
+from normfree.files.reading import ENDINGS, is_mapped, read_state_dict, read_weights, reader
 from normfree.files.writing import Pieces, stored, write_state
 
 __all__ = [
+    "ANY",
     "ENDINGS",
+    "Choice",
     "Pieces",
+    "Weights",
     "check_fits",
     "check_output",
     "is_mapped",
     "load_weights",
+    "prefix_of",
     "read_state_dict",
+    "read_weights",
     "reader",
     "replacing",
     "stored",
     "take",
+    "without_prefix",
     "write_state",
 ]

@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from normfree.errors import CheckpointError
+from normfree.files.entries import shared_prefix
 
-__all__ = ["check_fits", "load_weights", "take"]
+__all__ = ["check_fits", "load_weights", "prefix_of", "take", "without_prefix"]
 
 
 def check_fits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, hint: str = "") -> None:
@@ -20,7 +21,7 @@ def check_fits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: st
         own: The state of the model; only names, shapes and types count. Names of one tensor need one entry in the file.
         found: What is in the file.
         where: How the message begins.
-        hint: What may help if only one or two shapes differ.
+        hint: What may help if only one or two shapes differ, or no name is the same.
 
     Raises:
         CheckpointError: Names, shapes or types differ; the first of each kind are listed.
@@ -52,7 +53,7 @@ def check_fits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: st
     ]
     if lines:
         raise CheckpointError(
-            "\n".join([f"{where}:", *lines, *([f"  {hint}"] if hint and 0 < len(shapes) < 3 else [])])
+            "\n".join([f"{where}:", *lines, *([f"  {hint}"] if hint and (0 < len(shapes) < 3 or not both) else [])])
         )
 
 
@@ -60,15 +61,36 @@ def _kind(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex()
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load ``state`` into ``model``, strictly.
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> str:
+    """Load ``state`` into ``model``, strictly; return the prefix that all of its names had and the model's have not.
 
     Raises:
         CheckpointError: Names, shapes or types differ; nothing is loaded.
     """
+    prefix = prefix_of(model, state, path)
+    take(model, {key.removeprefix(prefix): value for key, value in state.items()})
+    return prefix
+
+
+def prefix_of(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> str:
+    """Hold ``state`` to ``model``; return the prefix that all of its names have and the model's have not.
+
+    Raises:
+        CheckpointError: Names, shapes or types differ.
+    """
+    own = model.state_dict(keep_vars=True)
+    prefix = shared_prefix(own, state)
     where = f"{path}: the checkpoint is not one of this {type(model).__name__}"
-    check_fits(model.state_dict(keep_vars=True), state, where, "if only the classifier differs, give its num_classes")
-    take(model, state)
+    hints = ["if only the classifier differs, give its num_classes (--num-classes)"]
+    partly = shared_prefix(own, state, by_all=False)
+    hints += [f"the model's names are there behind {partly!r}: --prefix {partly}"] if partly else []
+    check_fits(own, {key.removeprefix(prefix): value for key, value in state.items()}, where, hints[-1])
+    return prefix
+
+
+def without_prefix(prefix: str, path: str | Path) -> str:
+    """Say that a prefix came off, if one did."""
+    return f"{path}: without the prefix {prefix!r} of its names" if prefix else ""
 
 
 def take(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,19 +16,28 @@ import torch
 from torch import Tensor
 
 from normfree.errors import CheckpointError
+from normfree.files.entries import ANY, Choice, Weights, pick
 
-__all__ = ["ENDINGS", "is_mapped", "read_state_dict", "reader"]
+__all__ = ["ENDINGS", "is_mapped", "read_state_dict", "read_weights", "reader"]
 
-_PICKLED = (".pth", ".pt", ".bin", ".tar")
+_PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 ENDINGS = (".safetensors", *_PICKLED)
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first, as timm does
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, choice: Choice = ANY) -> dict[str, Tensor]:
+    """Return the weights that :func:`read_weights` finds."""
+    return read_weights(path, choice).state
+
+
+def read_weights(path: str | Path, choice: Choice = ANY) -> Weights:
     """Read the weights of a checkpoint: ``.safetensors``, or what ``torch.save`` wrote.
 
-    The weights may be bare or under ``state_dict``, ``model``, ``model_ema`` or ``state_dict_ema``, with or without
-    the prefixes of DDP and ``torch.compile``. Pickles are read with ``weights_only=True`` and in no other way.
+    They may be bare or under a key, averaged ones first, with or without the prefixes of DDP, ``torch.compile`` and
+    ``AveragedModel``. Pickles are read with ``weights_only=True`` and in no other way.
+
+    Args:
+        path: The file.
+        choice: Which entry, and behind which prefix, if the caller knows.
 
     Raises:
         CheckpointError: The file is missing, empty, truncated, no checkpoint, or would run code.
@@ -43,10 +54,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in ENDINGS:
         raise CheckpointError(f"{path}: unknown ending {path.suffix!r}; known: {' '.join(ENDINGS)}")
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, size)
-    return _clean(raw, path)
+    return pick(raw, path, choice)
 
 
-def reader(path: Path) -> Callable[[], Callable[[str], Tensor]]:
+def reader(path: Path, choice: Choice = ANY) -> Callable[[], Callable[[str], Tensor]]:
     """Return what opens a checkpoint, as often as it is called; that returns what reads one tensor by its name.
 
     Once what reads is gone, and the tensors that it gave, the pages of the file that they took are free. Of
@@ -56,10 +67,10 @@ def reader(path: Path) -> Callable[[], Callable[[str], Tensor]]:
         CheckpointError: As :func:`read_state_dict`; so do both that are returned, should the file have changed.
     """
     if path.suffix != ".safetensors":
-        return lambda: read_state_dict(path).__getitem__
+        return lambda: read_state_dict(path, choice).__getitem__
     raw = _read_safetensors(path)
     names = {id(tensor): name for name, tensor in raw.items()}
-    stored = {key: names[id(tensor)] for key, tensor in _clean(raw, path).items()}
+    stored = {key: names[id(tensor)] for key, tensor in pick(raw, path, choice).state.items()}
     return lambda: _reading_one(path, stored)
 
 
@@ -88,7 +99,8 @@ def _read_pickle(path: Path, size: int) -> Any:
         archive = zipfile.is_zipfile(path)
         if archive:
             _check_archive(path, size)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with _ALLOWING, torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -102,6 +114,19 @@ def _read_pickle(path: Path, size: int) -> Any:
         raise CheckpointError(f"{path}: not a checkpoint, or damaged: {type(error).__name__}: {error}") from error
 
 
+_ALLOWING = threading.Lock()  # what may be unpickled is a setting of the whole process
+
+
+def _harmless() -> list[Any]:
+    """Return what training scripts leave beside the weights and holds values only: arguments and numpy's scalars."""
+    import numpy as np
+
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    rebuild = np.float64(0).__reduce__()[0]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]  # before numpy 2, and since
+    return [argparse.Namespace, np.dtype, *kinds, *((rebuild, name) for name in names)]
+
+
 def _check_archive(path: Path, size: int) -> None:
     """``torch.save`` compresses nothing: what would grow while it is read is no checkpoint."""
     with zipfile.ZipFile(path) as archive:
@@ -113,27 +138,3 @@ def _check_archive(path: Path, size: int) -> None:
 def is_mapped(path: Path) -> bool:
     """Whether reading this file costs no memory until its values are used; old pickles must be read at once."""
     return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
-
-
-def _clean(raw: Any, path: Path) -> dict[str, Tensor]:
-    from timm.models import clean_state_dict
-
-    for key in _WRAPPERS:
-        if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
-            raw = raw[key]
-            break
-    if not isinstance(raw, Mapping) or not raw or not all(isinstance(v, Tensor) for v in raw.values()):
-        kinds = ", ".join(str(key)[:100] for key in raw) if isinstance(raw, Mapping) else type(raw).__name__
-        raise CheckpointError(f"{path}: holds no state dict (found: {kinds[:200]})")
-    names = [str(key)[:100] for key, value in raw.items() if not (isinstance(key, str) and _is_plain(value))]
-    if names:
-        raise CheckpointError(f"{path}: not plain tensors in memory (sparse, quantised, without values): {names[0]}")
-    # torch.compile around DDP: older timm takes these two prefixes off in the other order only.
-    cleaned: dict[str, Tensor] = clean_state_dict({key.removeprefix("_orig_mod."): v for key, v in raw.items()})
-    if len(cleaned) != len(raw):
-        raise CheckpointError(f"{path}: some keys are the same once the prefixes of DDP and torch.compile are gone")
-    return cleaned
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized

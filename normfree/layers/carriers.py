@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from normfree.errors import UsageError
 from normfree.layers.combining import combine
 from normfree.layers.held import HasAlpha, HasConstants, alpha_of
 from normfree.layers.slots import Channels
@@ -42,6 +43,17 @@ class _Scaled(_Module):
     """Part of both mixins: their classes are made at run time, one for each original class."""
 
     _normfree_original: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args: Any, **_: Any) -> Any:
+        """Refuse ``type(layer)(...)``, with which adapters make layers beside one that they wrap."""
+        if args and "_normfree_original" in vars(cls):
+            raise UsageError(_no_adapter(cls))
+        return super().__new__(cls)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """Refuse adapters: PEFT asks every layer that it wraps for this, and nobody else does."""
+        raise UsageError(_no_adapter(type(self)))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
@@ -92,6 +104,13 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
         """Say what is carried."""
         carried = [name for name in ("gain", "center", "alpha") if getattr(self, name) is not None]
         return ", ".join([super().extra_repr(), *carried])
+
+
+def _no_adapter(cls: type[nn.Module]) -> str:
+    return (
+        f"{cls.__name__} computes with another weight than its own: an adapter would be merged into the wrong one. "
+        "Adapt plain layers: model = normfree.fuse(model) first. Adapters learn on it as they would here"
+    )
 
 
 class ScaledOutput(_Scaled, HasAlpha):

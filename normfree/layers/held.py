@@ -73,7 +73,7 @@ class HasAlpha(_Module):
         alpha_unit: A constant: 1, or larger where alpha is to learn in smaller steps than the weights.
     """
 
-    __jit_unused_properties__ = ("alpha",)
+    __jit_unused_properties__ = ("alpha", "base_layer")
     if TYPE_CHECKING:  # TorchScript reads what a class announces, and knows no parameter that may be missing
         raw_alpha: nn.Parameter | None
         alpha_unit: float

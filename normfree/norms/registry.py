@@ -61,13 +61,25 @@ class Norm:
             shift = shift + self.bias.detach().double()
         return gain, shift
 
-    def trained(self) -> bool:
-        """Whether the statistics have moved from where construction puts them, or never will."""
+    def trained(self) -> bool | None:
+        """Whether it has been trained; ``None`` where nothing about it tells.
+
+        It has if its statistics or its shift have moved from where construction puts them, or if it is frozen. It has
+        not if a shift that learns is still zero, or if its statistics are where they were and so is its scale.
+        """
         if self.frozen:
             return True
-        if self.mean is None or self.var is None or self.mean.is_meta:
+        fresh = [
+            (tensor, start) for tensor, start in ((self.mean, 0), (self.var, 1), (self.bias, 0)) if tensor is not None
+        ]
+        if any(tensor.is_meta for tensor, _ in fresh):
             return False
-        return bool((self.mean != 0).any() or (self.var != 1).any())
+        if any(bool((tensor != start).any()) for tensor, start in fresh):
+            return True
+        if self.bias is not None and self.bias.requires_grad:
+            return False
+        flat = self.weight is None or bool((self.weight == self.weight[0]).all())
+        return False if flat and self.mean is not None else None
 
 
 Describe = Callable[[nn.Module], Norm]

@@ -135,7 +135,10 @@ def is_lazy(model: nn.Module) -> bool:
 def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | None:
     if norm is not None:
         if norm.problem is None and norm.mean is None and init == "preserve":
-            return "tracks no running statistics, so there is nothing to preserve; use init='skipinit', or exclude it"
+            return (
+                "tracks no running statistics, so there is nothing to preserve; exclude it, or use init='skipinit', "
+                "which draws the weights anew"
+            )
         return norm.problem or (_broken(norm) if init == "preserve" else None)
     if looks_like_norm(module) == "subclass":
         return "an unknown batch norm with a forward of its own; describe it with normfree.register_norm"

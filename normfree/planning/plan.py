@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from normfree.analysis.findings import Findings, analyse, flows
 from normfree.analysis.moments import Moments, input_moments
-from normfree.errors import NoNormError, UnsupportedModelError
+from normfree.errors import NoNormError, UnsupportedModelError, UsageError
 from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_arguments, check_model, is_lazy, module_problems
@@ -23,7 +23,7 @@ from normfree.tracing.leaves import calls_batch_norm
 from normfree.tracing.trace import trace
 from normfree.tracing.traces import Trace
 
-__all__ = ["look", "plan"]
+__all__ = ["look", "look_again", "plan"]
 
 
 def plan(
@@ -43,7 +43,8 @@ def plan(
     Args:
         model: Any module with batch normalisation in it. It is not changed.
         init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew), ``"preserve"`` to keep the function
-            (alpha 1), ``"auto"`` for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``.
+            (alpha 1), ``"auto"`` for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``; an
+            error where nothing tells.
         alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
         include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
         exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
@@ -64,7 +65,7 @@ def plan(
     Example:
         >>> import normfree, torchvision
         >>> print(normfree.plan(torchvision.models.resnet18()))
-        init: skipinit (no norm has been trained), alpha starts at 0
+        init: skipinit (no norm has been trained), alpha starts at 0, 20 weights are drawn anew
         norms: 20 (20 fold)
         sums: 8, 8 residual
         alphas: 8 placed, 0 declined
@@ -95,14 +96,18 @@ def look(
     reset: bool = True,
     inplace_activations: bool = True,
     inputs: Inputs | None = None,
+    loaded: bool = False,
 ) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
-    """Return the plan, and what computes, from the model's own norms, what the carried layers of the plan meet."""
+    """Return the plan, and what computes, from the model's own norms, what the carried layers of the plan meet.
+
+    ``loaded`` says that the weights come from somewhere: ``"auto"`` then never draws them anew.
+    """
     check_arguments(init, alpha, scope)
     check_model(model)
     norms = find_norms(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     described = {name: describe(modules[name]) for name in norms}
-    chosen, why = _choose_init(init, described.values())
+    chosen, why = _choose_init(init, list(described.values()), loaded)
     problems = module_problems(model, described, chosen, as_patterns(exclude))
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
@@ -131,6 +136,30 @@ def look(
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
         made = _unnoticed(copied, traced, request, decide(request, traced, findings))
     return made, lambda: _met(copied, traced, sites, described, made)
+
+
+def look_again(model: nn.Module, made: Plan, inputs: Inputs | None = None) -> Callable[[], dict[str, Moments]]:
+    """Hold a plan from elsewhere to a model; return what computes what its carried layers meet, as :func:`look` does.
+
+    Raises:
+        UsageError: The plan is one of a fused model.
+        UnsupportedModelError: Something in the model has no exact conversion.
+    """
+    if made.fused:
+        raise UsageError("the plan is one of a fused model, which a file brings back: normfree.load(path, model=...)")
+    check_model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    norms = find_norms(model)
+    described = {name: describe(modules[name]) for name in norms}
+    kept = tuple(edit.name for edit in made.norms if edit.action == "keep")
+    problems = module_problems(model, described, made.init, kept)
+    if problems:
+        raise UnsupportedModelError(tuple(problems.values()))
+    with torch.random.fork_rng(devices=[]):
+        copied = meta_copy(model)
+        sites = frozenset(name for first, more in norms.items() for name in (first, *more))
+        traced = trace(model, copied, sites, inputs)
+    return lambda: _met(copied, traced, sites, described, made)
 
 
 def _met(
@@ -186,9 +215,22 @@ def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -
         made = decide(request, traced, analyse(copied, traced, request.norms, fixed - request.norms.keys()))
 
 
-def _choose_init(init: str, norms: Iterable[Norm]) -> tuple[Init, str]:
+def _choose_init(init: str, norms: list[Norm], loaded: bool) -> tuple[Init, str]:
+    """Return the starting point and why. From ``"auto"`` no trained weight may be drawn anew.
+
+    Raises:
+        UsageError: Nothing tells whether the model has been trained.
+    """
     if init == "skipinit" or init == "preserve":
         return init, "asked for"  # type: ignore[return-value]  # narrowed by the comparison
-    if any(norm.trained() for norm in norms):
+    found = [norm.trained() for norm in norms]
+    if any(found):
         return "preserve", "norms have been trained or are frozen"
+    if loaded:
+        return "preserve", "the weights are loaded ones"
+    if found and all(trained is None for trained in found):
+        raise UsageError(
+            "init='auto' cannot tell whether this model has been trained: no norm of it has statistics or a shift that "
+            "learns. Say init='preserve' to keep its function, or init='skipinit' to draw its weights anew (--init)"
+        )
     return "skipinit", "no norm has been trained"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from normfree.errors import UsageError
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import Plan
 from normfree.proofs import PROOFS, Case, Proof
 from normfree.proofs.reference import Reference
 from normfree.tracing.inputs import Inputs, arguments, tensors
@@ -101,9 +101,7 @@ def each_proof(
         structure: The original architecture with any weights, where the original itself is not to be had.
         reference: Samples of what the original computed, likewise.
     """
-    plan = plan if plan is not None else getattr(model, PLAN_ATTRIBUTE, None)
-    if plan is None:
-        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    plan = plan if plan is not None else Plan.of(model)
     args, kwargs = arguments(example_input(model) if inputs is None else inputs)
     sizes = {x.shape[0] for x in tensors((args, kwargs)) if x.dim() > 0}
     if not sizes or min(sizes) < 2:

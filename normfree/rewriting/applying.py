@@ -19,12 +19,13 @@ from normfree.layers import is_carrier, scaled_weight_class
 from normfree.norms import describe, is_norm
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.changing import Changes, all_or_nothing, become, set_class
+from normfree.rewriting.hints import hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 from normfree.rewriting.preparing import prepare
 from normfree.rewriting.units import Carrier
 from normfree.training.initialization import draw_
 
-__all__ = ["rewrite"]
+__all__ = ["check_plan", "rewrite"]
 
 
 def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None, *, scale: bool = True) -> None:
@@ -40,13 +41,12 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
     Raises:
         InternalError: The plan does not fit the model. The model is unchanged.
     """
+    check_plan(model, plan)
     modules = dict(model.named_modules(remove_duplicate=False))
-    find = functools.partial(_find, modules, type(model).__name__)
-    _check(plan, find)
     writes = prepare(model, plan, met)
     originals = Originals.of(modules, plan) if plan.init == "preserve" else None
-    out_of_place = [find(path) for path in plan.out_of_place]
-    drawn = [(find(path), gain) for path, gain in plan.drawn]
+    out_of_place = [modules[path] for path in plan.out_of_place]
+    drawn = [(modules[path], gain) for path, gain in plan.drawn]
     with all_or_nothing() as changes:
         changes.keep(model, *out_of_place)
         for path in (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots):
@@ -68,6 +68,7 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             changes.set_values(tensor, tensor.data.clone())
         draw_(drawn)
         model.__dict__[PLAN_ATTRIBUTE] = plan
+        hint_(model)
         if originals is not None:
             model.__dict__[ORIGINALS_ATTRIBUTE] = originals
 
@@ -87,7 +88,15 @@ _FITS: dict[Place, Callable[[nn.Module], bool]] = {
 }
 
 
-def _check(plan: Plan, find: Callable[[str], nn.Module]) -> None:
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Hold a plan to a model, before anything is done.
+
+    Raises:
+        InternalError: It names what the model does not have.
+    """
+    find = functools.partial(_find, dict(model.named_modules(remove_duplicate=False)), type(model).__name__)
+    for path in (*plan.out_of_place, *(path for path, _ in plan.drawn)):
+        find(path)
     for edit in plan.removed:
         if not is_norm(find(edit.name)):
             raise InternalError(f"the plan removes a norm at {edit.name!r}, where the model has none")

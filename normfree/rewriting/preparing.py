@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.analysis.moments import Moments
+from normfree.errors import UnsupportedModelError
 from normfree.layers import (
     ChannelAffine,
     Channels,
@@ -65,6 +66,7 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
         layer = modules[path]
         bias = torch.zeros(features_of(layer), dtype=weight_of(layer).dtype, device=weight_of(layer).device)
         writes.carriers[path] = Carrier(bias=nn.Parameter(bias, weight_of(layer).requires_grad))
+    _check_finite(writes, modules)
     for alpha in plan.alphas:
         module = modules[alpha.path]
         if alpha.place == "weight":
@@ -85,6 +87,25 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
     for path, slot in writes.slots.items():
         slot.training = modules[path].training
     return writes
+
+
+def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse what a number of the model's own type cannot hold: float16 ends at 65504.
+
+    Raises:
+        UnsupportedModelError: A gain or a bias would be infinite; all layers are named.
+    """
+    made: dict[str, tuple[Tensor | None, ...]]
+    made = {path: (c.gain, c.bias, c.offset) for path, c in writes.carriers.items()}
+    made |= {path: (slot.gain, slot.bias) for path, slot in writes.slots.items() if isinstance(slot, ChannelAffine)}
+    problems = [
+        f"{path} ({type(modules[path]).__name__}): what the norm amounts to overflows "
+        f"{str(next(t.dtype for t in tensors if t is not None)).removeprefix('torch.')}; convert it in float32"
+        for path, tensors in made.items()
+        if not all(t is None or t.is_meta or bool(t.detach().isfinite().all()) for t in tensors)
+    ]
+    if problems:
+        raise UnsupportedModelError(tuple(problems))
 
 
 def _blocks(

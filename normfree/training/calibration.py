@@ -110,9 +110,7 @@ def calibrate_(
 
 def _plan(model: nn.Module) -> Plan:
     """Return the plan of a model that can be calibrated."""
-    plan: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
-    if plan is None:
-        raise UsageError(f"this {type(model).__name__} was not converted by normfree: it carries no plan")
+    plan = Plan.of(model)
     if plan.fused:
         raise UsageError(f"this {type(model).__name__} is fused, and learns in plain coordinates: calibrate before")
     return plan

@@ -16,7 +16,7 @@ from normfree.conversion import convert
 from normfree.errors import UsageError, require
 from normfree.norms import find_norms
 from normfree.planning.plan import plan as make_plan
-from normfree.plans import PLAN_ATTRIBUTE, Init, Plan
+from normfree.plans import Init, plan_on
 from normfree.proofs.replaying import replay
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments
@@ -127,7 +127,7 @@ def signals(model: nn.Module, x: Inputs | None = None) -> Signals:
         >>> len(rows), rows[1].share
         (8, 0.0)
     """
-    plan: Plan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    plan = plan_on(model)
     sites = frozenset(find_norms(model)) if plan is None else plan.sites
     args, kwargs = arguments(example_input(model, batch=16) if x is None else x)
     found: dict[str, Signal] = {}

@@ -21,6 +21,8 @@ from normfree import files, zoo
 from normfree.checkpoint import read_header
 from normfree.errors import CheckpointError, OutputError, UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+
 X = noise(2, 3, 8, 8)
 
 

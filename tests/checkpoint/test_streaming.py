@@ -129,8 +129,8 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: p
     source = write(state, tmp_path / "in.safetensors")
     real, calls = files.reader, []
 
-    def reader(path: Path) -> Any:
-        opened = real(path)
+    def reader(path: Path, choice: files.Choice) -> Any:
+        opened = real(path, choice)
 
         def again() -> Any:
             calls.append(path)

@@ -52,7 +52,7 @@ def test_convert_writes_a_proven_model(converted: Path, checkpoint: Path) -> Non
 def test_convert_prints_plan_and_proofs(tmp_path: Path) -> None:
     done = run("convert", "timm:test_resnet", "-o", tmp_path / "r.safetensors")
     assert done.exit_code == 0
-    assert "init: skipinit (no norm has been trained), alpha starts at 0" in done.stdout
+    assert "init: skipinit (no norm has been trained), alpha starts at 0, 15 weights are drawn anew" in done.stdout
     assert "4 branches exactly zero at alpha = 0" in done.stdout
     assert f"wrote {tmp_path / 'r.safetensors'}" in done.stdout
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from normfree import zoo
 from normfree.deployment.fuse import FuseWarning
 from normfree.layers import is_normfree
 from normfree.tracing.copying import deep_copy
+
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
 
 
 def trained(model: nn.Module, init: str = "preserve") -> nn.Module:
@@ -163,7 +167,7 @@ def test_nothing_to_fuse_is_an_error() -> None:
         normfree.fuse(model)
     fused = normfree.fuse(normfree.convert(model))
     assert norms(fused) == []
-    with pytest.raises(normfree.errors.UsageError, match="convert it first"):
+    with pytest.raises(normfree.errors.UsageError, match="this ResNet is fused already"):
         normfree.fuse(fused)
 
 
@@ -186,7 +190,7 @@ def test_fused_model_computes_the_same_in_float32_and_from_its_file(
         like = SMALL[name]() if name in SMALL else None  # all others are found by their name
         loaded = normfree.load(tmp_path / "fused.safetensors", model=like).eval()
         assert torch.equal(loaded(x), after)
-    assert [type(module) for module in loaded.modules()] == [type(module) for module in fused.modules()]
+    assert [type(m).__name__ for m in loaded.modules()] == [type(m).__name__ for m in fused.modules()]
 
 
 @pytest.mark.parametrize("init", ["skipinit", "preserve"])
@@ -206,3 +210,45 @@ def test_a_fused_model_is_verified_but_for_its_scalars(init: str) -> None:
     with torch.no_grad():
         fused.layer1[0].conv1.weight.mul_(1.01)
     assert normfree.verify(fused, original, noise(2, 3, 32, 32)).ok is (init == "skipinit")
+
+
+def test_channels_last_survives() -> None:
+    model = normfree.convert(randomise(timm.create_model("test_resnet")).double(), init="preserve").eval()
+    model = model.to(memory_format=torch.channels_last)
+    fused = normfree.fuse(model)
+    weights = [module.weight for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    x = noise(2, 3, 32, 32, dtype=torch.float64)
+    assert_close(fused(x), model(x))
+
+
+class Alone(pickle.Unpickler):
+    """Reads what needs nothing of this package."""
+
+    def find_class(self, module: str, name: str) -> object:
+        assert not module.startswith("normfree"), f"{module}.{name}"
+        return super().find_class(module, name)
+
+
+@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies"])
+def test_a_fused_model_is_unpickled_without_this_package(kind: str) -> None:
+    """Gains and biases in slots (with activations, of any dimension), scalars on activations, copies."""
+    build: dict[str, Callable[[], nn.Module]] = {
+        "layers": lambda: timm.create_model("test_resnet"),
+        "pre-activation": lambda: preactivated(1, 1),
+        "gates": lambda: timm.create_model("rexnet_100", depth_mult=0.5, width_mult=0.25),
+        "copies": lambda: nn.Sequential(
+            nn.Linear(3, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU(), nn.Unflatten(1, (6, 1))
+        ),
+    }
+    x = noise(*((2, 3, 64, 64) if kind != "copies" else (2, 3)), dtype=torch.float64)
+    options = {"inplace_activations": False} if kind == "copies" else {}
+    model = set_alphas(normfree.convert(randomise(build[kind]()).double(), init="preserve", **options), 0.7).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuseWarning)
+        fused = normfree.fuse(model)
+    read = Alone(io.BytesIO(pickle.dumps(fused))).load()
+    assert_close(read(x), model(x))
+    assert {name for name, _ in read.named_parameters()} == {name for name, _ in fused.named_parameters()}
+    assert not any(map(is_normfree, read.modules()))
+    assert plan_of(read) == plan_of(fused)

@@ -20,6 +20,8 @@ from normfree import zoo
 from normfree.deployment.fuse import FuseWarning
 from normfree.errors import UnsupportedModelError, UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+
 SMALL: dict[str, Callable[[], nn.Module]] = {"preactivated": lambda: preactivated(2, 2), "dense": dense}
 NAMES = [
     *SMALL,

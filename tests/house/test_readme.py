@@ -48,6 +48,7 @@ def test_accuracies_are_those_of_the_tables() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # Opacus says so of every engine without torchcsprng
+@pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")  # of models that no zoo knows
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

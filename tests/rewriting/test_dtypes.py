@@ -9,6 +9,10 @@ from readings import actions, alphas
 from torch import Tensor, nn
 
 import normfree
+from normfree.conversion import FrozenWarning
+from normfree.errors import UnsupportedModelError
+
+frozen = pytest.mark.filterwarnings("ignore::normfree.conversion.FrozenWarning")
 
 
 class Block(nn.Module):
@@ -57,6 +61,7 @@ def test_norm_in_float32_inside_a_bfloat16_model_does_not_promote_activations(in
         assert_close(converted(x), model(x), 0.03)
 
 
+@frozen
 @both
 @pytest.mark.parametrize("tail", TAILS)
 def test_frozen_model_gets_no_trainable_parameter(tail: str, init: str) -> None:
@@ -65,6 +70,7 @@ def test_frozen_model_gets_no_trainable_parameter(tail: str, init: str) -> None:
     assert [name for name, p in converted.named_parameters() if p.requires_grad] == []
 
 
+@frozen
 @both
 def test_requires_grad_of_every_kept_parameter_survives(init: str) -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)))
@@ -103,3 +109,42 @@ def test_complex_buffers_and_integer_parameters_survive(init: str) -> None:
     assert actions(converted) == {"1": "fold"}
     assert torch.equal(converted.phase, model.phase)
     assert torch.equal(converted.codes, model.codes)
+
+
+@pytest.mark.parametrize("place", ["layer", "slot"])
+def test_what_overflows_in_float16_is_refused_by_name(place: str) -> None:
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *([nn.ReLU()] if place == "slot" else []), norm)
+    with torch.no_grad():
+        norm.running_mean[1], norm.running_var[1] = 6e4, 1e-4
+    before = {key: value.clone() for key, value in model.half().state_dict().items()}
+    name = "0 .Conv2d" if place == "layer" else "2 .BatchNorm2d"
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.: what the norm amounts to overflows float16; .*float32"):
+        normfree.convert_(model, init="preserve")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert normfree.convert(model.float(), init="preserve")[0].bias.isfinite().all()
+
+
+def test_fusing_that_overflows_in_float16_is_refused_by_name() -> None:
+    model = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), init="preserve")
+    with torch.no_grad():
+        model[0].weight[2] = 6e4
+        model[0].gain[2] = 6e4
+    model.half()
+    kept = model[0].weight
+    with pytest.raises(UnsupportedModelError, match=r"0 \(ScaledConv2d\): its weight and bias overflow float16"):
+        normfree.deployment.fuse.fuse_(model)
+    assert model[0].weight is kept
+
+
+def test_a_frozen_layer_that_would_stay_closed_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Block("weight"), Block("output"))
+    model[2].tail.weight.requires_grad_(False)
+    model[0].weight.requires_grad_(False)
+    with pytest.warns(
+        FrozenWarning, match=r"alpha is 0 at 2\.tail; drawn anew: 0, 2\.tail\. Unfreeze.*init='preserve'"
+    ):
+        converted = normfree.convert(model, init="skipinit")
+    assert converted[2].tail.raw_alpha.requires_grad is False
+    normfree.convert(randomise(model), init="preserve")
+    normfree.convert(model, init="skipinit", exclude=["2.add", "1"])

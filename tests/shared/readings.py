@@ -9,9 +9,7 @@ import normfree
 
 def plan_of(model: nn.Module) -> normfree.Plan:
     """Return the plan that a converted model carries."""
-    plan = model._normfree_plan
-    assert isinstance(plan, normfree.Plan)
-    return plan
+    return normfree.Plan.of(model)
 
 
 def actions(model: nn.Module) -> dict[str, str]:
