@@ -97,7 +97,7 @@ class Units:
     """How many times what it stands for a parameter is: the coordinates in which a converted network learns.
 
     A step of SGD then moves what it stands for by the square of that less, a step of Adam by that less. Chosen by
-    ``examples/finetuning_forms.py``; powers of two, so that the originals come back bit for bit.
+    ``examples/experiments/finetuning_forms.py``; powers of two, so that the originals come back bit for bit.
 
     Attributes:
         weight: A weight behind which a norm was. A step of it moves the output by ``(gamma / sigma) ** 2`` over the

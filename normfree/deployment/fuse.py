@@ -30,7 +30,7 @@ def fuse(model: M) -> M:
 
     ``alpha * (gain * conv(x; W) + b) == conv(x; alpha * gain * W) + alpha * b``: the same function, up to rounding.
     For inference that is all. A fused model trains too, but in plain coordinates: at much smaller learning rates than
-    before, since a step of a folded weight is 10 to 30 times as large (``examples/finetuning_forms.py``).
+    before, since a step of a folded weight is 10 to 30 times as large (``examples/experiments/finetuning_forms.py``).
 
     Args:
         model: What :func:`normfree.convert` returned, trained or not; it is not changed.
