@@ -35,6 +35,12 @@ def convert_(
 
     Warns:
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> model = torchvision.models.resnet18()
+        >>> normfree.convert_(model) is model
+        True
     """
     made, moments = look(
         model,

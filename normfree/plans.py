@@ -161,6 +161,14 @@ class Plan:
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
         opaque: Modules that could not be traced, each with the error.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> plan = normfree.plan(torchvision.models.resnet18())
+        >>> plan.norms[0].name, plan.norms[0].action, plan.norms[0].producer
+        ('bn1', 'fold', 'conv1')
+        >>> normfree.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     init: Init
