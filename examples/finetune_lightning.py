@@ -78,6 +78,7 @@ def main() -> None:
     model = pretrained(len(CLASSES))
     if not options.batch_norm:
         model = normfree.convert(model, init="preserve")
+        normfree.watch(model)  # warns in the first steps if the learning rate is too high
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=options.epochs, devices=1, enable_model_summary=False, **quiet)
     classifier = Classifier(model, options.lr)

@@ -63,6 +63,7 @@ def main() -> None:
     model = pretrained(len(CLASSES))
     if not options.batch_norm:
         model = normfree.convert(model, init="preserve")
+        normfree.watch(model)  # warns in the first steps if the learning rate is too high
     model.to(device)
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), options.lr)
     for epoch in range(options.epochs):

@@ -70,6 +70,7 @@ def main() -> None:
     model = ResNetForImageClassification.from_pretrained(out, num_labels=4, ignore_mismatched_sizes=True)
     if not options.batch_norm:
         model = normfree.convert(model, init="preserve")
+        normfree.watch(model)  # warns in the first steps if the learning rate is too high
     train, test = digits(6, 9, 240)
     print(f"6 to 9: {fit(model, train, test, options.lr, 2, out):.1%}")
     if not options.batch_norm:

@@ -161,6 +161,7 @@ class Plan:
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
         opaque: Modules that could not be traced, each with the error.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
+        calibrated: What :func:`normfree.calibrate` has set since.
 
     Example:
         >>> import normfree, torchvision
@@ -185,6 +186,7 @@ class Plan:
     reset: bool = True
     inplace_activations: bool = True
     fused: bool = False
+    calibrated: str = ""
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:
@@ -219,6 +221,7 @@ class Plan:
             f"norms: {len(self.norms)} ({', '.join(f'{n} {action}' for action, n in actions.items())})",
             f"sums: {len(self.sums)}" + "".join(f", {n} {kind}" for kind, n in kinds.items()),
             f"alphas: {len(self.alphas)} placed, {len(self.declined)} declined",
+            *([f"calibrated: {self.calibrated}"] if self.calibrated else []),
             *(f"declined: {text}" for text in self.declined),
             *(f"not traced: {path or 'the root'}: {error}" for path, error in self.opaque),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,8 +38,8 @@ def calibrate(
     """Return a copy of a converted model that is set by real data: from scratch its scale, else only its coordinates.
 
     ``preserve``: the function stays what it was. Each layer learns as if the mean of what it meets were zero, and a
-    classifier as if the norm of what it sees were about eight; ``convert`` knows both from the norms alone, and a batch
-    of your images knows them better. A classifier that was put on after the conversion is taken in.
+    classifier as if the norm of what it sees were about eight at most; ``convert`` knows both from the norms alone, and
+    a batch of your images knows them better. A classifier that was put on after the conversion is taken in.
 
     ``skipinit``: layers get unit output variance. One sweep over each batch sets every layer that a norm used to
     rescale, in the order in which they run, so that each sees what the calibrated ones before it return: its weight is
@@ -46,6 +47,8 @@ def calibrate(
     bias takes away the mean of each channel, as RescaleNet does (NeurIPS 2020). A layer without a bias is divided by
     the root of its second moment instead. Alpha is left out of it: a branch at alpha = 0 is calibrated as if it were
     one.
+
+    The plan of what is returned says what was set.
 
     Args:
         model: What ``convert`` returned, before training; it is not changed.
@@ -79,7 +82,8 @@ def calibrate_(
     several = [batches] if isinstance(batches, Tensor) else batches
     if plan.init == "preserve":
         with _in_mode(model, training=False):
-            centre_(model, plan, lambda batch: run(model, batch), several)
+            said = centre_(model, plan, lambda batch: run(model, batch), several)
+        model.__dict__[PLAN_ATTRIBUTE] = replace(plan, calibrated=said)
         return model
     layers = _layers(model, plan)
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -99,6 +103,8 @@ def calibrate_(
     if left:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(f"not calibrated, constant or never reached: {shown}", CalibrationWarning, stacklevel=2)
+    said = f"unit variance behind {len(layers) - len(left)} of {len(layers)} layers"
+    model.__dict__[PLAN_ATTRIBUTE] = replace(plan, calibrated=said)
     return model
 
 

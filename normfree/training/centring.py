@@ -21,8 +21,10 @@ from normfree.plans import Carried, Plan
 __all__ = ["centre_"]
 
 
-def centre_(model: nn.Module, plan: Plan, run: Callable[[Any], object], batches: Iterable[Any]) -> None:
+def centre_(model: nn.Module, plan: Plan, run: Callable[[Any], object], batches: Iterable[Any]) -> str:
     """Set mean of inputs and units of heads from data; a head that was put on since the conversion is taken in.
+
+    Returns what was set, in words.
 
     Args:
         model: The converted model.
@@ -47,9 +49,15 @@ def centre_(model: nn.Module, plan: Plan, run: Callable[[Any], object], batches:
     lost = [carried.path for carried, found in seen.items() if not bool(torch.isfinite(found.mean).all())]
     if lost:
         raise UsageError(f"{lost[0]}: its input is not finite")
-    for carried, found in seen.items():
-        if found.count:
-            _recentre(cast(Any, layers[carried]), found, carried, plan)
+    reached = {carried: found for carried, found in seen.items() if found.count}
+    for carried, found in reached.items():
+        _recentre(cast(Any, layers[carried]), found, carried, plan)
+    heads = [f", input of {carried.path} over {1 / _gain(layers[carried]):g}" for carried in reached if carried.head]
+    return f"{len(reached)} of {len(layers)} inputs centred{''.join(heads)}"
+
+
+def _gain(head: nn.Module) -> float:
+    return float(cast(Tensor, head.gain)[0])
 
 
 class _Seen:

@@ -9,6 +9,7 @@ from torch import nn
 
 from normfree.errors import UsageError
 from normfree.layers import HasAlpha
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 
 __all__ = ["SCALAR_RATE", "clip_grad", "clipped_parameters", "param_groups"]
 
@@ -74,7 +75,8 @@ def clip_grad(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
 
     Brock et al. (2021, section 4.1, equation 3) bound each row's gradient by ``clip_factor`` times the row's own norm.
     A scalar that starts at zero has no norm to speak of, and its gradient would be cut from 1 to ``clip_factor * eps``:
-    so alphas and biases are exempt, and the last linear layer as in the paper. What clips is timm's function.
+    so alphas and biases are exempt, and the last linear layer as in the paper. Under ``preserve`` alphas start at one,
+    and they and the last layer are what diverges first: both are clipped. What clips is timm's function.
 
     Args:
         model: The model, after ``backward``.
@@ -94,12 +96,15 @@ def clip_grad(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
 
 
 def clipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield what adaptive clipping may touch: weights of more than one dimension, without the classifier's."""
+    """Yield what adaptive clipping may touch: weights, from scratch without the classifier's, else alphas too."""
+    plan: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
+    if plan is not None and plan.init == "preserve" and not plan.fused:
+        taken = {id(carrier.raw_alpha) for carrier in _carriers(model)}
+        yield from (p for p in model.parameters() if p.dim() > 1 or id(p) in taken)
+        return
     last = _classifier(model)
     exempt = {id(p) for p in last.parameters()} if last is not None else set()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and id(parameter) not in exempt:
-            yield parameter
+    yield from (p for p in model.parameters() if p.dim() > 1 and id(p) not in exempt)
 
 
 def _classifier(model: nn.Module) -> nn.Module | None:

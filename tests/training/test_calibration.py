@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -81,6 +82,7 @@ def test_second_moment_is_near_one_at_every_former_norm(name: str) -> None:
     calibrated = normfree.calibrate(normfree.convert(build(name)), x)
     moments = former_sites(calibrated, x)
     assert moments
+    assert re.fullmatch(r"unit variance behind (\d+) of \1 layers", calibrated._normfree_plan.calibrated)
     outside = {site: moment for site, moment in moments.items() if not 0.25 <= moment <= 4}
     assert outside == {}
     if name == "timm:repvgg_a0":

@@ -72,6 +72,10 @@ def test_a_head_that_was_put_on_afterwards_is_taken_in_by_one_call(converted: nn
     head = taken.get_classifier()
     assert isinstance(head, ScaledWeight)
     assert_close(taken(X), model(X), 1e-10)
+    path = next(name for name, module in taken.named_modules() if module is head)
+    said, layers = plan_of(taken).calibrated, sum(layer.centred for layer in plan_of(taken).carried)
+    assert said == f"{layers} of {layers} inputs centred, input of {path} over {1 / float(head.gain[0]):g}"
+    assert f"calibrated: {said}" in str(plan_of(taken))
     inputs = []
     head.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
     with torch.no_grad():

@@ -123,6 +123,17 @@ def test_clipping_leaves_scalars_vectors_and_the_classifier_alone() -> None:
     assert torch.allclose(grad.flatten(1).norm(dim=1), bound, rtol=1e-4)
 
 
+def test_clipping_takes_alphas_and_the_classifier_where_they_start_at_one() -> None:
+    model = normfree.convert(randomise(nn.Sequential(Block(), nn.Flatten(), nn.Linear(256, 2))), init="preserve")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    normfree.clip_grad(model)
+    left = {name for name, p in model.named_parameters() if torch.equal(p.grad, torch.ones_like(p))}
+    assert left == {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    alpha = model[0].conv2.raw_alpha
+    assert float(alpha.grad) == pytest.approx(0.01 * float(alpha.detach()), rel=1e-4)
+
+
 def test_classifier_is_the_one_that_timm_names() -> None:
     model = timm.create_model("mobilenetv3_small_050", num_classes=2)
     clipped = {id(p) for p in clipped_parameters(normfree.convert(model))}
