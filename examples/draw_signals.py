@@ -1,6 +1,6 @@
 """Draw how large the signal is along a network: with its norms, with the norms deleted, and converted.
 
-All three start from scratch, on the same white noise. The picture of the README is what this draws by default.
+All three start from scratch, on the same white noise. The README shows what this draws by default.
 
 Run: python examples/draw_signals.py [--model resnetv2_50] [--out signals.png]
 """
@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 import timm
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import normfree
 
@@ -38,6 +39,8 @@ def main() -> None:
         signal.plot(places, [row.total.second for row in rows], marker=".", label=name)
         share.plot(places, [row.share for row in rows], marker=".")
         print(f"{name:15} second moment of the last sum {rows[-1].total.second:10.3g}")
+    for axis in (signal, share):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     signal.set(yscale="log", title="size of the signal (second moment)", xlabel="residual block")
     share.set(ylim=(-0.02, 1), title="share of the branch in the sum", xlabel="residual block")
     signal.legend()
