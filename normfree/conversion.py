@@ -51,6 +51,12 @@ def convert_(
         OptimizerWarning: An optimizer holds parameters that go; it and they are named.
         UnseenWarning: As there.
         FrozenWarning: As there.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> model = torchvision.models.resnet18()
+        >>> normfree.convert_(model) is model
+        True
     """
     made, moments = _planned(
         model,

@@ -2,6 +2,14 @@
 
 Every message says where (qualified module name and type), what was found, and what to do about it. Problems
 are collected before anything is raised, so that one run shows all of them.
+
+Example:
+    >>> import normfree, torch
+    >>> try:
+    ...     normfree.convert(torch.nn.Linear(2, 2))
+    ... except normfree.errors.NoNormError as error:
+    ...     print(error)
+    this Linear holds no batch normalisation: there is nothing to convert
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Units:
     """How many times what it stands for a parameter is: the coordinates in which a converted network learns.
 
     A step of SGD then moves what it stands for by the square of that less, a step of Adam by that less. Chosen by
-    ``examples/finetuning_forms.py``; powers of two, so that the originals come back bit for bit.
+    ``examples/experiments/finetuning_forms.py``; powers of two, so that the originals come back bit for bit.
 
     Attributes:
         weight: A weight behind which a norm was. A step of it moves the output by ``(gamma / sigma) ** 2`` over the
@@ -168,6 +168,14 @@ class Plan:
         looked: What the model was run on to see what it does, and who said so.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
         calibrated: What :func:`normfree.calibrate` has set since.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> plan = normfree.plan(torchvision.models.resnet18())
+        >>> plan.norms[0].name, plan.norms[0].action, plan.norms[0].producer
+        ('bn1', 'fold', 'conv1')
+        >>> normfree.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     init: Init

@@ -32,6 +32,15 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     Raises:
         CheckpointError: The file is missing, damaged, not one of ours, or does not belong to the model.
         UsageError: The file names no architecture and no ``model`` is given.
+
+    Example:
+        >>> import normfree, torchvision
+        >>> model = normfree.convert(torchvision.models.resnet18(num_classes=10), init="preserve")
+        >>> normfree.save(model, "ten.safetensors", source="torchvision:resnet18", num_classes=10)
+        >>> normfree.load("ten.safetensors").fc.out_features
+        10
+        >>> normfree.load("ten.safetensors", num_classes=3).fc.out_features
+        3
     """
     header = read_header(path)
     state = read_state_dict(weights_in(path))

@@ -70,7 +70,7 @@ def export(
             from normfree import checkpoint, files, zoo
             from normfree.deployment import export as exporting
             from normfree.deployment import fuse as fusing
-            from normfree.tracing.trace import example_input
+            from normfree.tracing.inputs import tensors
 
             exporting.format_of(out, format)
             files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
@@ -81,15 +81,17 @@ def export(
             step("exporting")
             source = None if header.source is None else zoo.find(header.source)
             own = header.input_size or zoo.own_shape(model, source)
-            x = exporting.own_input(model, own) if size is None else example_input(model, size=size)
+            x = exporting.own_input(model, own, size)
+            given = tensors(x)[0]
             error = exporting.export(model, out, x, dynamic_size=dynamic_size, overwrite=force)
-        taken = ["N", *x.shape[1:]] if not dynamic_size else ["N", *x.shape[1:2], *("H", "W")[: x.dim() - 2]]
+        taken = (
+            ["N", *given.shape[1:]] if not dynamic_size else ["N", *given.shape[1:2], *("H", "W")[: given.dim() - 2]]
+        )
         if as_json:
             print_json({"ok": True, "output": str(out), "input": taken, "difference": error})
         else:
-            shape = ", ".join(map(str, taken))
             print_out(
-                f"wrote {out}: input ({shape}); output within {error:.1e} of the model's, relative to its largest"
+                f"wrote {out}: input ({', '.join(map(str, taken))}); output within {error:.1e} of the model's, relative to its largest"
             )
 
 

@@ -90,16 +90,19 @@ def export(
     return difference
 
 
-def own_input(model: nn.Module, shape: tuple[int, ...] | None = None) -> Tensor:
+def own_input(model: nn.Module, shape: tuple[int, ...] | None = None, size: int | None = None) -> Inputs:
     """Return a batch of two, of white noise, of the size that a model was made for.
 
     Args:
         model: The model.
         shape: That size, ``(C, *)``, if it is known.
+        size: Pixels of a side, where the caller knows better.
 
     Raises:
         UsageError: Nothing says it. Many networks would take any size, but their program is for one.
     """
+    if size is not None:
+        return example_input(model, size=size)
     shape = zoo.own_shape(model) if shape is None else shape
     if shape is None:
         if not any(hasattr(module, "kernel_size") for module in model.modules()):

@@ -15,7 +15,7 @@ from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
 from normfree.layers.reparametrized import check_plain
 from normfree.plans import PLAN_ATTRIBUTE, plan_on
-from normfree.rewriting.applying import replace_everywhere
+from normfree.rewriting.changing import become
 from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import deep_copy
@@ -34,7 +34,7 @@ def fuse(model: M) -> M:
 
     ``alpha * (gain * conv(x; W) + b) == conv(x; alpha * gain * W) + alpha * b``: the same function, up to rounding.
     For inference that is all. A fused model trains too, but in plain coordinates: at much smaller learning rates than
-    before, since a step of a folded weight is 10 to 30 times as large (``examples/finetuning_forms.py``).
+    before, since a step of a folded weight is 10 to 30 times as large (``examples/experiments/finetuning_forms.py``).
 
     Args:
         model: What :func:`normfree.convert` returned, trained or not; it is not changed.
@@ -90,13 +90,11 @@ def bake_(model: nn.Module) -> None:
         raise UnsupportedModelError(tuple(problems))
     for name, (weight, bias) in combined.items():
         _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias)
-    slots: dict[int, nn.Module] = {}
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, ChannelAffine):
             _bake_affine(module)
         if isinstance(module, (ChannelAffine, SkipInit, Copy)):
-            slots[id(module)] = in_torch_alone(module)
-    replace_everywhere(model, slots)
+            become(module, in_torch_alone(module))
     plan = plan_on(model)
     if plan is not None:
         model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True).to_json()

@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from normfree.layers import ChannelAffine, CopiedAffine, CopiedSkipInit, Copy, SkipInit
-from normfree.rewriting.applying import hand_on_hooks
 
 __all__ = ["in_torch_alone"]
 
@@ -46,7 +45,6 @@ def in_torch_alone(slot: nn.Module) -> nn.Module:
         x = graph.call_method("clone", (x,))
     graph.output(x)
     made = fx.GraphModule(held, graph, class_name=type(slot).__name__)
-    hand_on_hooks(slot, made)
     return made.train(slot.training)
 
 

@@ -30,6 +30,13 @@ class Norm:
         act: Activation applied last, if the type brings one.
         frozen: The type never uses batch statistics.
         problem: Why an instance cannot be converted as it stands, for example a lazy one that never ran.
+
+    Example:
+        >>> import normfree, torch
+        >>> ones, zeros = torch.ones(2), torch.zeros(2)
+        >>> norm = normfree.Norm(2, mean=zeros, var=4 * ones, weight=ones, bias=None, eps=0.0)
+        >>> norm.affine()[0].tolist()
+        [0.5, 0.5]
     """
 
     features: int

@@ -26,6 +26,13 @@ class Report:
     Attributes:
         proofs: One entry a proof. ``passed`` is ``None`` where the conversion makes no such claim, or where the
             original would be needed and is not here.
+
+    Example:
+        >>> import normfree, torch, torchvision
+        >>> model = torchvision.models.resnet18()
+        >>> report = normfree.verify(normfree.convert(model), model, torch.randn(2, 3, 64, 64))
+        >>> report.ok, [proof.number for proof in report.proofs if proof.passed]
+        (True, [1, 2, 4, 5, 6])
     """
 
     proofs: tuple[Proof, ...]

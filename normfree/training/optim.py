@@ -9,7 +9,7 @@ from torch import nn
 
 from normfree.errors import UsageError
 from normfree.layers import HasAlpha
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import plan_on
 
 __all__ = ["SCALAR_RATE", "clip_grad", "clipped_parameters", "param_groups"]
 
@@ -97,7 +97,7 @@ def clip_grad(model: nn.Module, clip_factor: float = 0.01, eps: float = 1e-3) ->
 
 def clipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield what adaptive clipping may touch: weights, from scratch without the classifier's, else alphas too."""
-    plan: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
+    plan = plan_on(model)
     if plan is not None and plan.init == "preserve" and not plan.fused:
         taken = {id(carrier.raw_alpha) for carrier in _carriers(model)}
         yield from (p for p in model.parameters() if p.dim() > 1 or id(p) in taken)

@@ -76,6 +76,14 @@ class Signals:
 
     Attributes:
         rows: One entry a sum.
+
+    Example:
+        >>> import normfree, timm, torch
+        >>> found = normfree.signals(timm.create_model("resnetv2_18"), torch.randn(8, 3, 64, 64))
+        >>> isinstance(found, normfree.Signals), found.rows[0].name
+        (True, 'stages.0.blocks.0.add')
+        >>> str(found).split()[:4]
+        ['sum', 'skip', 'x2', 'skip']
     """
 
     rows: tuple[Signal, ...]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import plan_on
 
 __all__ = ["FACTOR", "SignalWarning", "Watch", "watch"]
 
@@ -52,7 +52,7 @@ def watch(model: nn.Module, *, steps: int = 100, factor: float = FACTOR) -> Watc
         >>> watched.growth
         1.0
     """
-    plan: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
+    plan = plan_on(model)
     if plan is None or plan.fused:
         raise UsageError(f"this {type(model).__name__} was not converted by normfree, or is fused: nothing to watch")
     paths = [edit.producer or edit.name for edit in plan.norms if edit.action != "keep"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import functools
 import json
@@ -50,14 +51,27 @@ def test_quickstart_sees_the_same_on_real_photographs(run: Run, tmp_path: Path) 
     assert (tmp_path / "lite0-nf.safetensors").stat().st_size > 10_000_000
 
 
-# "finetune_timm.py", with "resuming.py", "finite.py" and "labelled.py", is run by test_finetuning.py.
+# "finetune_timm.py" is run by test_finetuning.py. "lite0.py" is what finetune_table.py trains.
 # "finetune_plain.py", "finetune_lightning.py" and "finetune_transformers.py" are run by test_loops.py.
 # "finetuning_forms.py" with "nine_blocks.py" is run by test_finetuning_forms.py.
 def test_every_example_is_tested() -> None:
     text = Path(__file__).read_text()
-    scripts = [path.name for path in EXAMPLES.glob("*.py")]
+    scripts = [path.name for path in EXAMPLES.rglob("*.py")]
     assert scripts
     assert [name for name in scripts if f'"{name}"' not in text] == []
+
+
+def test_scripts_that_people_copy_stand_alone() -> None:
+    """What they import is installed: no script beside them, and nothing of the experiments."""
+    ours = {path.stem for path in EXAMPLES.rglob("*.py")}
+    for path in EXAMPLES.glob("*.py"):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not ours & names, path.name
+        assert len(path.read_text().splitlines()) <= 250, path.name
 
 
 def test_convert_time_writes_its_table(run: Run, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 import finetune_table
+import lite0
 import pytest
-import quickstart
 import torch
 from harness import noise
 from images import Data, Part
@@ -55,7 +55,7 @@ def test_arms_are_what_they_say(arms: dict[str, tuple[nn.Module, list[nn.Module]
 
 
 def test_gains_of_the_pretrained_network_are_as_far_apart_as_the_readme_says() -> None:
-    model = normfree.convert(quickstart.pretrained())
+    model = normfree.convert(lite0.pretrained())
     heads = {layer.path for layer in model._normfree_plan.carried if layer.head}
     keys = [key for key in model.state_dict() if key.endswith(".gain") and key.removesuffix(".gain") not in heads]
     gains = torch.cat([2 * model.state_dict()[key].abs() for key in keys])

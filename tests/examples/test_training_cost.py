@@ -16,7 +16,7 @@ from normfree import zoo
 from normfree.bench import Setting, run
 from normfree.bench.results import COLUMNS, flat
 
-TABLE = Path(training_cost.__file__).parent / "results" / "training_memory.csv"
+TABLE = Path(training_cost.__file__).parents[1] / "results" / "training_memory.csv"
 ROWS = {(row["model"], row["init"], row["arm"]): row for row in training_cost.known(TABLE)}
 MODELS = [f"torchvision:{name}" for name in training_cost.NAMES]
 

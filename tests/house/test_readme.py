@@ -1,4 +1,4 @@
-"""The README is the manual: every code block of it runs."""
+"""README and guides are the manual: every block of code runs, every link leads somewhere, no paragraph is too long."""
 
 from __future__ import annotations
 
@@ -12,75 +12,154 @@ import site
 import subprocess
 import sys
 import venv
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import finetune_timm
-import images
-import labelled
 import pytest
 import scripts
+import torch
+import torchvision
+import write_api
 from accelerate.commands.launch import launch_command_parser
 from harness import ROOT
 
 import normfree
 
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-SHELL = [text for language, text in BLOCKS if language == "bash"]
-DOCTESTS = [text for language, text in BLOCKS if language == "pycon"]
+EXAMPLES = ROOT / "examples"
+README, RESULTS, API = ROOT / "README.md", EXAMPLES / "results" / "README.md", EXAMPLES / "guides" / "api.md"
+GUIDES = sorted({*(EXAMPLES / "guides").glob("*.md")} - {API})  # the blocks of api.md are run where they come from
+PAGES = [README, EXAMPLES / "README.md", *GUIDES, RESULTS, API]
 TEST_COMMAND = 'pip install ".[test]" && pytest'
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of code, by where it stands."""
+
+    page: str
+    number: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(str(page.relative_to(ROOT)), i, *languages_and_text) for i, languages_and_text in enumerate(found)]
+
+
+BLOCKS = [block for page in PAGES if page != API for block in blocks(page)]
+PYTHON, SHELL, CONSOLE = ([b for b in BLOCKS if b.language == kind] for kind in ("python", "bash", "pycon"))
+
+
 def test_every_block_has_a_language_that_is_run() -> None:
-    assert {language for language, _ in BLOCKS} <= {"python", "bash", "pycon", "text"}
-    assert PYTHON
-    assert SHELL
-    assert TEST_COMMAND in "".join(SHELL)
+    assert {block.language for block in BLOCKS} == {"python", "bash", "pycon", "text"}
+    assert [block.text for block in BLOCKS if block.language == "text" and "@inproceedings" not in block.text] == []
+    of_readme = "".join(block.text for block in SHELL if block.page == "README.md")
+    assert TEST_COMMAND in of_readme
     assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text()
 
 
+def prose(page: Path) -> str:
+    """A page without its blocks of code and its tables."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+    for page in (README, EXAMPLES / "README.md", *GUIDES):
+        paragraphs = re.split(r"\n\n|\n(?=- |\d+\. )", prose(page))
+        assert [text for text in paragraphs if len(text.strip().splitlines()) > 4] == [], page.name
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name after its `#`, as GitHub makes it of the headings."""
+    seen: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        seen.append(name if name not in seen else f"{name}-{sum(each.startswith(name) for each in seen)}")
+    return set(seen)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = {
+        (README.parent / target.partition("#")[0]).resolve()
+        for target in re.findall(r"\]\(([^)\s]+)\)", README.read_text())
+    }
+    assert {page for page in PAGES if page != README} <= linked
+
+
+def test_examples_are_listed_with_what_they_show() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    assert [path.name for path in EXAMPLES.rglob("*.py") if path.name not in listed] == []
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    assert API.read_text() == write_api.page(), "renew it: python examples/guides/write_api.py"
+
+
+def test_every_public_name_has_an_example() -> None:
+    assert [name for name in normfree.__all__ if ">>>" not in (getattr(normfree, name).__doc__ or "")] == []
+
+
 def test_accuracies_are_those_of_the_tables() -> None:
-    pages = "".join(path.read_text() for path in (ROOT / "examples" / "results").glob("*.md"))
-    figures = re.findall(r"\d+\.\d ± \d+\.\d \(2\^-?\d+\)", (ROOT / "README.md").read_text())
+    tables = "".join(path.read_text() for path in RESULTS.parent.glob("*.md") if path != RESULTS)
+    figures = re.findall(r"\d+\.\d ± \d+\.\d \(2\^-?\d+\)", RESULTS.read_text())
     assert len(figures) > 60
-    assert [figure for figure in figures if figure not in pages] == []
+    assert [figure for figure in figures if figure not in tables] == []
 
 
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # Opacus says so of every engine without torchcsprng
 @pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")  # of models that no zoo knows
-@pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(PYTHON[number], f"README block {number}", "exec"), {"__name__": "readme"})  # noqa: S102
+    exec(compile(block.text, str(block), "exec"), {"__name__": "manual"})  # noqa: S102
 
 
-@pytest.mark.parametrize("number", range(len(DOCTESTS)))
-def test_console_blocks_print_what_they_say(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", CONSOLE, ids=str)
+def test_console_blocks_print_what_they_say(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    test = doctest.DocTestParser().get_doctest(DOCTESTS[number], {}, f"README block {number}", None, None)
+    test = doctest.DocTestParser().get_doctest(block.text, {}, str(block), None, None)
     assert test.examples
     failures: list[str] = []
     doctest.DocTestRunner().run(test, out=failures.append)
     assert not failures, "".join(failures)
 
 
-def commands(block: str) -> list[list[str]]:
+def commands(block: Block) -> list[list[str]]:
     """The words of every command of a shell block."""
-    lines = block.replace("\\\n", " ").splitlines()
+    lines = block.text.replace("\\\n", " ").splitlines()
     return [shlex.split(part) for line in lines for part in line.split("&&")]
 
 
-ELSEWHERE = [["pytest"], ["python", "examples/quickstart.py"]]
-"""What runs this, and what `test_examples.py` runs just so."""
+ELSEWHERE = {"pytest", "quickstart.py", "finetune_plain.py", "finetune_lightning.py", "finetune_transformers.py"}
+"""What runs this, and what the tests of the examples run."""
 
 
 def run_here(program: str, *words: str) -> None:
     """Do in this process what a shell would start; what needs others is held to what it may be asked."""
-    if [program, *words] in ELSEWHERE:
+    if {program, *(Path(word).name for word in words)} & ELSEWHERE:
         return
     if program == "normfree":
         scripts.normfree(*words)
+    elif program == "python" and words[0] == "-c":
+        exec(compile(words[1], "python -c", "exec"), {"__name__": "__main__"})  # noqa: S102
     elif program == "python":
         scripts.run_here(Path(words[0]).name, *words[1:])
     elif program == "accelerate":
@@ -92,18 +171,26 @@ def run_here(program: str, *words: str) -> None:
         extras = re.findall(r"\w+", words[-1])
         assert (words[0], words[-1][0]) == ("install", ".")
         assert set(extras) <= set(metadata.metadata("normfree").get_all("Provides-Extra"))
+    elif program in ("mkdir", "cp"):
+        subprocess.run([program, *words], check=True)
     else:
         pytest.fail(f"{program} is not known here")
 
 
-@pytest.mark.parametrize("number", range(len(SHELL)))
-def test_shell_blocks_run_here(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def given(block: Block, folder: Path) -> None:
+    """Put the checkpoint there that a block takes for granted."""
+    if "resnet18.pth" in block.text:
+        torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_shell_blocks_run_here(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(labelled, "photographs", lambda: tuple(part[::16] for part in images.photographs()))
-    asked = commands(SHELL[number])
+    given(block, tmp_path)
+    asked = commands(block)
     for words in asked:
         run_here(*words)
-    written = {path.name for path in tmp_path.rglob("*.*")}
+    written = {path.name for path in tmp_path.rglob("*")}
     for words in asked:
         for option in {"-o", "--plot"} & set(words):
             assert words[words.index(option) + 1] in written
@@ -120,13 +207,14 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("number", range(len(SHELL)))
-def test_shell_blocks_run_in_a_fresh_environment(number: int, fresh: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_shell_blocks_run_in_a_fresh_environment(block: Block, fresh: Path, tmp_path: Path) -> None:
     """In a copy of what git tracks, so that `pip install .` builds what a user gets."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    given(block, tmp_path)
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(fresh / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -135,7 +223,7 @@ def test_shell_blocks_run_in_a_fresh_environment(number: int, fresh: Path, tmp_p
         "PYTHONPATH": "",
     }
     done = subprocess.run(
-        ["bash", "-e", "-c", SHELL[number]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-e", "-c", block.text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

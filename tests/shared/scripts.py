@@ -23,6 +23,12 @@ from normfree.cli import app
 EXAMPLES = ROOT / "examples"
 
 
+def script(name: str) -> Path:
+    """Find an example, or an experiment, by its name."""
+    (path,) = EXAMPLES.rglob(Path(name).name)
+    return path
+
+
 @contextlib.contextmanager
 def as_if_alone(*arguments: str) -> Iterator[io.StringIO]:
     """Start as in a process of its own: arguments, one thread, warnings that are no errors; catch what is printed."""
@@ -41,14 +47,14 @@ def as_if_alone(*arguments: str) -> Iterator[io.StringIO]:
 
 def run_here(name: str, *arguments: object) -> str:
     """Call an example's ``main`` with these arguments and return what it prints."""
-    with as_if_alone(str(EXAMPLES / name), *map(str, arguments)) as said:
+    with as_if_alone(str(script(name)), *map(str, arguments)) as said:
         importlib.import_module(Path(name).stem).main()
     return said.getvalue()
 
 
 def run_process(name: str, *arguments: object) -> str:
     """Run an example as people do and return what it prints."""
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    command = [sys.executable, str(script(name)), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -142,7 +142,7 @@ def test_largest_batch_is_looked_for_only_if_asked() -> None:
 
 
 def test_kernels_are_no_more_than_the_table_says() -> None:
-    path = Path(steps.__file__).parent / "results" / "training_gpu.csv"
+    path = Path(steps.__file__).parents[1] / "results" / "training_gpu.csv"
     with path.open(newline="") as file:
         known = [row for row in csv.DictReader(file) if (row["batch"], row["compiled"]) == ("256", "False")]
     table = {row["arm"]: int(row["kernels"]) for row in known if row["model"] == "torchvision:resnet50"}

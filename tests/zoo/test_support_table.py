@@ -45,7 +45,7 @@ def test_every_model_is_planned_as_the_table_says(names: list[str]) -> None:
         wrong += [
             f"{name}: {k} {planned[k]}, was {row[k]}" for k in support_table.STRUCTURE if str(planned[k]) != row[k]
         ]
-    assert wrong == [], "renew the table: python examples/support_table.py"
+    assert wrong == [], "renew the table: python examples/experiments/support_table.py"
 
 
 @pytest.mark.parametrize("name", BY_SIZE[:2] + broad(*BY_SIZE[2:]))

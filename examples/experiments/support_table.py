@@ -6,8 +6,8 @@ at any time and goes on where it was; several shards can run side by side. What 
 again only if it is named or if `--again` says so; what the work folder holds is not, so start with an empty one after
 a change. `--render` merges a run into the table.
 
-Run: python examples/support_table.py [--again] [--shard 0/2] [--work FOLDER] [NAME ...]
-     python examples/support_table.py --render [--work FOLDER]
+Run: python examples/experiments/support_table.py [--again] [--shard 0/2] [--work FOLDER] [NAME ...]
+     python examples/experiments/support_table.py --render [--work FOLDER]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from normfree import zoo
 from normfree.norms import find_norms
 from normfree.tracing.inputs import tensors
 
-TABLE = Path(__file__).parent / "results" / "support.csv"
+TABLE = Path(__file__).parents[1] / "results" / "support.csv"
 PAGE = TABLE.with_suffix(".md")
 EXPORTS = TABLE.with_name("export.csv")
 STRUCTURE = ("norms", "fold", "affine", "residual", "parallel", "merge", "alphas", "declined", "opaque")
@@ -307,7 +307,7 @@ def page(rows: list[dict[str, Any]]) -> Iterator[str]:
     smaller = sum(row["gains"] not in ("", "1.0") for row in rows)
     yield f"In {smaller} the gains were drawn smaller: the original itself amplified rounding beyond use."
     yield f"{VERSIONS}."
-    yield "Written by `python examples/support_table.py --render`; the figures are in `support.csv`.\n"
+    yield "Written by `python examples/experiments/support_table.py --render`; the figures are in `support.csv`.\n"
     yield "| file | models | verified | norms | residual | parallel | merge | alpha | declined |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for file in dict.fromkeys(row["file"] for row in rows):
@@ -340,7 +340,7 @@ def exports(rows: list[dict[str, str]]) -> Iterator[str]:
     yield "\n# What leaves PyTorch\n"
     yield "The smallest verified network of every file, converted, fused, compared with its program on another batch"
     yield "(ONNX in onnxruntime, TorchScript scripted or else traced, `torch.compile` as one graph)."
-    yield "Written by `python examples/export_table.py`; the figures are in `export.csv`.\n"
+    yield "Written by `python examples/experiments/export_table.py`; the figures are in `export.csv`.\n"
     yield "| file | model | input | pt2 | onnx | torchscript | compile |"
     yield "|---|---|---|---|---|---|---|"
     for row in sorted(rows, key=lambda row: row["file"]):

@@ -3,10 +3,10 @@
 The photographs are solar cells, sound or defective (`pip install "normfree[examples]"` brings them). Every arm has the
 same epochs and chooses its learning rate from the same grid. `--networks` takes any name that `normfree convert` takes.
 
-Run: python examples/train_from_scratch.py [--workers 2] [--networks NAME ...]
-     python examples/train_from_scratch.py --device cuda --bf16 --size 128 --workers 12 --networks resnet18 resnet50 \
-         mobilenet_v2 efficientnet_b0 densenet121 vgg16_bn timm:resnetv2_50
-     python examples/train_from_scratch.py --render
+Run: python examples/experiments/train_from_scratch.py [--workers 2] [--networks NAME ...]
+     python examples/experiments/train_from_scratch.py --device cuda --bf16 --size 128 --workers 12 \
+         --networks resnet18 resnet50 mobilenet_v2 efficientnet_b0 densenet121 vgg16_bn timm:resnetv2_50
+     python examples/experiments/train_from_scratch.py --render
 """
 
 from __future__ import annotations

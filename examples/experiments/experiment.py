@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 STATUSES = ("trained", "diverged")
 Row = dict[str, str]
 Settings = Mapping[str, Any]

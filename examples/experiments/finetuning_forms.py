@@ -4,8 +4,8 @@ A network is pretrained with batch norm, gets a fresh head, and is converted: th
 `model.parameters()` train it, with a warm-up and a cosine, and without any recipe of ours. Networks are ImageNet's
 `tf_efficientnet_lite0`, and three of nine blocks that are pretrained here, on the digits 0 to 4, and go on with 5 to 9.
 
-Run: python examples/finetuning_forms.py --networks post-activation --optimizers sgd --rates 0.03125 0.0625
-     python examples/finetuning_forms.py --render
+Run: python examples/experiments/finetuning_forms.py --networks post-activation --optimizers sgd --rates 0.03125 0.0625
+     python examples/experiments/finetuning_forms.py --render
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
-import quickstart
+import lite0
 import timm
 import torch
 from arms import arm
@@ -48,7 +48,7 @@ ARMS = {
     "not centred": "normfree, inputs not centred",
     "head plain": "normfree, head plain",
 }
-EPOCHS = {"post-activation": 6, "pre-activation": 6, "vgg": 6, quickstart.ARCHITECTURE: 1}
+EPOCHS = {"post-activation": 6, "pre-activation": 6, "vgg": 6, lite0.ARCHITECTURE: 1}
 """The networks, each with its epochs."""
 TASKS = ("digits", "elpv")
 _SGD = tuple(2.0**power for power in range(-7, -1))
@@ -73,7 +73,7 @@ class Grown(Outcome):
 def images(task: str, size: int, count: int) -> Data:
     """Return the images of a task, the first `count` of those that train; 0 is all."""
     if task == "elpv":
-        config = resolve_data_config({}, model=timm.create_model(quickstart.ARCHITECTURE))
+        config = resolve_data_config({}, model=timm.create_model(lite0.ARCHITECTURE))
         data = solar_cells(size, (255 * config["mean"][0], 255 * config["std"][0]))
     else:
         low, _, high = task.removeprefix("digits").strip().partition(" to ")
@@ -99,8 +99,8 @@ def some_digits(low: int, high: int, size: int, colour: bool) -> Data:
 @functools.cache
 def pretrained(network: str) -> nn.Module:
     """Return a network with its weights: ImageNet's, or, of a small one, after twelve epochs on the digits 0 to 4."""
-    if network == quickstart.ARCHITECTURE:
-        return quickstart.pretrained()
+    if network == lite0.ARCHITECTURE:
+        return lite0.pretrained()
     torch.manual_seed(0)
     model = small(BLOCKS[network])
     fit(model, images("digits 0 to 4", 16, 0), "sgd", 0.1, epochs=12, batch=32, seed=0)
@@ -111,7 +111,7 @@ def fresh(network: str, classes: int, seed: int) -> nn.Module:
     """Return a pretrained network with a head that has learnt nothing."""
     model = copy.deepcopy(pretrained(network))
     torch.manual_seed(seed)
-    if network == quickstart.ARCHITECTURE:
+    if network == lite0.ARCHITECTURE:
         model.reset_classifier(classes)
     else:
         model[-1] = nn.Linear(model[-1].in_features, classes)
@@ -237,7 +237,7 @@ def cell(found: Iterable[Row], seeds: int) -> str | None:
 def jobs(options: Namespace) -> Iterable[Job]:
     """Go through the runs: of every network, batch and optimizer first the whole table of one seed."""
     for network, batch, optimizer in itertools.product(options.networks, options.batch, options.optimizers):
-        whole = network == quickstart.ARCHITECTURE
+        whole = network == lite0.ARCHITECTURE
         tasks, size = (options.tasks, options.size) if whole else (["digits 5 to 9"], 16)
         rates = options.rates or RATES[optimizer]
         for task, seed, lr, name in itertools.product(tasks, range(options.seeds), rates, options.arms):

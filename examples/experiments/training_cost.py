@@ -1,11 +1,12 @@
-"""What normalisation costs in a training step: `normfree bench` over several networks and both starting points.
+r"""What normalisation costs in a training step: `normfree bench` over several networks and both starting points.
 
 With `--runs 0` it counts what does not depend on the clock: bytes saved for backward, and operators. A run can be
 stopped and goes on where it was: what the CSV holds is not measured again.
 
-Run: python examples/training_cost.py --runs 0 --csv examples/results/training_memory.csv
-     python examples/training_cost.py --runs 7 --csv examples/results/training_cpu.csv NAME ...
-     python examples/training_cost.py --device cuda --dtype bf16 --channels-last [--compile] --batch 256 --csv FILE NAME
+Run: python examples/experiments/training_cost.py --runs 0 --csv examples/results/training_memory.csv
+     python examples/experiments/training_cost.py --runs 7 --csv examples/results/training_cpu.csv NAME ...
+     python examples/experiments/training_cost.py --device cuda --dtype bf16 --channels-last [--compile] \
+         --batch 256 --csv FILE NAME
 """
 
 from __future__ import annotations

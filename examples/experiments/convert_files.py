@@ -4,7 +4,8 @@ For every model a checkpoint with random values is made in a work folder, withou
 is a process of its own; time and memory are counted after the imports (memory: the largest resident size beyond what it
 was then), and the time of the whole process beside it. Nothing is kept but the table.
 
-Run: python examples/convert_files.py NAME ... [--endings .safetensors .pth] [--runs 3] [--csv FILE] [--work FOLDER]
+Run: python examples/experiments/convert_files.py NAME ... [--endings .safetensors .pth] [--runs 3]
+         [--csv FILE] [--work FOLDER]
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Which kernels a training step spends its time in, with its norms and without: torch's profiler over arms of `bench`.
+r"""Which kernels a training step spends its time in, with its norms and without: torch's profiler over arms of `bench`.
 
-Run: python examples/training_profile.py --device cuda --dtype bf16 --channels-last --batch 256 --csv FILE [NAME]
+Run: python examples/experiments/training_profile.py --device cuda --dtype bf16 --channels-last --batch 256 \
+         --csv FILE [NAME]
 """
 
 from __future__ import annotations

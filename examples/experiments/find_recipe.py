@@ -4,8 +4,8 @@ Pre- and post-activation networks of 18 layers on scikit-learn's digits, with ba
 rates that are powers of two, under a list of recipes. What counts is how wide the range of rates is that end within a
 point of the best on the validation images, beside batch norm's, and the test accuracy at the rate that validates best.
 
-Run: python examples/find_recipe.py [--workers 2] [--seeds 3] [NAME ...]
-     python examples/find_recipe.py --render
+Run: python examples/experiments/find_recipe.py [--workers 2] [--seeds 3] [NAME ...]
+     python examples/experiments/find_recipe.py --render
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Most of normfree is imported when it is asked for, so two figures are given: the bare import, and every public name.
 
-Run: python examples/import_time.py [--runs 20] [--csv FILE]
+Run: python examples/experiments/import_time.py [--runs 20] [--csv FILE]
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 De & Smith (NeurIPS 2020) find that both want the same rate at a small batch, and batch norm a larger one only at a
 large batch. Pre-activation networks of 18 layers on scikit-learn's digits show whether that is so here.
 
-Run: python examples/learning_rate_regimes.py [--workers 2]
-     python examples/learning_rate_regimes.py --render
+Run: python examples/experiments/learning_rate_regimes.py [--workers 2]
+     python examples/experiments/learning_rate_regimes.py --render
 """
 
 from __future__ import annotations

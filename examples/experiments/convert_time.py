@@ -3,7 +3,7 @@
 Both run in turn on the same model; the table shows medians and the median of the ratios. `--in-place` times
 `normfree.convert_` instead, on a copy made off the clock, and says how much memory it takes beyond the model's own.
 
-Run: python examples/convert_time.py [--in-place] [--runs N] [--csv FILE] [NAME ...]
+Run: python examples/experiments/convert_time.py [--in-place] [--runs N] [--csv FILE] [NAME ...]
 """
 
 from __future__ import annotations
