@@ -98,7 +98,7 @@ def convert(
     Every norm is removed, and the layer that fed it gets a bias. Under ``"preserve"`` weights, biases and alphas are
     learnt in units in which they train at the learning rates that the original liked: the weight behind a norm is kept
     times two, behind a constant of each channel, and learns as if its input had no mean; see
-    :class:`normfree.plans.Units`.
+    :class:`normfree.edits.Units`.
 
     Args:
         model: Any module with batch normalisation in it; it is not changed.

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfree
+from normfree.edits import Units
 from normfree.planning.plan import look
-from normfree.plans import Plan, Units
+from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
 
 ARMS = {

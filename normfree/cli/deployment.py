@@ -91,7 +91,8 @@ def export(
             print_json({"ok": True, "output": str(out), "input": taken, "difference": error})
         else:
             print_out(
-                f"wrote {out}: input ({', '.join(map(str, taken))}); output within {error:.1e} of the model's, relative to its largest"
+                f"wrote {out}: input ({', '.join(map(str, taken))}); "
+                f"output within {error:.1e} of the model's, relative to its largest"
             )
 
 

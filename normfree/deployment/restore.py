@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normfree.deployment.fuse import FuseWarning, multiplying
 from normfree.deployment.plain import learnt, unscaled_, without_norm_
+from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
     ChannelAffine,
@@ -25,7 +26,7 @@ from normfree.layers import (
 )
 from normfree.layers.reparametrized import check_plain
 from normfree.norms import describe
-from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.changing import become
 from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded

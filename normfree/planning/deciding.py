@@ -12,12 +12,13 @@ from torch import nn
 
 from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
+from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import UnsupportedModelError
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
-from normfree.plans import UNSEEN, Action, Carried, Init, NormEdit, Plan, Units
+from normfree.plans import Plan
 from normfree.tracing.traces import Trace
 
 __all__ = ["UNITS", "Request", "decide"]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from normfree.edits import Init
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError, some
 from normfree.layers import is_normfree
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
-from normfree.plans import PLAN_ATTRIBUTE, Init
+from normfree.plans import PLAN_ATTRIBUTE
 
 __all__ = ["check_arguments", "check_model", "check_wrapping", "is_lazy", "module_problems"]
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from normfree.analysis.findings import Branch, Sum
 from normfree.analysis.tails import Candidate
+from normfree.edits import Alpha, NormEdit, SumEdit
 from normfree.layers import Channels, skipinit_name
 from normfree.norms import describe, is_norm
 from normfree.planning.selecting import matches
-from normfree.plans import Alpha, NormEdit, SumEdit
 
 __all__ = ["place_alphas"]
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from normfree.analysis.findings import Findings, analyse, flows
 from normfree.analysis.moments import Moments, input_moments
+from normfree.edits import Init
 from normfree.errors import NoNormError, UnsupportedModelError, UsageError
 from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_arguments, check_model, is_lazy, module_problems
 from normfree.planning.kinds import asked, asked_unseen
 from normfree.planning.selecting import Patterns, as_patterns
-from normfree.plans import Init, Plan
+from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.inputs import Inputs
 from normfree.tracing.leaves import calls_batch_norm

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.analysis.moments import Moments
+from normfree.edits import Alpha, NormEdit
 from normfree.errors import UnsupportedModelError
 from normfree.layers import (
     ChannelAffine,
@@ -24,7 +25,7 @@ from normfree.layers import (
     skipinit_name,
 )
 from normfree.norms import Norm, describe
-from normfree.plans import Alpha, NormEdit, Plan
+from normfree.plans import Plan
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.changing import HOOKS
 from normfree.rewriting.originals import folded

@@ -1,4 +1,4 @@
-"""The coordinates in which a layer is to learn: :class:`normfree.plans.Units`, :mod:`normfree.layers.combining`."""
+"""The coordinates in which a layer is to learn: :class:`normfree.edits.Units`, :mod:`normfree.layers.combining`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normfree.analysis.moments import Moments, norm_of
+from normfree.edits import Carried, Units
 from normfree.errors import InternalError
 from normfree.layers import Channels, shift
-from normfree.plans import Carried, Units
 
 __all__ = ["Carrier", "carry", "features_of", "offset_of", "weight_of"]
 

@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.edits import Carried
 from normfree.errors import UsageError
 from normfree.layers import ScaledWeight, scaled_weight_class, shift
 from normfree.layers.carriers import Seen
-from normfree.plans import Carried, Plan
+from normfree.plans import Plan
 
 __all__ = ["centre_"]
 

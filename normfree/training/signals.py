@@ -13,10 +13,11 @@ from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow
 from normfree.analysis.sums import find_sums
 from normfree.conversion import convert
+from normfree.edits import Init
 from normfree.errors import UsageError, require
 from normfree.norms import find_norms
 from normfree.planning.plan import plan as make_plan
-from normfree.plans import Init, plan_on
+from normfree.plans import plan_on
 from normfree.proofs.replaying import replay
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments

@@ -40,19 +40,22 @@ class Plain:
         self.kept = norm
 
 
-HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
-    "closure": lambda norm: lambda x: norm(x),
-    "partial": lambda norm: functools.partial(lambda n, x: n(x), norm),
-    "call": lambda norm: norm.__call__,
-    "deque": lambda norm: (held := collections.deque([norm])) and (lambda x: held[0](x)),
-    "set": lambda norm: (held := {norm}) and (lambda x: next(iter(held))(x)),
-    "namedtuple": lambda norm: (held := Pair(norm)) and (lambda x: held.norm(x)),
-    "dataclass": lambda norm: (held := Record(norm)) and (lambda x: held.norm(x)),
-    "namespace": lambda norm: (held := types.SimpleNamespace(norm=norm)) and (lambda x: held.norm(x)),
-    "slots": lambda norm: (held := Slotted(norm)) and (lambda x: held.norm(x)),
-    "object": lambda norm: (held := Plain(norm)) and (lambda x: held.kept(x)),
-    "nested": lambda norm: (held := {"a": [(Pair(norm),)]}) and (lambda x: held["a"][0][0].norm(x)),
+HOLDERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Callable[[Tensor], Tensor]]]] = {
+    "partial": (lambda norm: functools.partial(_call, norm), lambda held: held),
+    "call": (lambda norm: norm.__call__, lambda held: held),
+    "deque": (lambda norm: collections.deque([norm]), lambda held: held[0]),
+    "set": (lambda norm: {norm}, lambda held: next(iter(held))),
+    "namedtuple": (Pair, lambda held: held.norm),
+    "dataclass": (Record, lambda held: held.norm),
+    "namespace": (lambda norm: types.SimpleNamespace(norm=norm), lambda held: held.norm),
+    "slots": (Slotted, lambda held: held.norm),
+    "object": (Plain, lambda held: held.kept),
+    "nested": (lambda norm: {"a": [(Pair(norm),)]}, lambda held: held["a"][0][0].norm),
 }
+
+
+def _call(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(x)
 
 
 class Held(nn.Module):
@@ -61,10 +64,11 @@ class Held(nn.Module):
     def __init__(self, holder: str) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.kept = HOLDERS[holder](self.norm)
+        hold, self.take = HOLDERS[holder]
+        self.kept = hold(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.kept(self.conv(x)))
+        return torch.relu(self.take(self.kept)(self.conv(x)))
 
 
 @pytest.mark.parametrize("init", ["preserve", "skipinit"])
@@ -88,6 +92,15 @@ def test_whoever_holds_a_norm_holds_what_it_has_become(holder: str, init: str) -
         assert torch.equal(model(x), before)
     else:
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_a_closure_which_no_copy_follows_is_refused() -> None:
+    model = Held("object")
+    norm = model.norm
+    model.take = lambda _: lambda x: norm(x)
+    with pytest.raises(normfree.errors.UnsupportedModelError):
+        normfree.convert(nn.Sequential(model), init="preserve")
+    assert type(norm) is nn.BatchNorm2d
 
 
 def state(model: nn.Module) -> list[Any]:
