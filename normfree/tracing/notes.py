@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.tracing.traces import Graph, Value
+from normfree.tracing.traces import Graph, Value, memory_of
 
 __all__ = ["Notes", "overwritten", "tensors_in"]
 
@@ -77,7 +77,7 @@ class Notes:
         changed = [tensor for tensor, version in before if tensor._version != version]
         out = self._renewed(out, {id(tensor) for tensor, _ in before} - {id(tensor) for tensor in changed}, node)
         for tensor in changed:
-            self._nodes[id(tensor)] = self._writes[_storage(tensor)] = node
+            self._nodes[id(tensor)] = self._writes[memory_of(tensor)] = node
             self.value(node, tensor, writes=True)
         self._bind(out, node)
         return out
@@ -130,7 +130,7 @@ class Notes:
         if node is None and id(tensor) in self._parameters:
             node = self._nodes[id(tensor)] = self._create("get_attr", self._parameters[id(tensor)], (), {})
             self._kept.append(tensor)
-        last = self._writes.get(_storage(tensor)) if self._writes else None
+        last = self._writes.get(memory_of(tensor)) if self._writes else None
         if last is None or node is last or (node is not None and self.seen.order[node] > self.seen.order[last]):
             return node
         if not self.seen.values[last].covers(Value.of(tensor)):
@@ -157,10 +157,6 @@ class Notes:
         held = [self.argument(item) for item in vars(value).values()] if own else []
         found = [item for item in held if isinstance(item, fx.Node)]
         return tuple(found) if found else type(value).__name__
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 _ATOMS = {int, float, bool, str, torch.dtype, torch.device, type(Ellipsis)}
