@@ -46,6 +46,7 @@ class Notes:
         self.seen = Graph(fx.Graph())
         self.stack = [""]
         self.step = 0
+        self.leaked: list[Tensor] = []
         self._kept: list[Any] = []  # nothing that was seen may die: its identity would be given to another
         self._nodes: dict[int, fx.Node] = {}
         self._parts: dict[int, tuple[fx.Node, tuple[Any, ...]]] = {}
@@ -80,6 +81,11 @@ class Notes:
             self._nodes[id(tensor)] = self._writes[memory_of(tensor)] = node
             self.value(node, tensor, writes=True)
         self._bind(out, node)
+        for tensor in self.leaked:  # a hook inside of a leaf may have kept it
+            if id(tensor) not in self._parts:
+                self._nodes.setdefault(id(tensor), node)
+        self._kept += self.leaked
+        self.leaked = []
         return out
 
     def _renewed(self, out: Any, given: set[int], node: fx.Node) -> Any:
