@@ -59,8 +59,7 @@ class Notes:
 
     def finish(self, returned: list[Tensor]) -> Graph:
         """Return the graph of a run that has come to its end."""
-        nodes = (self.node_of(tensor) for tensor in returned)
-        self._create("output", "output", (tuple(node for node in nodes if node is not None),), {})
+        self._create("output", "output", (tuple(filter(None, map(self.node_of, returned))),), {})
         return self.seen
 
     def next_step(self) -> None:
@@ -81,11 +80,10 @@ class Notes:
             self._nodes[id(tensor)] = self._writes[memory_of(tensor)] = node
             self.value(node, tensor, writes=True)
         self._bind(out, node)
-        for tensor in self.leaked:  # a hook inside of a leaf may have kept it
+        for tensor in self.leaked if op == "call_module" else ():  # a hook inside of a leaf may have kept it
             if id(tensor) not in self._parts:
                 self._nodes.setdefault(id(tensor), node)
-        self._kept += self.leaked
-        self.leaked = []
+                self._kept.append(tensor)
         return out
 
     def _renewed(self, out: Any, given: set[int], node: fx.Node) -> Any:
