@@ -125,16 +125,8 @@ def analyse(
     found_sites = {
         name: _without_doubtful_producer(site, consumers, owners, unseen) for name, site in found_sites.items()
     }
-    return Findings(
-        found_sites,
-        tuple(found_sums.values()),
-        rescaled,
-        known,
-        frozenset(fixed),
-        tuple(functional),
-        read,
-        frozenset(parameters),
-    )
+    sums, held = tuple(found_sums.values()), frozenset(parameters)
+    return Findings(found_sites, sums, rescaled, known, frozenset(fixed), tuple(functional), read, held)
 
 
 def _only_norm(flow: Flow, node: fx.Node, first: Mapping[str, str]) -> str | None:

@@ -65,13 +65,9 @@ def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int
 
 
 class _Looks:
-    """Looks at the operands of chosen additions at the moment they are added.
+    """Counts branches that are zero, and finds skip paths that were written into, at the moment they are added.
 
     Not later: ``y += x; z + y`` writes over a branch once it has been added, and no harm is done.
-
-    Attributes:
-        zero_branches: For each sum, how many of its branches were zero.
-        written: Sums of which a skip path, or what it starts from, had been written into.
     """
 
     def __init__(self, flow: Flow, names: set[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.tracing.inputs import tensors
+from normfree.tracing.traces import memory_of
 
 __all__ = ["NormSpy", "module_stack", "out_of_place"]
 
@@ -23,25 +24,21 @@ class NormSpy(TorchDispatchMode):
 
     def __init__(self, inputs: list[Tensor], stack: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
-        self.activations = {_storage(x) for x in inputs}
+        self.activations = {memory_of(x) for x in inputs}
         self.stack = stack
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        touched = any(_storage(x) in self.activations for x in tensors((args, kwargs)))
+        touched = any(memory_of(x) in self.activations for x in tensors((args, kwargs)))
         name = func._schema.name
         if touched and "batch_norm" in name and "backward" not in name and args[0].shape[0] != 1:
             self.seen.append(self.stack[-1])
         result = func(*args, **kwargs)
         for x in tensors(result):
             # Memory is used again: what a storage holds is decided anew by whoever writes it.
-            (self.activations.add if touched else self.activations.discard)(_storage(x))
+            (self.activations.add if touched else self.activations.discard)(memory_of(x))
         return result
-
-
-def _storage(x: Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager

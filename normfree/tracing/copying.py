@@ -142,9 +142,7 @@ _CONTAINERS = {dict, OrderedDict, list, tuple, set, frozenset}
 
 def _to_meta(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _to_real(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfree.tracing.traces import Graph, Value
+from normfree.tracing.traces import Graph, Value, memory_of
 
 __all__ = ["Notes", "overwritten", "tensors_in"]
 
@@ -46,6 +46,7 @@ class Notes:
         self.seen = Graph(fx.Graph())
         self.stack = [""]
         self.step = 0
+        self.leaked: list[Tensor] = []
         self._kept: list[Any] = []  # nothing that was seen may die: its identity would be given to another
         self._nodes: dict[int, fx.Node] = {}
         self._parts: dict[int, tuple[fx.Node, tuple[Any, ...]]] = {}
@@ -58,8 +59,7 @@ class Notes:
 
     def finish(self, returned: list[Tensor]) -> Graph:
         """Return the graph of a run that has come to its end."""
-        nodes = (self.node_of(tensor) for tensor in returned)
-        self._create("output", "output", (tuple(node for node in nodes if node is not None),), {})
+        self._create("output", "output", (tuple(filter(None, map(self.node_of, returned))),), {})
         return self.seen
 
     def next_step(self) -> None:
@@ -77,9 +77,13 @@ class Notes:
         changed = [tensor for tensor, version in before if tensor._version != version]
         out = self._renewed(out, {id(tensor) for tensor, _ in before} - {id(tensor) for tensor in changed}, node)
         for tensor in changed:
-            self._nodes[id(tensor)] = self._writes[_storage(tensor)] = node
+            self._nodes[id(tensor)] = self._writes[memory_of(tensor)] = node
             self.value(node, tensor, writes=True)
         self._bind(out, node)
+        for tensor in self.leaked if op == "call_module" else ():  # a hook inside of a leaf may have kept it
+            if id(tensor) not in self._parts:
+                self._nodes.setdefault(id(tensor), node)
+                self._kept.append(tensor)
         return out
 
     def _renewed(self, out: Any, given: set[int], node: fx.Node) -> Any:
@@ -130,7 +134,7 @@ class Notes:
         if node is None and id(tensor) in self._parameters:
             node = self._nodes[id(tensor)] = self._create("get_attr", self._parameters[id(tensor)], (), {})
             self._kept.append(tensor)
-        last = self._writes.get(_storage(tensor)) if self._writes else None
+        last = self._writes.get(memory_of(tensor)) if self._writes else None
         if last is None or node is last or (node is not None and self.seen.order[node] > self.seen.order[last]):
             return node
         if not self.seen.values[last].covers(Value.of(tensor)):
@@ -157,10 +161,6 @@ class Notes:
         held = [self.argument(item) for item in vars(value).values()] if own else []
         found = [item for item in held if isinstance(item, fx.Node)]
         return tuple(found) if found else type(value).__name__
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 _ATOMS = {int, float, bool, str, torch.dtype, torch.device, type(Ellipsis)}

@@ -52,7 +52,9 @@ class Recorder(Notes, TorchFunctionMode):
         if self._meta:
             args, kwargs = _on_meta(func, args, kwargs)
         if self._inside:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self.leaked += tensors_in(out)
+            return out
         if func is Tensor.__iter__:
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         self.next_step()
@@ -118,7 +120,7 @@ class Recorder(Notes, TorchFunctionMode):
             node_args, node_kwargs = self.argument(args), self.argument(kwargs)
             before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
         answers = type(module)
-        self._inside = True
+        self._inside, self.leaked = True, []
         try:
             module.__class__ = self._classes.get(id(module), answers)
             out = forward(*args, **kwargs)

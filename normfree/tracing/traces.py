@@ -12,9 +12,14 @@ from torch import Tensor, fx, nn
 
 from normfree.tracing.roles import Role, function_role, makes_constants
 
-__all__ = ["MODES", "Graph", "Trace", "Value"]
+__all__ = ["MODES", "Graph", "Trace", "Value", "memory_of"]
 
 MODES = ("eval", "train")
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from any other."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,8 @@ class Value:
         """Describe a tensor."""
         if tensor.layout is not torch.strided:
             return cls(tuple(tensor.shape), (), 0, id(tensor), writes, handed_on)
-        memory = int(tensor.untyped_storage()._cdata)
         offset = int(tensor.storage_offset())
-        return cls(tuple(tensor.shape), tensor.stride(), offset, memory, writes, handed_on)
+        return cls(tuple(tensor.shape), tensor.stride(), offset, memory_of(tensor), writes, handed_on)
 
     def covers(self, other: Value) -> bool:
         """Whether both are one and the same part of one memory."""
@@ -95,14 +99,9 @@ def _is_switch(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything that running a model has shown.
+    """Everything that running a model has shown: a graph for each of the modes that ran, or why not all are here.
 
-    Attributes:
-        graphs: A graph for each of the modes that ran; none if nothing was seen.
-        looked: On what it was run, and who said so.
-        unseen: Why nothing was seen, or why one mode was not.
-        deaf: The model did the same while every layer answered to another class.
-        again: Runs the model once more while modules answer to other classes.
+    A model is ``deaf`` if it did the same while all layers answered to other classes; ``again`` runs it with others.
     """
 
     graphs: Mapping[str, Graph]

@@ -301,3 +301,36 @@ def test_stochastic_depth_by_hand_hides_no_block(how: str, init: str) -> None:
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert len(plan.alphas) == 4
     assert_preserved(model.eval(), X)
+
+
+class Inner(nn.Module):
+    """Holds nothing of interest, and something that a hook listens to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class Listening(nn.Module):
+    """Takes a feature out of the middle of a layer by a hook that it installs once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.block, self.seen = nn.Conv2d(3, 4, 1), Inner(), Block(), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.seen:
+            self.inner.first.register_forward_hook(lambda _, __, out: self.seen.update(first=out))
+        self.inner(self.stem(x))
+        return self.block(self.seen["first"])
+
+
+@both
+def test_feature_from_inside_of_a_layer_is_not_lost(init: str) -> None:
+    plan = normfree.plan(randomise(Listening()), init=init, inputs=X)
+    assert [edit.action for edit in plan.norms] == ["fold", "fold"]
+    assert [total.kind for total in plan.sums] == ["residual"]
+    assert len(plan.alphas) == 1
