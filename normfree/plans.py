@@ -23,8 +23,7 @@ Action = Literal["fold", "affine", "delete", "bias", "keep"]
 Init = Literal["skipinit", "preserve"]
 PLAN_ATTRIBUTE = "_normfree_plan"
 """Where a converted model keeps its plan; a fused one its text, which can be unpickled without this package."""
-_CHANNELS = 2**20
-"""More than any layer has: a stored plan must not ask for more."""
+_CHANNELS = 2**20  # more than any layer has: a stored plan must not ask for more
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,7 @@ class Plan:
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
         opaque: Modules that could not be traced, each with the error.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
+        merged: Blocks whose parallel branches have become one layer then.
     """
 
     init: Init
@@ -174,6 +174,7 @@ class Plan:
     reset: bool = True
     inplace_activations: bool = True
     fused: bool = False
+    merged: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:
