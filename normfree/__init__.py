@@ -25,6 +25,10 @@ _HOMES = {  # imported when they are asked for: `normfree --help` must not impor
 __all__ = ["errors", *(name for names in _HOMES.values() for name in names)]
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:

@@ -92,7 +92,7 @@ def _apply(model: nn.Module, header: Header, path: object) -> None:
     except InternalError as error:
         raise CheckpointError(f"{path}: the stored plan does not fit this {type(model).__name__}: {error}") from error
     if header.plan.fused:
-        bake_(model)
+        bake_(model, header.plan.merged)
     model.__dict__[PLAN_ATTRIBUTE] = header.plan.to_json() if header.plan.fused else header.plan
 
 

@@ -143,11 +143,7 @@ def inspect(
             _, model = build_original(source, step, loaded, num_classes)
             step("planning")
             options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
-            options |= {
-                "include": include or (),
-                "exclude": exclude or (),
-                "loaded": pretrained or checkpoint is not None,
-            }
+            options |= {"include": include or (), "exclude": exclude or ()}
             made, _ = look(model, loaded=bool(loaded), **options)
         if as_json:
             sys.stdout.write(made.to_json() + "\n")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import normfree
 from normfree.cli.printing import note
 from normfree.errors import UsageError
 
@@ -27,12 +28,23 @@ __all__ = [
     "tell",
 ]
 
-app = typer.Typer(
-    help="Take the BatchNorm out of any PyTorch model: same class, same methods, SkipInit instead of normalisation.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(normfree.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[  # its callback has answered by then
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the BatchNorm out of any PyTorch model: same class, same methods, SkipInit instead of normalisation."""
+
 
 SourceArgument = Annotated[
     str, typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, or a bare name found in one of them.")

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.deployment.merging import merge_
 from normfree.deployment.plain import plain_
 from normfree.deployment.slots import in_torch_alone
 from normfree.errors import UnsupportedModelError, UsageError, some
@@ -33,6 +34,7 @@ def fuse(model: M) -> M:
     """Return a copy of a converted model, with gain and alpha baked into plain layers.
 
     ``alpha * (gain * conv(x; W) + b) == conv(x; alpha * gain * W) + alpha * b``: the same function, up to rounding.
+    Blocks that bring a method to merge their parallel branches (RepVGG, MobileOne and others of timm) are merged by it.
     For inference that is all. A fused model trains too, but in plain coordinates: at much smaller learning rates than
     before, since a step of a folded weight is 10 to 30 times as large (``examples/experiments/finetuning_forms.py``).
 
@@ -73,8 +75,12 @@ def fuse_(model: M) -> M:
 
 
 @torch.no_grad()
-def bake_(model: nn.Module) -> None:
+def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     """Bake in what a weight can absorb; all or nothing.
+
+    Args:
+        model: The model.
+        merged: The blocks whose branches are merged, where a file says it.
 
     Raises:
         UnsupportedModelError: A weight would not be finite.
@@ -90,14 +96,16 @@ def bake_(model: nn.Module) -> None:
         raise UnsupportedModelError(tuple(problems))
     for name, (weight, bias) in combined.items():
         _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias)
-    for module in list(model.modules()):
+    for module in model.modules():
         if isinstance(module, ChannelAffine):
             _bake_affine(module)
-        if isinstance(module, (ChannelAffine, SkipInit, Copy)):
-            become(module, in_torch_alone(module))
     plan = plan_on(model)
     if plan is not None:
-        model.__dict__[PLAN_ATTRIBUTE] = replace(plan, fused=True).to_json()
+        plan = replace(plan, fused=True, merged=merge_(model, plan, merged))
+        model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
+    for module in list(model.modules()):
+        if isinstance(module, (ChannelAffine, SkipInit, Copy)):
+            become(module, in_torch_alone(module))
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
     no_hint_(model)
 

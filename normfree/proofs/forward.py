@@ -50,7 +50,7 @@ def same_function(case: Case) -> Proof:
     again = case.exact(case.original, training=False)
     rewrite(again, case.plan, {})
     if case.plan.fused:
-        bake_(again)
+        bake_(again, case.plan.merged)
     error = error_between(exact, case.run(again))
     rounding = error_between(exact, case.run(before, dtype=case.own_dtype))
     own = error_between(exact, case.run(after, dtype=case.own_dtype))

@@ -33,7 +33,7 @@ def clean_state(case: Case) -> Proof:
 def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     """Compare with the original: only what the plan names may differ, in keys and (``preserve``) in values."""
     names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
-    slots = tuple(f"{name}." for name in names)
+    slots = tuple(f"{name}." for name in (*names, *case.plan.merged))
     touched = {f"{edit.producer}.bias" for edit in case.plan.removed} | {f"{path}.bias" for path in case.plan.biases}
     touched |= {f"{layer.path}.{leaf}" for layer in case.plan.carried for leaf in ("gain", "center", "offset")}
     touched |= {f"{alpha.holder}.raw_alpha" for alpha in case.plan.alphas}

@@ -228,3 +228,19 @@ def test_library_needs_torch_and_safetensors_only() -> None:
 def test_the_console_script_is_the_command_line() -> None:
     scripts = metadata.entry_points(group="console_scripts", name="normfree")
     assert {script.load() for script in scripts} == {main}
+
+
+def test_the_version_and_the_public_names_are_there_to_be_seen() -> None:
+    assert run("--version").stdout.strip() == normfree.__version__
+    assert "Take the BatchNorm out" in run("--help").stdout
+    assert "--install-completion" in run("--help").stdout
+    assert {"convert", "fuse", "Plan", "__version__"} <= set(dir(normfree))
+
+
+@pytest.mark.parametrize("command", ["signals", "bench"])
+def test_measurements_take_a_number_of_classes(command: str) -> None:
+    options = (
+        ("--batch", 2, "--json") if command == "signals" else ("--runs", 0, "--arms", "bn,bare", "--batch", 2, "--json")
+    )
+    done = run(command, "timm:test_resnet", "--num-classes", 3, "--size", 32, *options)
+    assert done.exit_code == 0, done.output

@@ -81,7 +81,7 @@ FLOORS = (
     "planning.deciding",
     "planning.plan rewriting.applying proofs.reference zoo",
     "checkpoint.header",
-    "conversion deployment.plain deployment.slots training.calibration",
+    "conversion deployment.merging deployment.plain deployment.slots training.calibration",
     "deployment.fuse",
     "deployment.restore proofs",
     "checkpoint deployment.export",

@@ -1,0 +1,156 @@
+"""Parallel linear branches become one layer, in the way that their own library does it.
+
+RepVGG, MobileOne and their kin bring a method that merges the branches of a block for inference; it reads norms. So a
+copy of the block is given norms that do what gain and bias have come to, the method is called, and the result is taken
+if it computes the same in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normfree.layers import ChannelAffine, is_normfree
+from normfree.plans import NormEdit, Plan
+from normfree.rewriting.changing import become
+from normfree.tracing.copying import deep_copy
+
+__all__ = ["merge_"]
+
+_METHODS = ("fuse", "reparameterize", "switch_to_deploy")  # in the order in which timm looks for them
+_TOLERANCE = 1e-9
+"""Relative to the largest output."""
+
+
+def merge_(model: nn.Module, plan: Plan, known: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Merge every block that has a method for it, outermost first; return their names.
+
+    Args:
+        model: A model whose layers are plain again.
+        plan: Its plan.
+        known: The blocks that were merged before, for a model whose weights come from a file.
+    """
+    merged: list[str] = []
+    for path, block in list(model.named_modules()):
+        inside = any(path.startswith(f"{outer}.") for outer in merged)
+        if path and not inside and (path in known if known is not None else _may_merge(path, block, plan)):
+            made = _merged(path, block, plan, check=known is None)
+            if made is not None:
+                become(block, made)
+                merged.append(path)
+    return tuple(merged)
+
+
+class _Doubled(TorchFunctionMode):
+    """What a method makes is in float64 too: layers put their weights into ``torch.empty``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty and options.get("dtype") is None:
+            options["dtype"] = torch.float64
+        return func(*args, **options)
+
+
+def _edits(path: str, plan: Plan) -> list[NormEdit]:
+    return [edit for edit in plan.removed if edit.name.startswith(f"{path}.")]
+
+
+def _may_merge(path: str, block: nn.Module, plan: Plan) -> bool:
+    return any(callable(getattr(block, name, None)) for name in _METHODS) and bool(_edits(path, plan))
+
+
+def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Module | None:
+    """Return what the block's own method makes of it, or ``None`` if that is something else."""
+    like = next(block.parameters())
+    try:
+        before, copied = deep_copy(block).double().eval(), deep_copy(block).double().eval()
+        _give_norms(path, copied, plan)
+        with _Doubled():
+            made: Any = getattr(copied, next(name for name in _METHODS if hasattr(copied, name)))()
+        made = made if isinstance(made, nn.Module) else copied
+        if check and not _same(before, made):
+            return None
+    except Exception:  # whatever a method raises that expects another block
+        return None
+    made = made.to(like.dtype).train(block.training)
+    for parameter in made.parameters():
+        parameter.requires_grad_(like.requires_grad)
+    return made  # type: ignore[no-any-return]  # of a method that nobody has typed
+
+
+@torch.no_grad()
+def _give_norms(path: str, block: nn.Module, plan: Plan) -> None:
+    """Put a norm into every slot, with what its producer or the slot itself adds and multiplies.
+
+    Raises:
+        ValueError: A slot does more.
+    """
+    modules = {f"{path}.{name}": module for name, module in block.named_modules(remove_duplicate=False)}
+    norms: list[tuple[nn.Module, nn.Module]] = []
+    for edit in _edits(path, plan):
+        slot, layer = modules[edit.name], None if edit.producer is None else modules[edit.producer]
+        more = [getattr(slot, name, None) for name in ("act", "drop", "raw_alpha")]
+        if any(part is not None for part in more) or not isinstance(slot, (nn.Identity, ChannelAffine)):
+            raise ValueError(f"{edit.name} does more than a norm")
+        gain, bias = (getattr(slot, name, None) for name in ("gain", "bias"))
+        if layer is not None:
+            bias = layer._parameters["bias"]
+            layer._parameters["bias"] = None
+        norms.append((slot, _norm(edit, _width(modules, edit), gain, bias, next(block.parameters()))))
+    for slot, norm in norms:
+        become(slot, norm)
+    if any(map(is_normfree, block.modules())):
+        raise ValueError("something is left that multiplies an activation")
+
+
+def _width(modules: Mapping[str, nn.Module], edit: NormEdit) -> int:
+    """Return the channels at a slot: those of its producer, of the layer before it, or of what the block takes."""
+    seen = [edit.producer] if edit.producer is not None else list(modules)[: list(modules).index(edit.name)]
+    before = [_channels(modules[name], "out") for name in seen]
+    behind = [_channels(module, "in") for module in modules.values()]
+    return next(width for width in (*reversed(before), *behind) if width is not None)
+
+
+def _channels(module: nn.Module, side: str) -> int | None:
+    found = getattr(module, f"{side}_channels", getattr(module, f"{side}_features", None))
+    return found if isinstance(found, int) else None
+
+
+def _norm(edit: NormEdit, width: int, gain: Tensor | None, bias: Tensor | None, like: Tensor) -> nn.Module:
+    width = next((len(value) for value in (gain, bias) if value is not None), width)
+    kinds: dict[str, type[nn.Module]] = {"1": nn.BatchNorm1d, "2": nn.BatchNorm2d, "3": nn.BatchNorm3d}
+    kind = next((kinds[digit] for digit in edit.type if digit in kinds), nn.BatchNorm2d)
+    norm: Any = kind(width, eps=0.0)  # type: ignore[call-arg]  # all three take it
+    norm.to(like.device, like.dtype)
+    for held, value in ((norm.weight, gain), (norm.bias, bias)):
+        if value is not None:
+            held.copy_(value)
+    return norm.eval()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _same(before: nn.Module, after: nn.Module) -> bool:
+    """Whether two blocks compute the same, of an input that the first one takes."""
+    for x in _inputs(before):
+        try:
+            expected = before(x.clone())
+        except Exception:  # noqa: S112  # not its shape
+            continue
+        found = after(x.clone())
+        scale = expected.abs().max().clamp_min(1e-300)
+        return found.shape == expected.shape and float((found - expected).abs().max() / scale) <= _TOLERANCE
+    return False
+
+
+def _inputs(block: nn.Module) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for layer in block.modules():
+        width = getattr(layer, "in_channels", None) or getattr(layer, "in_features", None)
+        if isinstance(width, int):
+            for shape in ((2, width, 14, 14), (2, 5, width), (4, width)):
+                yield torch.randn(shape, generator=generator, dtype=torch.float64)
+            return
