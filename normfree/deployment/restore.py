@@ -24,7 +24,7 @@ from normfree.layers import (
 )
 from normfree.norms import describe
 from normfree.plans import PLAN_ATTRIBUTE, NormEdit, Plan
-from normfree.rewriting.applying import hand_on_hooks, replace_everywhere
+from normfree.rewriting.changing import become
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded
 from normfree.tracing.copying import deep_copy
 
@@ -91,7 +91,8 @@ def restore_(model: M) -> M:
             unscaled_(module)
         elif isinstance(module, ScaledSum):
             _own_forward(module, slots)
-    replace_everywhere(model, slots)
+    for module in {id(module): module for module in modules.values() if id(module) in slots}.values():
+        become(module, slots[id(module)])
     for attribute in (PLAN_ATTRIBUTE, ORIGINALS_ATTRIBUTE):
         del model.__dict__[attribute]
     left = multiplying(model)
@@ -152,7 +153,6 @@ def _norm(
         for factor in scales:
             new_gain, new_shift = new_gain * factor.double(), new_shift * factor.double()
         _solve(norm, new_gain, new_shift if bias is None else new_shift - new_gain * bias.to(new_gain))
-    hand_on_hooks(slot, norm)
     norm.training = slot.training
     if alpha is not None and not absorbs and not _is_one(alpha):
         if getattr(slot, "channels", None) is not None:
@@ -205,7 +205,6 @@ def _without_alpha(module: nn.Module) -> dict[int, nn.Module]:
         return {}
     kept = module.act if isinstance(module, ChannelAffine) and module.act is not None else nn.Identity()
     if isinstance(module, SkipInit):
-        hand_on_hooks(module, kept)
         kept.training = module.training
     return {id(module): kept}
 

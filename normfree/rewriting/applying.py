@@ -1,15 +1,13 @@
 """Plan -> model: applies a plan without making decisions.
 
-All checks and all new tensors first, then all writes: the writes are plain assignments that cannot fail, so a failed
-conversion leaves the model bit for bit as it was.
+All checks and all new tensors first, then all writes, which are taken back if one fails: a failed conversion leaves the
+model bit for bit as it was. What changes, changes where it stands.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +18,13 @@ from normfree.errors import InternalError
 from normfree.layers import is_carrier, scaled_weight_class
 from normfree.norms import describe, is_norm
 from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.rewriting.changing import Changes, all_or_nothing, become, set_class
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 from normfree.rewriting.preparing import prepare
 from normfree.rewriting.units import Carrier
 from normfree.training.initialization import draw_
 
-__all__ = ["hand_on_hooks", "replace_everywhere", "rewrite"]
+__all__ = ["rewrite"]
 
 
 def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None, *, scale: bool = True) -> None:
@@ -48,24 +47,29 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
     originals = Originals.of(modules, plan) if plan.init == "preserve" else None
     out_of_place = [find(path) for path in plan.out_of_place]
     drawn = [(find(path), gain) for path, gain in plan.drawn]
-    for path, carrier in writes.carriers.items():
-        _write_carrier(modules[path], carrier, scale)
-    for path, (alpha, cls) in writes.outputs.items():
-        modules[path].__class__ = cls
-        modules[path]._parameters["raw_alpha"] = alpha
-        modules[path].__dict__["alpha_unit"] = plan.units.alpha
-    for path, (held, cls) in writes.blocks.items():
-        modules[path].__class__ = cls
-        modules[path]._modules.update(held)
-    for activation in out_of_place:
-        activation.inplace = False  # type: ignore[assignment]  # a plain bool attribute
-    for path, slot in writes.slots.items():
-        _take_over(modules[path], slot)
-    replace_everywhere(model, {id(modules[path]): slot for path, slot in writes.slots.items()})
-    draw_(drawn)
-    model.__dict__[PLAN_ATTRIBUTE] = plan
-    if originals is not None:
-        model.__dict__[ORIGINALS_ATTRIBUTE] = originals
+    with all_or_nothing() as changes:
+        changes.keep(model, *out_of_place)
+        for path in (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots):
+            changes.keep(modules[path])
+        for path, carrier in writes.carriers.items():
+            _write_carrier(modules[path], carrier, scale, changes)
+        for path, (alpha, cls) in writes.outputs.items():
+            set_class(modules[path], cls)
+            modules[path]._parameters["raw_alpha"] = alpha
+            modules[path].__dict__["alpha_unit"] = plan.units.alpha
+        for path, (held, cls) in writes.blocks.items():
+            set_class(modules[path], cls)
+            modules[path]._modules.update(held)
+        for activation in out_of_place:
+            activation.__dict__["inplace"] = False
+        for path, slot in writes.slots.items():
+            _take_over(modules[path], slot)
+        for tensor in {id(t): t for layer, _ in drawn for t in layer._parameters.values() if t is not None}.values():
+            changes.set_values(tensor, tensor.data.clone())
+        draw_(drawn)
+        model.__dict__[PLAN_ATTRIBUTE] = plan
+        if originals is not None:
+            model.__dict__[ORIGINALS_ATTRIBUTE] = originals
 
 
 def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:
@@ -105,37 +109,20 @@ def _check(plan: Plan, find: Callable[[str], nn.Module]) -> None:
             raise InternalError(f"alpha scales channels {alpha.channels} of {alpha.path!r}, which has {features}")
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Hand on hooks, and what others read of a norm or hang on it: its width, its eps, where its input comes from."""
-    hand_on_hooks(old, new)
-    for name, value in old.__dict__.items():
+    """Turn a norm into what stays of it, and keep what others read of it or hang on it: its width, its eps."""
+    for name, value in list(old.__dict__.items()):
         if not (name.startswith("_") or isinstance(value, (Tensor, nn.Module)) or hasattr(new, name)):
             new.__dict__[name] = value
+    become(old, new)
 
 
-def hand_on_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the same dicts: a handle must still find what it removes."""
-    for name in _HOOKS:
-        new.__dict__[name] = old.__dict__[name]
-
-
-def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool) -> None:
+def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Changes) -> None:
     if carrier.bias is not None:
         layer._parameters["bias"] = carrier.bias
     if not carrier.changes_class:
         return
-    layer.__class__ = scaled_weight_class(type(layer))
+    set_class(layer, scaled_weight_class(type(layer)))
     layer._parameters["raw_alpha"] = carrier.raw_alpha
     if isinstance(carrier.gain, nn.Parameter):
         layer._parameters["gain"] = carrier.gain
@@ -150,37 +137,4 @@ def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool) -> None:
     )
     weight = layer._parameters["weight"]
     if scale and carrier.times != 1.0 and weight is not None:
-        weight.data = weight.data * carrier.times
-
-
-def replace_everywhere(model: nn.Module, slots: dict[int, nn.Module]) -> None:
-    """Replace modules in all their parents: a shared one is registered under several names."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in slots:
-                parent._modules[name] = slots[id(child)]
-        if type(parent).__module__.startswith("torch.nn"):
-            continue  # torch's own layers keep no modules elsewhere
-        for name, value in parent.__dict__.items():
-            if name not in ("_modules", "_parameters", "_buffers") and isinstance(value, _REFERENCES):
-                parent.__dict__[name] = _replaced(value, slots)
-
-
-_REFERENCES = (list, tuple, dict, nn.Module, MethodType)
-
-
-def _replaced(value: Any, slots: dict[int, nn.Module]) -> Any:
-    """Replace modules that are also kept in plain lists, tuples and dicts, which torch does not know."""
-    if isinstance(value, nn.Module):
-        return slots.get(id(value), value)
-    if isinstance(value, MethodType):
-        slot = slots.get(id(value.__self__))
-        return value if slot is None else getattr(slot, value.__name__)
-    if isinstance(value, list):
-        value[:] = [_replaced(item, slots) for item in value]
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = _replaced(item, slots)
-    elif type(value) is tuple and any(isinstance(item, (nn.Module, list, dict, tuple)) for item in value):
-        return tuple(_replaced(item, slots) for item in value)
-    return value
+        changes.set_values(weight, weight.data * carrier.times)

@@ -25,6 +25,7 @@ from normfree.layers import (
 from normfree.norms import Norm, describe
 from normfree.plans import Alpha, NormEdit, Plan
 from normfree.rewriting.blocks import scaled_block_class
+from normfree.rewriting.changing import HOOKS
 from normfree.rewriting.originals import folded
 from normfree.rewriting.units import Carrier, carry, features_of, weight_of
 
@@ -76,7 +77,7 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 cls = ChannelAffine if plan.inplace_activations else CopiedAffine
-                writes.slots[alpha.path] = cls(raw_alpha=scalar, act=module, unit=plan.units.alpha)
+                writes.slots[alpha.path] = cls(raw_alpha=scalar, act=_shell(module), unit=plan.units.alpha)
             else:
                 mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
                 writes.outputs[alpha.path] = scalar, scaled_output_class(type(module), mixin)
@@ -130,6 +131,13 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     copy = edit.copy and edit.action in ("fold", "delete")
     channels = alpha.channels if alpha else None
     return cls(gain, bias, scalar, channels, norm.drop, norm.act, copy, plan.units.alpha)
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """Return a second object with the same contents, without hooks: the first is about to become something else."""
+    shell = type(module).__new__(type(module))
+    shell.__dict__.update(module.__dict__ | {name: type(module.__dict__[name])() for name in HOOKS})
+    return shell
 
 
 def _learns(value: Tensor | None, norm: Norm, otherwise: bool) -> bool:

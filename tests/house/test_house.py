@@ -64,7 +64,7 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 FLOORS = (
     "errors",
     "tracing.copying files",
-    "norms layers training.initialization tracing.roles",
+    "norms layers training.initialization tracing.roles rewriting.changing",
     "tracing.calls tracing.asking tracing.proxies tracing.leaves tracing.inputs",
     "tracing.tracer tracing.traces",
     "tracing.trace",
