@@ -1,1 +1,1 @@
-"""After training: the model with plain layers, with its norms back, or in a format other than PyTorch's."""
+"""After training: a converted model comes in; out goes one with plain layers, one with its norms back, or a program."""

@@ -1,4 +1,4 @@
-"""The six proofs, a file for each thing that is proven; a new one is one more entry in :data:`PROOFS`."""
+"""Prove: a model and its original come in, a report goes out; a file for each proof, and :data:`PROOFS` lists them."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def test_arms_are_what_they_say(kind: str) -> None:
 
 @pytest.mark.parametrize(("size", "low", "high"), [(8, 0.75, 0.87), (32, 0.93, 1.0)])
 def test_divided_blocks_keep_the_signal_only_of_large_images(size: int, low: float, high: float) -> None:
-    """Zeros around 8 x 8 pixels take a share of the branch that those around 32 x 32 do not: so the README explains."""
+    """Zeros around 8 x 8 pixels take a share of the branch that those around 32 x 32 do not: so the results explain."""
     model = trainable_depth.arm("sqrt2", trainable_depth.network("pre-activation", 100, DATA, 16))
     moments: list[float] = []
     for module in model.modules():

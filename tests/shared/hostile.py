@@ -1,6 +1,8 @@
 """Files as an attacker or a broken disk makes them, drawn from a seed; nothing of them is kept.
 
-Run: python tests/shared/hostile.py 1000 [seed [timm:NAME]] feeds that many to the package, and prints what came of it.
+Run: PYTHONPATH=examples/experiments python tests/shared/hostile.py 1000 [seed [timm:NAME]]
+
+It feeds that many to the package, and prints what came of it.
 """
 
 from __future__ import annotations
