@@ -41,6 +41,7 @@ class Plan:
         looked: What the model was run on to see what it does, and who said so.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
         calibrated: What :func:`normfree.calibrate` has set since.
+        merged: Blocks whose parallel branches became one layer when it was fused.
 
     Example:
         >>> import normfree, torchvision
@@ -67,6 +68,7 @@ class Plan:
     inplace_activations: bool = True
     fused: bool = False
     calibrated: str = ""
+    merged: tuple[str, ...] = ()
 
     @property
     def alphas(self) -> tuple[Alpha, ...]:

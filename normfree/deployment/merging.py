@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.edits import NormEdit
 from normfree.layers import ChannelAffine, is_normfree
-from normfree.plans import NormEdit, Plan
+from normfree.plans import Plan
 from normfree.rewriting.changing import become
 from normfree.tracing.copying import deep_copy
 
