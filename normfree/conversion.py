@@ -16,6 +16,7 @@ from normfree.planning.plan import look, look_again
 from normfree.planning.selecting import Patterns
 from normfree.plans import Plan
 from normfree.rewriting.applying import check_plan, rewrite
+from normfree.rewriting.comparing import rewrite_and_compare
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
@@ -41,6 +42,7 @@ def convert_(
     inplace_activations: bool = True,
     inputs: Inputs | None = None,
     plan: Plan | str | Path | None = None,
+    check: bool = True,
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
@@ -75,7 +77,7 @@ def convert_(
     met = moments()
     del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
-    rewrite(model, made, met)
+    _apply(model, made, met, inputs, check)
     return model
 
 
@@ -91,6 +93,7 @@ def convert(
     inplace_activations: bool = True,
     inputs: Inputs | None = None,
     plan: Plan | str | Path | None = None,
+    check: bool = True,
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -119,6 +122,7 @@ def convert(
             transformers' models say of themselves.
         plan: A plan to apply instead of making one, with no other argument: a :class:`normfree.Plan`, its JSON, or the
             file or folder that holds it. So a checkpoint of a converted model finds what it was saved from.
+        check: Whether ``"preserve"`` compares the outputs of original and copy on a small input before it returns.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -128,6 +132,7 @@ def convert(
         UnsupportedModelError: Something in the model has no exact conversion; all of it is listed.
         UsageError: An argument makes no sense, or the plan is one of another model.
         CheckpointError: There is no plan to be read.
+        InexactError: The copy computes something else than the original, which is an error of this package.
 
     Warns:
         UnseenWarning: Norms did not run: what is around them could not be seen, and ``inputs`` is the way out.
@@ -156,8 +161,15 @@ def convert(
     _warn_of_frozen(model, made)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
-    rewrite(converted, made, moments())
+    _apply(converted, made, moments(), inputs, check)
     return converted
+
+
+def _apply(model: nn.Module, made: Plan, met: dict[str, Moments], inputs: Inputs | None, check: bool) -> None:
+    if check:
+        rewrite_and_compare(model, made, met, inputs)
+    else:
+        rewrite(model, made, met)
 
 
 def _warn_of_unseen(made: Plan) -> None:

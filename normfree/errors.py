@@ -81,6 +81,10 @@ class UnsupportedModelError(NormfreeError):
         return type(self), (self.problems,)
 
 
+class InexactError(NormfreeError):
+    """A conversion that was to keep the function has not. It is not handed out."""
+
+
 class UnseenWarning(UserWarning):
     """What is around some norms could not be seen: they go, but residual branches around them have no scalar."""
 

@@ -28,7 +28,14 @@ from normfree.training.initialization import draw_
 __all__ = ["check_plan", "rewrite"]
 
 
-def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None, *, scale: bool = True) -> None:
+def rewrite(
+    model: nn.Module,
+    plan: Plan,
+    met: Mapping[str, Moments] | None = None,
+    *,
+    scale: bool = True,
+    last: Callable[[], None] | None = None,
+) -> None:
     """Apply ``plan`` to ``model`` in place.
 
     Args:
@@ -37,6 +44,7 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
         met: What the carried layers meet, by path. ``None`` where weights and constants come from a file: then weights
             stay what they are.
         scale: Whether weights get their units; ``False`` where their values are not here.
+        last: Called when all is written; if it raises, all is taken back.
 
     Raises:
         InternalError: The plan does not fit the model. The model is unchanged.
@@ -68,9 +76,11 @@ def rewrite(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             changes.set_values(tensor, tensor.data.clone())
         draw_(drawn)
         model.__dict__[PLAN_ATTRIBUTE] = plan
-        hint_(model)
         if originals is not None:
             model.__dict__[ORIGINALS_ATTRIBUTE] = originals
+        if last is not None:
+            last()
+    hint_(model)
 
 
 def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:

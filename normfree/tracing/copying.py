@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy"]
+__all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,6 +42,11 @@ def meta_copy(model: M) -> M:
 def real_copy(model: M) -> M:
     """Return a deep copy in which tensors without memory have got some, with made-up values."""
     return _copy_to_look_at(model, _to_real)
+
+
+def sharing_copy(model: M) -> M:
+    """Return a deep copy that shares the parameters: for a forward pass that must leave no trace."""
+    return _copy_to_look_at(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone())
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -53,6 +54,8 @@ def record(
     meta = bool(tensors((args, kwargs))) and all(tensor.is_meta for tensor in tensors((args, kwargs)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # whatever a forward says, it says when it runs for its user
         entered = stack.enter_context(random_halves())
         for module in model.modules():
             module.training = training

@@ -80,7 +80,7 @@ FLOORS = (
     "planning.placing planning.kinds proofs.replaying rewriting.optimizers",
     "planning.deciding",
     "planning.plan rewriting.applying proofs.reference zoo",
-    "checkpoint.header",
+    "checkpoint.header rewriting.comparing",
     "conversion deployment.merging deployment.plain deployment.slots training.calibration",
     "deployment.fuse",
     "deployment.restore proofs",
