@@ -29,7 +29,8 @@ def fuse(file: FileArgument, out: OutOption, force: ForceOption = False, as_json
             step("writing")
             from normfree.checkpoint import save
 
-            save(model, out, source=header.source, num_classes=header.num_classes, overwrite=force)
+            known = {"reference": header.reference, "input_size": header.input_size}
+            save(model, out, source=header.source, num_classes=header.num_classes, overwrite=force, **known)
         _say(as_json, out, left)
 
 

@@ -244,3 +244,12 @@ def test_measurements_take_a_number_of_classes(command: str) -> None:
     )
     done = run(command, "timm:test_resnet", "--num-classes", 3, "--size", 32, *options)
     assert done.exit_code == 0, done.output
+
+
+def test_a_fused_file_is_held_to_what_the_original_computed(converted: Path, tmp_path: Path) -> None:
+    assert run("fuse", converted, "-o", tmp_path / "fused.safetensors").exit_code == 0
+    done = run("verify", tmp_path / "fused.safetensors", "--json")
+    assert done.exit_code == 0, done.output
+    proofs = json.loads(done.stdout)["proofs"]
+    assert proofs[2]["passed"]
+    assert "recorded output" in proofs[2]["detail"]
