@@ -111,6 +111,8 @@ def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], c
     error = _difference(*outputs)
     if error <= _EXACT or not all(bool(x.isfinite().all()) for x in outputs[0]):
         return
+    if not _difference(outputs[0], _run(before, _nudged(wide))) <= _EXACT:
+        return  # the original itself tells nothing: boxes of a detector change places for a rounding
     place = next((name for name in first if not _difference(first[name], second.get(name, [])) <= _EXACT), None)
     behind = "" if place is None else f", and the first that differs is {place}"
     raise InexactError(
@@ -122,6 +124,11 @@ def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], c
 
 def _wide(call: Call) -> Call:
     return cast(Call, tree_map(lambda x: x.double() if _is_floating(x) else x, call))
+
+
+def _nudged(call: Call) -> Call:
+    """Return a call that differs by a few roundings."""
+    return cast(Call, tree_map(lambda x: x * (1 + 2**-40) if _is_floating(x) else x, call))
 
 
 def _is_floating(value: Any) -> bool:

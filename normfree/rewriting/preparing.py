@@ -80,7 +80,9 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
                 cls = ChannelAffine if plan.inplace_activations else CopiedAffine
-                writes.slots[alpha.path] = cls(raw_alpha=scalar, act=_shell(module), unit=plan.units.alpha)
+                writes.slots[alpha.path] = cls(
+                    raw_alpha=scalar, act=_shell(module, alpha.path in plan.out_of_place), unit=plan.units.alpha
+                )
             else:
                 mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
                 writes.outputs[alpha.path] = scalar, scaled_output_class(type(module), mixin)
@@ -155,10 +157,12 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     return cls(gain, bias, scalar, channels, norm.drop, norm.act, copy, plan.units.alpha)
 
 
-def _shell(module: nn.Module) -> nn.Module:
+def _shell(module: nn.Module, out_of_place: bool) -> nn.Module:
     """Return a second object with the same contents, without hooks: the first is about to become something else."""
     shell = type(module).__new__(type(module))
     shell.__dict__.update(module.__dict__ | {name: type(module.__dict__[name])() for name in HOOKS})
+    if out_of_place:
+        shell.__dict__["inplace"] = False
     return shell
 
 

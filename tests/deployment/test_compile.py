@@ -94,7 +94,7 @@ def test_no_more_compilations_than_the_bare_network(name: str) -> None:
     expected = compilations(bare(model), noise(*X))
     for init in ("skipinit", "preserve"):
         torch._dynamo.reset()
-        assert compilations(normfree.convert(model, init=init), noise(*X)) == expected, init
+        assert compilations(normfree.convert(model, init=init, inputs=noise(*X)), noise(*X)) == expected, init
 
 
 @both

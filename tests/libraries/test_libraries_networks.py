@@ -95,7 +95,7 @@ class ShapeChecking(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if x.shape[1] != 4:
             raise ValueError("expected four channels")
-        return self.bn(self.conv(x))
+        return self.bn(self.conv(torch.relu(x)))
 
 
 class Chunked(nn.Module):
