@@ -56,11 +56,11 @@ def hold(network: Network, init: Init) -> None:
     if refusal is not None:
         before = fingerprint(model)
         with pytest.raises(refusal):
-            normfree.convert(model, init=init)
+            normfree.convert(model, init=init, inputs=x)
         assert fingerprint(model) == before
         return
     before, state = fingerprint(model), copy.deepcopy(model.state_dict())
-    converted = seeded(model, init)
+    converted = seeded(model, init, x)
     assert fingerprint(model) == before
     assert same_state(model.state_dict(), state)
     assert type(converted) is type(model)
@@ -74,7 +74,7 @@ def hold(network: Network, init: Init) -> None:
     assert normfree.Plan.from_json(plan.to_json()) == plan
     with pytest.raises(AlreadyConvertedError):
         normfree.convert(converted, init=init)
-    hold_copies(model, converted, init)
+    hold_copies(model, converted, x, init)
     hold_function(model, converted, x, init)
     hold_samples(network, x, init)
 
@@ -104,10 +104,11 @@ def trains(network: Network) -> bool:
     return True
 
 
-def seeded(model: nn.Module, init: Init) -> nn.Module:
+def seeded(model: nn.Module, init: Init, x: Tensor) -> nn.Module:
     """Convert, always drawing the same weights."""
     torch.manual_seed(0)
-    return normfree.convert(model, init=init)
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return normfree.convert(model, init=init, inputs=x.to(next(kinds, x.dtype)))
 
 
 def dead_branches(converted: nn.Module, x: Tensor) -> list[str]:
@@ -129,20 +130,20 @@ def dead_branches(converted: nn.Module, x: Tensor) -> list[str]:
     return dead
 
 
-def hold_copies(model: nn.Module, converted: nn.Module, init: Init) -> None:
+def hold_copies(model: nn.Module, converted: nn.Module, x: Tensor, init: Init) -> None:
     """Conversion commutes with deepcopy, with the mode and with the precision."""
     plan, state = plan_of(converted), converted.state_dict()
     flags = [m.training for m in converted.modules()]
-    copied = seeded(copy.deepcopy(model), init)
+    copied = seeded(copy.deepcopy(model), init, x)
     assert plan_of(copied) == plan
     assert [m.training for m in copied.modules()] == flags
     assert same_state(copied.state_dict(), state)
     for mode in (True, False):
-        other = seeded(copy.deepcopy(model).train(mode), init)
+        other = seeded(copy.deepcopy(model).train(mode), init, x)
         assert plan_of(other) == plan
         assert {m.training for m in other.modules()} == {mode}
         assert same_state(other.state_dict(), state)
-    double = seeded(copy.deepcopy(model).double(), init)
+    double = seeded(copy.deepcopy(model).double(), init, x)
     assert plan_of(double) == plan
     drawn = {f"{path}.{leaf}" for path, _ in plan.weights for leaf in ("weight", "bias")}
     ids = {id(p) for name, p in double.named_parameters(remove_duplicate=False) if name in drawn}
@@ -156,7 +157,7 @@ def hold_copies(model: nn.Module, converted: nn.Module, init: Init) -> None:
 def hold_function(model: nn.Module, converted: nn.Module, x: Tensor, init: Init) -> None:
     """``preserve`` computes what the original computes, and neither writes into an input the original leaves alone."""
     exact = copy.deepcopy(model).double().eval()
-    found = seeded(exact, init)
+    found = seeded(exact, init, x)
     given, kept = x.double(), x.double()
     with torch.no_grad():
         expected = leaves(exact(given))
@@ -171,7 +172,7 @@ def hold_function(model: nn.Module, converted: nn.Module, x: Tensor, init: Init)
 
 def hold_samples(network: Network, x: Tensor, init: Init) -> None:
     """With dropout off, training looks at each sample alone, and every gradient is finite."""
-    model = seeded(without_dropout(network).build().double(), init).train()
+    model = seeded(without_dropout(network).build().double(), init, x).train()
     together = leaves(model(x.double()))
     for i in range(x.shape[0]):
         alone = leaves(model(x.double()[i : i + 1]))
