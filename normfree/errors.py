@@ -19,6 +19,7 @@ import importlib.util
 __all__ = [
     "AlreadyConvertedError",
     "CheckpointError",
+    "InexactError",
     "InternalError",
     "NoNormError",
     "NormfreeError",

@@ -4,7 +4,7 @@ Each is built as its library's own documentation builds it, small where that is 
 planned and timed, converted with `preserve`, and its output in float64 compared with the original's. None of these
 libraries is needed otherwise; what is not installed is left out.
 
-Run: python examples/other_libraries.py        # writes examples/results/other_libraries.csv and .md
+Run: python examples/experiments/other_libraries.py  # writes examples/results/other_libraries.csv and .md
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from normfree.tracing.copying import in_float64
 from normfree.tracing.inputs import tensors
 from normfree.tracing.still import Still
 
-TABLE = Path(__file__).parent / "results" / "other_libraries.csv"
+TABLE = Path(__file__).parents[1] / "results" / "other_libraries.csv"
 COLUMNS = ("library", "model", "inputs", "norms", "fold", "affine", "residual", "parallel", "merge", "alphas")
 COLUMNS += ("declined", "unseen", "plan_seconds", "preserve_error", "why", "version")
 Network = tuple[Callable[[], nn.Module], Any]
