@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import normfree
 from normfree.errors import UsageError
-from normfree.training.watching import SignalWarning
+from normfree.training.watching import FACTOR, SignalWarning
 
 X, Y = noise(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
 
@@ -45,7 +45,7 @@ def test_a_hopeless_rate_is_told_once_and_the_hooks_go(converted: nn.Module) -> 
     named = str(caught[0].message).split(":")[0]
     assert named == watched.layer
     assert isinstance(converted.get_submodule(named), nn.Module)
-    assert watched.growth > 8
+    assert watched.growth > FACTOR
     assert hooks(converted) == 0
 
 

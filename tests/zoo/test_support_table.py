@@ -88,6 +88,7 @@ def test_what_a_run_plans_and_measures_is_merged_into_the_table(
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")  # raw outputs are measured
+@pytest.mark.filterwarnings("ignore::normfree.conversion.FrozenWarning")  # torchvision freezes the first layers
 def test_small_detector_is_proved() -> None:
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d)
     detector = randomise(FasterRCNN(backbone, num_classes=3))
