@@ -48,7 +48,7 @@ def test_arms_are_what_they_say(arms: dict[str, tuple[nn.Module, list[nn.Module]
     original = arms["bn"][0].eval()(x)
     for name in ("frozen", "preserve", "folded"):
         assert torch.allclose(arms[name][0].eval()(x), original, atol=1e-5)
-    assert {name: arms[name][0]._normfree_plan.fused for name in ("preserve", "folded")} == {
+    assert {name: normfree.Plan.of(arms[name][0]).fused for name in ("preserve", "folded")} == {
         "preserve": False,
         "folded": True,
     }

@@ -30,6 +30,7 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, BatchNormAct2
 Init = Literal["skipinit", "preserve"]
 # SWITCH: a layer without children is probed in its current mode, so that train() and eval() give other plans.
 PLAN_DEPENDS_ON_MODE = False
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.conversion.FrozenWarning")  # some layers are frozen
 
 
 @both
