@@ -59,7 +59,9 @@ class _Watched(Recorder):
             self._watch.before(node, self._known)
 
     def value(self, node: fx.Node, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> None:
-        known = node in self.seen.values
+        earlier = self.seen.values.get(node)
+        # What a layer wrote into is told first; it may return something else, as a ReLU in place that alpha scales.
+        known = earlier is not None and (writes or not earlier.writes)
         super().value(node, tensor, writes=writes, handed_on=handed_on)
         wanted = None if known else self._wanted.get(self.seen.order[node])
         if wanted is not None:

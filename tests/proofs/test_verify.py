@@ -208,3 +208,20 @@ def test_proofs_need_gradients_and_take_them_whoever_asks(init: str) -> None:
         assert normfree.verify(converted, original, x).ok
     with torch.inference_mode():
         assert normfree.verify(converted, original, x).ok
+
+
+def test_a_branch_that_ends_in_place_is_looked_at_as_it_is_returned() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.act(self.norm(self.conv(x)))
+            return y.add_(x)
+
+    original = nn.Sequential(nn.Conv2d(3, 4, 1), Block())
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    converted = normfree.convert(original, init="preserve", inputs=x)
+    assert converted[1].act.alpha == 1
+    assert normfree.verify(converted, original, x).proofs[3].passed

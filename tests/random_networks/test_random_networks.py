@@ -33,12 +33,7 @@ PLAN_DEPENDS_ON_MODE = False
 pytestmark = pytest.mark.filterwarnings("ignore::normfree.conversion.FrozenWarning")  # some layers are frozen
 
 
-# OPEN: proof 4 fails for one of these under preserve, a U-Net in a checkpoint beside a norm with a cumulative average.
-# Since structure is read from a run; whether the proof or the network is wrong is not known yet.
-KNOWN = pytest.mark.xfail(reason="proof 4 fails for one of the fifteen, not explained yet", strict=False)
-
-
-@pytest.mark.parametrize("init", ["skipinit", pytest.param("preserve", marks=KNOWN)])
+@both
 @settings(max_examples=15, phases=[Phase.generate])
 @given(network=networks())
 def test_every_random_network_keeps_every_promise(network: Network, init: Init) -> None:
