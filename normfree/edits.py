@@ -95,9 +95,13 @@ class Units:
     ``examples/experiments/finetuning_forms.py``; powers of two, so that the originals come back bit for bit.
 
     Attributes:
-        weight: A weight behind which a norm was. A step of it moves the output by ``(gamma / sigma) ** 2`` over the
-            square of this; batch norm itself, at the first step, by a half to a quarter of ``(gamma / sigma) ** 2``,
-            as it takes mean and scale of a batch out of the gradient.
+        weight: A weight behind which a norm was, where it meets one position (1x1, linear). A step of it moves the
+            output by ``(gamma / sigma) ** 2`` over the square of this; batch norm itself, at the first step, by a half
+            to a quarter of ``(gamma / sigma) ** 2``, as it takes mean and scale of a batch out of the gradient.
+        filter: The same where it meets several positions, but for the mean of a filter over them.
+        mean: That mean. Neighbouring pixels are alike: with a correlation of 0.6 a filter of 3x3 meets 16 times as much
+            along its mean as along the rest of it, so this is four times ``filter`` (whitened inputs: LeCun, Bottou,
+            Orr & Müller 1998, section 4.3).
         bias: A bias that a norm left.
         alpha: A SkipInit scalar.
         head: What a classifier sees is divided by a power of two, so that its norm is about this, or smaller; 0 leaves
@@ -105,12 +109,15 @@ class Units:
     """
 
     weight: float = 1.0
+    filter: float = 1.0
+    mean: float = 1.0
     bias: float = 1.0
     alpha: float = 1.0
     head: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(math.frexp(unit)[0] == 0.5 and unit < 2**20 for unit in (self.weight, self.bias, self.alpha)):
+        powers = (self.weight, self.filter, self.mean, self.bias, self.alpha)
+        if not all(math.frexp(unit)[0] == 0.5 and unit < 2**20 for unit in powers):
             raise ValueError(f"units are powers of two, not {self}")
 
     def of_head(self, norm: float) -> float:
@@ -128,6 +135,7 @@ class Carried:
         centred: Whether it learns as if its input had no mean: what it meets is known from the norms.
         head: Whether it is what the last norms feed.
         learns_gain: Whether its gain is a parameter: where a gamma is zero, a weight behind it alone would never learn.
+        mean_unit: How many times less than the rest of a filter its mean over its positions moves.
     """
 
     path: str
@@ -135,3 +143,4 @@ class Carried:
     centred: bool
     head: bool = False
     learns_gain: bool = False
+    mean_unit: float = 1.0

@@ -46,6 +46,7 @@ ARMS = {
     "normfree": "normfree",
     "calibrated": "normfree, calibrated on 256 training images",
     "units 1": "normfree, units of weight, bias and alpha 1",
+    "one unit": "normfree, one unit for a whole filter",
     "not centred": "normfree, inputs not centred",
     "head plain": "normfree, head plain",
 }
@@ -126,7 +127,12 @@ def parted(name: str, plan: Plan) -> Plan:
     """Return a plan with a part of it switched off."""
     if name == "units 1":
         units = Units(head=plan.units.head)
-        return replace(plan, units=units, carried=tuple(replace(layer, unit=1.0) for layer in plan.carried))
+        plain = tuple(replace(layer, unit=1.0, mean_unit=1.0) for layer in plan.carried)
+        return replace(plan, units=units, carried=plain)
+    if name == "one unit":
+        unit = plan.units.weight
+        whole = (replace(it, unit=1.0 if it.head else unit, mean_unit=1.0) for it in plan.carried)
+        return replace(plan, carried=tuple(whole))
     if name == "head plain":
         return replace(plan, carried=tuple(layer for layer in plan.carried if not layer.head))
     return replace(plan, carried=tuple(replace(layer, centred=False) for layer in plan.carried))

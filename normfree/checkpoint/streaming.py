@@ -20,6 +20,7 @@ from normfree.checkpoint.checking import said_by_timm
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import ANY, Choice, is_mapped, prefix_of, read_weights, reader, without_prefix
+from normfree.layers import mean_of
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
@@ -98,6 +99,8 @@ def _scaled(
         unit = float(1 / layer.gain[0]) if carried.head else carried.unit
         key = streamed.get(id(layer.weight))
         weight = layer.weight if key is None else open_again()(key).to(layer.weight.dtype)
+        if layer.filter_mean is not None:
+            layer.filter_mean = mean_of(weight * unit)
         if layer.center is not None:
             layer.offset = offset_of(weight, layer.gain * unit, layer.center)
         if key is None:

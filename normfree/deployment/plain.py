@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from normfree.layers import ScaledWeight, shift
+from normfree.layers import CONSTANTS, ScaledWeight, shift
 
 __all__ = ["learnt", "plain_", "unscaled_", "without_norm_"]
 
@@ -17,13 +17,13 @@ def plain_(module: nn.Module) -> None:
     module.__class__ = cast(ScaledWeight, module)._normfree_original
     del module._parameters["raw_alpha"]
     module._parameters.pop("gain", None)
-    for name in ("gain", "center", "offset", "alpha_channels", "alpha_unit", "bias_unit"):
+    for name in (*CONSTANTS, "alpha_channels", "alpha_unit", "bias_unit", "mean_unit"):
         module.__dict__.pop(name, None)
 
 
 def learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
     """Return what a layer multiplies and adds, without alpha, for a weight that is ``unit`` times smaller."""
-    gain, weight = cast(Tensor, layer.gain), layer.weight
+    gain, weight = cast(Tensor, layer.gain), layer.coordinates.steadied(layer.weight, exactly=True)
     shifted = torch.zeros_like(gain).double() if layer.bias is None else layer.bias.double() / layer.bias_unit
     if layer.center is not None and layer.offset is not None:
         met = shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), layer.center)
@@ -34,8 +34,7 @@ def learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
 def without_norm_(module: nn.Module, bias: nn.Parameter | None, unit: float) -> None:
     """Make a layer plain whose norm takes back gain, bias and alpha: with its old bias, and its weight in old units."""
     weight = cast(nn.Parameter, module._parameters["weight"])
-    if unit != 1.0:
-        weight.data = weight.data / unit
+    weight.data = cast(ScaledWeight, module).coordinates.steadied(weight.data, exactly=True) / unit
     module._parameters["bias"] = bias
     if bias is not None:
         bias.data = bias.to(weight)
@@ -45,7 +44,7 @@ def without_norm_(module: nn.Module, bias: nn.Parameter | None, unit: float) -> 
 def unscaled_(layer: ScaledWeight) -> None:
     """Make any other carrier plain. One that has moved may need a bias that it had not."""
     module, weight, old = cast(nn.Module, layer), layer.weight, layer.bias
-    combined, bias = layer.combined()
+    combined, bias = layer.combined(exactly=True)
     if bias is not None and layer.alpha in (None, 1.0):  # what was not trained comes back without a rounding
         bias = learnt(layer, 1.0)[1].to(weight)
     weight.data = combined.contiguous()

@@ -12,15 +12,17 @@ from normfree.layers.carriers import (
     scaled_weight_class,
     skipinit_name,
 )
-from normfree.layers.combining import shift
+from normfree.layers.combining import Constants, mean_of, shift
 from normfree.layers.copies import CopiedAffine, CopiedOutput, CopiedSkipInit
-from normfree.layers.held import HasAlpha, alpha_of
+from normfree.layers.held import CONSTANTS, HasAlpha, alpha_of
 from normfree.layers.linearity import is_carrier
 from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
 
 __all__ = [
+    "CONSTANTS",
     "ChannelAffine",
     "Channels",
+    "Constants",
     "CopiedAffine",
     "CopiedOutput",
     "CopiedSkipInit",
@@ -34,6 +36,7 @@ __all__ = [
     "alpha_scale",
     "is_carrier",
     "is_normfree",
+    "mean_of",
     "scaled_output_class",
     "scaled_weight_class",
     "shift",

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
-from normfree.layers.combining import combine
+from normfree.layers.combining import Constants, combine
 from normfree.layers.held import HasAlpha, HasConstants, alpha_of
+from normfree.layers.reparametrized import settled
 from normfree.layers.slots import Channels
 
 if TYPE_CHECKING:
@@ -70,30 +71,38 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
 
     Attributes:
         raw_alpha: What is learnt of alpha, ``(1,)``: alpha times :attr:`alpha_unit`; or ``None``.
-        gain: Constant of each output channel, ``(C,)``, or ``None``; it learns only where a gamma was zero.
-        center: Constant, the mean of what a filter meets, ``(groups, C_in / groups * kernel)``, or ``None``.
-        offset: Constant that belongs to ``center``, ``(C,)``, or ``None``.
-        bias_unit: A constant: ``bias`` is that many times what it stands for.
+        gain, center, offset, filter_mean, bias_unit, mean_unit: See :class:`normfree.layers.Constants`.
         alpha_channels: Range of output channels that alpha scales, or all of them.
     """
 
     gain: Tensor | None
     center: Tensor | None
     offset: Tensor | None
+    filter_mean: Tensor | None
     bias_unit: float
+    mean_unit: float
     alpha_channels: Channels
     weight: Any
     bias: Any
 
-    def combined(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias that the layer computes with, differentiably."""
+    @property
+    def coordinates(self) -> Constants:
+        """The constants of the layer, where its weight is: they have memory on the meta device too."""
+        held = (self.gain, self.center, self.offset, self.filter_mean)
+        if self.weight.is_meta:
+            held = tuple(None if value is None else value.to("meta") for value in held)  # type: ignore[assignment]
+        return Constants(*held, self.bias_unit, self.mean_unit)
+
+    def combined(self, exactly: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias that the layer computes with, differentiably; see :class:`Constants`."""
+        if self.mean_unit != 1.0 and self._parameters.get("weight") is None:
+            self.mean_unit = settled(cast(nn.Module, self), self.coordinates)
         groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
         alpha = alpha_of(self.raw_alpha, self.alpha_unit)
-        constants = [self.gain, self.center, self.offset]
-        if self.weight.is_meta:  # see HasConstants: they have memory wherever the weights are
-            constants = [None if value is None else value.to("meta") for value in constants]
-        gain, center, offset = constants
-        return combine(self.weight, self.bias, alpha, gain, center, offset, self.alpha_channels, groups, self.bias_unit)
+        weight, constants = self.weight, self.coordinates
+        if exactly:
+            weight, constants = constants.steadied(weight, exactly), constants._replace(filter_mean=None)
+        return combine(weight, self.bias, alpha, constants, self.alpha_channels, groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the original class does with the combined weight and bias."""

@@ -1,23 +1,26 @@
 """The weight and the bias that a carrier computes with, from what it learns and from its constants.
 
 With learnt ``V`` (the layer's ``weight``) and ``b`` (its ``bias``), with alpha, and with the constants ``g``
-(``gain``), ``mu`` (``center``), ``c`` (``offset``) and ``u`` (``bias_unit``):
+(``gain``), ``mu`` (``center``), ``c`` (``offset``), ``m`` (``filter_mean``), ``r`` (``mean_unit``) and ``u``
+(``bias_unit``):
 
-    weight = alpha g V        bias = alpha (b / u + c) - weight mu
+    U = V - (1 - 1 / r) (mean V - m)        weight = alpha g U        bias = alpha (b / u + c) - weight mu
 
-so that ``conv(x; weight, bias) = alpha (g V (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. The
-constants are the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the
-output by ``g^2``, as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), and no
-longer along the mean of the input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998,
-section 4.3).
+so that ``conv(x; weight, bias) = alpha (g U (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. ``mean V``
+is the mean of each filter over its positions, and ``m`` what it was at the start, where ``U = V``. The constants are
+the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the output by ``g^2``,
+as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), no longer along the mean of the
+input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998, section 4.3), and ``r^2``
+less along the next steep one: neighbouring pixels are alike, so that a filter's mean meets more than the rest of it
+(covariances equalised, same section).
 
-It is one autograd function: a layer costs two operations forward and two backward, which touch only parameters.
+It is one autograd function: a layer costs a few operations forward and backward, which touch only parameters.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -26,7 +29,7 @@ from torch.autograd import Function
 
 from normfree.layers.slots import Channels, alpha_scale
 
-__all__ = ["combine", "shift"]
+__all__ = ["Constants", "combine", "mean_of", "shift"]
 
 
 def shift(weight: Tensor, center: Tensor) -> Tensor:
@@ -40,16 +43,54 @@ def shift(weight: Tensor, center: Tensor) -> Tensor:
     return torch.bmm(weight.reshape(groups, -1, fan_in), center[:, :, None]).reshape(-1)
 
 
+def mean_of(weight: Tensor) -> Tensor:
+    """Return the mean of each filter over its positions, ``(C, C_in / groups, 1, ...)``, in the type of ``weight``.
+
+    It is added up in float64, so that every device finds the same.
+    """
+    return _mean(weight.double()).to(weight.dtype)
+
+
+class Constants(NamedTuple):
+    """The coordinates in which a layer learns.
+
+    Attributes:
+        gain: ``(C,)``, or ``None`` for ones. It learns only where a gamma was zero.
+        center: ``(groups, C_in / groups * kernel)``, or ``None`` for zeros.
+        offset: ``(C,)``, given with ``center``.
+        filter_mean: ``(C, C_in / groups, 1, ...)``, or ``None`` for a weight whose mean is as free as the rest of it.
+        bias_unit: ``bias`` is that many times what it stands for.
+        mean_unit: Given with ``filter_mean``: how many times less than the rest of a filter its mean moves.
+    """
+
+    gain: Tensor | None
+    center: Tensor | None
+    offset: Tensor | None
+    filter_mean: Tensor | None
+    bias_unit: float = 1.0
+    mean_unit: float = 1.0
+
+    def steadied(self, weight: Tensor, exactly: bool = False) -> Tensor:
+        """Return ``U``; ``exactly`` returns ``V`` bit for bit where nothing was trained, at twice the cost."""
+        if self.filter_mean is None:
+            return weight
+        mean = mean_of(weight) if exactly else _mean(weight)
+        return torch.sub(weight, mean - self.filter_mean, alpha=1 - 1 / self.mean_unit)
+
+    def added(self, bias: Tensor) -> Tensor:
+        """Return what a layer adds, without alpha and before its input is centred."""
+        if self.offset is not None:
+            return torch.add(self.offset, bias, alpha=1 / self.bias_unit)
+        return bias if self.bias_unit == 1.0 else bias / self.bias_unit
+
+
 def combine(
     weight: Tensor,
     bias: Tensor | None,
     alpha: Tensor | None,
-    gain: Tensor | None,
-    center: Tensor | None,
-    offset: Tensor | None,
-    channels: Channels,
-    groups: int | None,
-    unit: float,
+    constants: Constants,
+    channels: Channels = None,
+    groups: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias as the layer's own forward is to see them, differentiably.
 
@@ -57,65 +98,87 @@ def combine(
         weight: What the layer learns, ``(C, C_in / groups, *kernel)``.
         bias: What it learns of its bias ``(C,)``, or ``None``.
         alpha: The SkipInit scalar ``(1,)``, or ``None``.
-        gain: Constant ``(C,)``, or ``None`` for ones.
-        center: Constant ``(groups, C_in / groups * kernel)``, or ``None`` for zeros.
-        offset: Constant ``(C,)``, given with ``center``.
+        constants: The coordinates in which it learns.
         channels: Range of output channels that alpha scales, or all of them.
         groups: Given for a transposed convolution, whose weight is ``(C_in, C / groups, *kernel)``.
-        unit: How many times the bias that is learnt is.
     """
-    factor = gain
-    if bias is None:
-        bias = offset
-    elif offset is not None:
-        bias = torch.add(offset, bias, alpha=1 / unit)
-    elif unit != 1.0:
-        bias = bias / unit
+    gain, center = constants.gain, constants.center
+    if bias is not None and channels is None and groups is None and (gain, center, alpha) != (None, None, None):
+        made: tuple[Tensor, Tensor] = _Combined.apply(weight, bias, alpha, *constants)
+        return made
+    bias = constants.offset if bias is None else constants.added(bias)
     if alpha is not None:
         features = weight.shape[0] if groups is None else weight.shape[1] * groups
         alpha = alpha_scale(alpha, channels, features)
-        factor = alpha if gain is None else gain * alpha
+        gain = alpha if gain is None else gain * alpha
         bias = None if bias is None else bias * alpha
-    if factor is None and center is None:
-        return weight, bias
     if groups is not None:
-        return _transposed(weight, factor, groups), bias
-    if center is None or bias is None:
-        return (weight if factor is None else weight * _column(factor, weight)), bias
-    ones = factor is None
-    made: tuple[Tensor, Tensor] = _Centred.apply(weight, bias, weight.new_ones(()) if ones else factor, center)
-    return made
+        return _transposed(weight, gain, groups), bias
+    scaled = _times(constants.steadied(weight), gain)
+    if center is not None and bias is not None:
+        with _exactly(weight):
+            bias = _subtracted(bias, scaled, center)
+    return scaled, bias
 
 
 torch.fx.wrap("combine")
 
 
-class _Centred(Function):
-    """``(f V, b - f V mu)`` for a factor ``f`` of a layer or of each of its channels."""
+class _Combined(Function):
+    """:func:`combine` of a layer with a bias, with its gradients written out: fewer operations."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, bias: Tensor, factor: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(weight: Tensor, bias: Tensor, alpha: Tensor | None, *constants: Any) -> tuple[Tensor, Tensor]:
+        fixed = Constants(*constants)
+        factor = fixed.gain if alpha is None else alpha if fixed.gain is None else fixed.gain * alpha
         with _exactly(weight):
-            scaled = weight * _column(factor, weight)
-            return scaled, _subtracted(bias, scaled, center)
+            scaled = _times(fixed.steadied(weight), factor)
+            added = fixed.added(bias)
+            added = added if alpha is None else added * alpha
+            if fixed.center is not None:
+                added = _subtracted(added, scaled, fixed.center)
+        # Autograd wants an output that is none of the inputs.
+        return scaled.clone() if scaled is weight else scaled, added.clone() if added is bias else added
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(inputs[0], inputs[2], inputs[3])
+        ctx.save_for_backward(*inputs[:7])
+        ctx.units = inputs[7:]
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, factor, center = ctx.saved_tensors
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, alpha, *tensors = ctx.saved_tensors
+        fixed = Constants(*tensors, *ctx.units)
+        needs = dict(zip(("weight", "bias", "alpha", "gain"), ctx.needs_input_grad, strict=False))
+        found: dict[str, Tensor] = {}
         with _exactly(weight):
-            whole = _without_mean(grad_weight, grad_bias, center)
-            for_weight = whole * _column(factor, weight) if ctx.needs_input_grad[0] else None
-            for_factor = None
-            if ctx.needs_input_grad[2]:
-                each = (whole * weight).flatten(1).sum(1)
-                for_factor = each.sum() if factor.dim() == 0 else each
-        return for_weight, grad_bias, for_factor, None
+            whole = grad_weight if fixed.center is None else _without_mean(grad_weight, grad_bias, fixed.center)
+            scaled = _times(whole, fixed.gain)
+            if needs["alpha"]:
+                learnt = (scaled * fixed.steadied(weight)).sum() + (grad_bias * fixed.added(bias)).sum()
+                found["alpha"] = learnt.reshape(alpha.shape)
+            if needs["gain"]:
+                each = (whole * fixed.steadied(weight)).flatten(1).sum(1)
+                found["gain"] = each if alpha is None else each * alpha
+            if needs["weight"]:
+                scaled = scaled if alpha is None else scaled * alpha
+                if fixed.filter_mean is not None:
+                    scaled = torch.sub(scaled, _mean(scaled), alpha=1 - 1 / fixed.mean_unit)
+                found["weight"] = scaled
+            if needs["bias"]:
+                each = grad_bias if alpha is None else grad_bias * alpha
+                found["bias"] = each if fixed.bias_unit == 1.0 else each / fixed.bias_unit
+        return *(found.get(name) for name in needs), *(None,) * 5
+
+
+def _mean(weight: Tensor) -> Tensor:
+    return weight.mean(tuple(range(2, weight.dim())), keepdim=True)
+
+
+def _times(weight: Tensor, factor: Tensor | None) -> Tensor:
+    return weight if factor is None else weight * factor.reshape(-1, *(1,) * (weight.dim() - 1))
 
 
 def _subtracted(bias: Tensor, weight: Tensor, center: Tensor) -> Tensor:
@@ -136,16 +199,13 @@ def _without_mean(grad_weight: Tensor, grad_bias: Tensor, center: Tensor) -> Ten
     met = center.reshape(groups, 1, *grad_weight.shape[1:])
     each = len(grad_bias) // groups
     met = met[0] if groups == 1 else met.expand(-1, each, *grad_weight.shape[1:]).flatten(0, 1)
-    return torch.addcmul(grad_weight, _column(grad_bias, grad_weight), met, value=-1)
+    column = grad_bias.reshape(-1, *(1,) * (grad_weight.dim() - 1))
+    return torch.addcmul(grad_weight, column, met, value=-1)
 
 
 def _exactly(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast would round these products to half precision, although they are differences of near numbers."""
     return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
-
-
-def _column(factor: Tensor, weight: Tensor) -> Tensor:
-    return factor if factor.dim() == 0 else factor.reshape(-1, *(1,) * (weight.dim() - 1))
 
 
 def _transposed(weight: Tensor, factor: Tensor | None, groups: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
-__all__ = ["HasAlpha", "HasConstants", "alpha_of"]
+__all__ = ["CONSTANTS", "HasAlpha", "HasConstants", "alpha_of"]
+
+CONSTANTS = ("gain", "center", "offset", "filter_mean")
+"""The tensors among a carrier's constants; see :class:`normfree.layers.Constants`."""
 
 
 @overload
@@ -32,10 +35,8 @@ class HasConstants(_Module):
     A name that holds a parameter instead is left to torch.
     """
 
-    _constants: ClassVar[tuple[str, ...]] = ("gain", "center", "offset")
-
     def _held(self) -> dict[str, Tensor]:
-        values = {name: self.__dict__.get(name) for name in self._constants}
+        values = {name: self.__dict__.get(name) for name in CONSTANTS}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

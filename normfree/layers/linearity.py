@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normfree.layers.carriers import Seen, scaled_weight_class
+from normfree.layers.held import CONSTANTS
 from normfree.tracing.copying import meta_copy
 
 __all__ = ["is_carrier"]
@@ -51,7 +52,7 @@ def is_carrier(module: nn.Module) -> bool:
     return _inherits(cls, base) or (cls.__call__ is nn.Module.__call__ and _hands_on(module, _FUNCTIONS[base]))
 
 
-_TAKEN = ("alpha", "alpha_channels", "alpha_unit", "center", "combined", "gain", "offset", "raw_alpha")
+_TAKEN = (*CONSTANTS, "alpha", "alpha_channels", "alpha_unit", "combined", "coordinates", "raw_alpha")
 
 
 def _may_be_derived_from(cls: type[nn.Module]) -> bool:

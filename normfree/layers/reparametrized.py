@@ -1,19 +1,23 @@
 """Layers whose weight somebody else computes: pruned ones, weight and spectral norm, any parametrization of torch's.
 
-They may be put on a converted layer, which trains with them. What changes a weight for good (``fuse``, ``restore``), or
+They may be put on a converted layer, which trains with them: their weight is then the weight, without a mean that moves
+less than the rest of it, as what they prune must stay zero. What changes a weight for good (``fuse``, ``restore``), or
 expects it under its own name (``load``), must not see them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normfree.errors import UsageError
+from normfree.layers.combining import Constants, mean_of
 
-__all__ = ["check_plain"]
+__all__ = ["check_plain", "settled"]
 
 _HOOKS = {
     "BasePruningMethod": ("_tensor_name", "pruned", "torch.nn.utils.prune.remove(layer, {!r})"),
@@ -50,9 +54,38 @@ def _ways_out(module: nn.Module) -> list[str]:
         names = list(module.parametrizations)  # type: ignore[arg-type]  # a ModuleDict
         undo = "torch.nn.utils.parametrize.remove_parametrizations(layer, {!r})"
         found += [f"parametrized: {undo.format(name)}" for name in names]
-    for hook in module._forward_pre_hooks.values():
-        for cls in type(hook).__mro__:
-            if cls.__name__ in _HOOKS and cls.__module__.startswith("torch.nn.utils."):
-                attribute, what, undo = _HOOKS[cls.__name__]
-                found.append(f"{what}: {undo.format(getattr(hook, attribute))}")
+    for hook, (attribute, what, undo) in _hooks(module).items():
+        found.append(f"{what}: {undo.format(getattr(hook, attribute))}")
     return found
+
+
+def _hooks(module: nn.Module) -> dict[Any, tuple[str, str, str]]:
+    """Return torch's own hooks that compute a tensor of a layer before it runs, each with its entry above."""
+    return {
+        hook: _HOOKS[cls.__name__]
+        for hook in module._forward_pre_hooks.values()
+        for cls in type(hook).__mro__
+        if cls.__name__ in _HOOKS and cls.__module__.startswith("torch.nn.utils.")
+    }
+
+
+@torch.no_grad()
+def settled(layer: nn.Module, coordinates: Constants) -> float:
+    """Take over into plain coordinates what a layer had learnt before somebody else computes its weight; return 1.
+
+    Raises:
+        UsageError: It is computed from something else than a weight.
+    """
+    kept = getattr(layer, "weight_orig", None)
+    if kept is None and parametrize.is_parametrized(layer, "weight"):
+        kept = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]  # a ModuleDict
+    if kept is not None:
+        kept.copy_(coordinates.steadied(kept, exactly=True))
+        for hook in _hooks(layer):  # they have run already, on what it was
+            hook(layer, ())
+    elif not torch.allclose(mean_of(cast(Tensor, layer.weight)), cast(Tensor, coordinates.filter_mean)):
+        undo = " and ".join(_ways_out(layer))
+        raise UsageError(
+            f"{type(layer).__name__} was trained before, in coordinates of its own; fuse first. It is {undo}"
+        )
+    return 1.0

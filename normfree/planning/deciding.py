@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,10 @@ from normfree.tracing.traces import Trace
 __all__ = ["UNITS", "Request", "decide"]
 
 Modules = Mapping[str, nn.Module]
-UNITS: Mapping[Init, Units] = {"skipinit": Units(), "preserve": Units(weight=2.0, bias=2.0, alpha=4.0, head=8.0)}
+UNITS: Mapping[Init, Units] = {
+    "skipinit": Units(),
+    "preserve": Units(weight=2.0, filter=1.0, mean=4.0, bias=2.0, alpha=4.0, head=4.0),
+}
 """The coordinates of each starting point."""
 
 
@@ -200,8 +204,17 @@ def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, ap
         biased = path in produced or layer.bias is not None
         centred = path in findings.known and biased and not getattr(layer, "transposed", False)
         if own or path in produced:
-            unit = UNITS["preserve"].weight if own and not head else 1.0
-            yield Carried(path, unit, centred, head, path in produced and _is_closed(produced[path]))
+            unit, mean_unit = _units(layer) if own and not head else (1.0, 1.0)
+            closed = path in produced and _is_closed(produced[path])
+            yield Carried(path, unit, centred, head, closed, mean_unit)
+
+
+def _units(layer: Any) -> tuple[float, float]:
+    """Return the unit of a layer's weight, and that of its filters' means over that."""
+    units = UNITS["preserve"]
+    if layer.weight[0, 0].numel() == 1 or getattr(layer, "transposed", False):
+        return units.weight, 1.0
+    return units.filter, units.mean / units.filter
 
 
 def _is_closed(norm: Norm) -> bool:

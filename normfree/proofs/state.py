@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import some
+from normfree.layers import CONSTANTS
 from normfree.norms import is_norm, looks_like_norm
 from normfree.proofs.case import Case, Proof
 
@@ -35,7 +36,7 @@ def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]
     names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
     slots = tuple(f"{name}." for name in (*names, *case.plan.merged))
     touched = {f"{edit.producer}.bias" for edit in case.plan.removed} | {f"{path}.bias" for path in case.plan.biases}
-    touched |= {f"{layer.path}.{leaf}" for layer in case.plan.carried for leaf in ("gain", "center", "offset")}
+    touched |= {f"{layer.path}.{leaf}" for layer in case.plan.carried for leaf in CONSTANTS}
     touched |= {f"{alpha.holder}.raw_alpha" for alpha in case.plan.alphas}
     scaled = _aliases(case.model, {f"{layer.path}.weight" for layer in case.plan.carried})
     shared = _aliases(case.model, touched)

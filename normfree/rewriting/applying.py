@@ -153,6 +153,8 @@ def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Cha
         alpha_channels=carrier.channels,
         alpha_unit=carrier.alpha_unit,
         bias_unit=carrier.bias_unit,
+        filter_mean=carrier.filter_mean,
+        mean_unit=carrier.mean_unit,
     )
     weight = layer._parameters["weight"]
     if scale and carrier.times != 1.0 and weight is not None:

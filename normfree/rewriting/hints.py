@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from normfree.layers import CONSTANTS
+
 __all__ = ["hint_", "no_hint_"]
 
-_OURS = ("gain", "center", "offset", "raw_alpha")
+_OURS = (*CONSTANTS, "raw_alpha")
 
 
 def hint_(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfree.analysis.moments import Moments, norm_of
 from normfree.edits import Carried, Units
 from normfree.errors import InternalError
-from normfree.layers import Channels, shift
+from normfree.layers import Channels, mean_of, shift
 
 __all__ = ["Carrier", "carry", "features_of", "offset_of", "weight_of"]
 
@@ -30,7 +30,9 @@ class Carrier:
     channels: Channels = None
     center: Tensor | None = None
     offset: Tensor | None = None
+    filter_mean: Tensor | None = None
     bias_unit: float = 1.0
+    mean_unit: float = 1.0
     alpha_unit: float = 1.0
     times: float = 1.0
     gain_learns: bool = True
@@ -55,6 +57,8 @@ def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Map
     ones = weight.new_ones(features_of(layer))
     carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
     carrier.times = 1.0 if met is None else unit
+    if carried.mean_unit != 1.0:
+        carrier.filter_mean, carrier.mean_unit = mean_of(weight * carrier.times), carried.mean_unit
     if carried.learns_gain:
         carrier.gain = nn.Parameter(carrier.gain, carrier.gain_learns)
     if carrier.center is not None:

@@ -105,8 +105,8 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
         layer._parameters["raw_alpha"] = None
         ones = weight.new_ones(weight.shape[0])
         layer.__dict__.update(gain=ones, center=torch.zeros_like(center), offset=torch.zeros_like(ones))
-        layer.__dict__.update(alpha_channels=None, alpha_unit=1.0, bias_unit=1.0)
-    scaled = weight * layer.gain.reshape(-1, *(1,) * (weight.dim() - 1))
+        layer.__dict__.update(filter_mean=None, alpha_channels=None, alpha_unit=1.0, bias_unit=1.0, mean_unit=1.0)
+    scaled = layer.coordinates.steadied(weight) * layer.gain.reshape(-1, *(1,) * (weight.dim() - 1))
     layer.offset = layer.offset + shift(scaled, center - layer.center)
     layer.center = center
     if carried.head:

@@ -97,10 +97,13 @@ def carrying(layer: nn.Module, gain: bool, alpha: bool, channels: tuple[int, int
     shape = getattr(layer, "groups", 1), layer.weight[0].numel()
     carried.center = noise(*shape, dtype=torch.float64) / 2 + 0.1 if centred else None
     carried.offset = noise(FEATURES, dtype=torch.float64) if centred else None
+    positions = tuple(range(2, carried.weight.dim()))
+    mean = carried.weight.detach().mean(positions, keepdim=True)
+    carried.filter_mean = mean + noise(*mean.shape, dtype=torch.float64) if centred and positions else None
     carried.register_parameter("raw_alpha", None)
     if alpha:
         carried.raw_alpha = nn.Parameter(torch.tensor([2.8], dtype=torch.float64))
-    carried.alpha_channels, carried.alpha_unit, carried.bias_unit = channels, 4.0, 2.0
+    carried.alpha_channels, carried.alpha_unit, carried.bias_unit, carried.mean_unit = channels, 4.0, 2.0, 4.0
     return carried
 
 
@@ -109,6 +112,10 @@ def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Ten
     leaves = {name: p.detach().clone().requires_grad_() for name, p in carried.named_parameters()}
     plain.weight, plain.bias = nn.Parameter(leaves["weight"]), None
     leaves["weight"] = plain.weight
+    if carried.filter_mean is not None:
+        mean = plain.weight.mean(tuple(range(2, plain.weight.dim())), keepdim=True)
+        del plain.weight
+        plain.weight = leaves["weight"] - 3 / 4 * (mean - carried.filter_mean)
     dim = -1 if isinstance(plain, nn.Linear) else 1
     y = plain(x, **call).movedim(dim, -1)
     if carried.center is not None:
@@ -188,6 +195,7 @@ def test_the_pretrained_weight_keeps_its_key_and_its_values(name: str) -> None:
     scaled(layer.input()).sum().backward()
     assert isinstance(scaled, type(plain))
     constants = {"gain"} if getattr(plain, "transposed", False) else {"gain", "center", "offset"}
+    constants |= {"filter_mean"} if len(constants) > 1 and layer.shape[2:] else set()
     assert set(scaled.state_dict()) == {"weight", "bias", "raw_alpha", *constants}
     assert torch.equal(scaled.state_dict()["weight"], plain.weight)
     assert torch.equal(scaled.state_dict()["bias"], plain.bias)

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import normfree
+from normfree.layers import CONSTANTS
 
 X = noise(4, 3, 32, 32, dtype=torch.float64)
 Y = torch.tensor([0, 1, 2, 1])
@@ -153,7 +154,7 @@ def test_an_average_of_models_has_no_statistics_to_average(model: nn.Module, ori
     other = copy.deepcopy(model)
     for parameter in other.parameters():
         parameter.add_(1.0)
-    constants = {key for key in model.state_dict() if key.rpartition(".")[2] in ("gain", "center", "offset")}
+    constants = {key for key in model.state_dict() if key.rpartition(".")[2] in CONSTANTS}
     assert model.state_dict().keys() - constants == {name for name, _ in model.named_parameters()}
     states = model.state_dict(), other.state_dict()
     other.load_state_dict({key: (value + states[1][key]) / 2 for key, value in states[0].items()})
