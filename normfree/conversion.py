@@ -99,9 +99,8 @@ def convert(
 
     SkipInit (De & Smith, NeurIPS 2020, section 4): a residual branch that starts near zero needs no normalisation.
     Every norm is removed, and the layer that fed it gets a bias. Under ``"preserve"`` weights, biases and alphas are
-    learnt in units in which they train at the learning rates that the original liked: the weight behind a norm is kept
-    times two, behind a constant of each channel, and learns as if its input had no mean; see
-    :class:`normfree.edits.Units`.
+    learnt in units in which they train at the learning rates that the original liked: behind a constant of each
+    channel, as if the input had no mean, and with less of the mean of each filter; see :class:`normfree.edits.Units`.
 
     Args:
         model: Any module with batch normalisation in it; it is not changed.

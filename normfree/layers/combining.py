@@ -20,6 +20,7 @@ It is one autograd function: a layer costs a few operations forward and backward
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,16 +73,7 @@ class Constants(NamedTuple):
 
     def steadied(self, weight: Tensor, exactly: bool = False) -> Tensor:
         """Return ``U``; ``exactly`` returns ``V`` bit for bit where nothing was trained, at twice the cost."""
-        if self.filter_mean is None:
-            return weight
-        mean = mean_of(weight) if exactly else _mean(weight)
-        return torch.sub(weight, mean - self.filter_mean, alpha=1 - 1 / self.mean_unit)
-
-    def added(self, bias: Tensor) -> Tensor:
-        """Return what a layer adds, without alpha and before its input is centred."""
-        if self.offset is not None:
-            return torch.add(self.offset, bias, alpha=1 / self.bias_unit)
-        return bias if self.bias_unit == 1.0 else bias / self.bias_unit
+        return _steadied(weight, self.filter_mean, self.mean_unit, mean_of if exactly else _mean)
 
 
 def combine(
@@ -106,7 +98,7 @@ def combine(
     if bias is not None and channels is None and groups is None and (gain, center, alpha) != (None, None, None):
         made: tuple[Tensor, Tensor] = _Combined.apply(weight, bias, alpha, *constants)
         return made
-    bias = constants.offset if bias is None else constants.added(bias)
+    bias = constants.offset if bias is None else _added(bias, constants.offset, constants.bias_unit)
     if alpha is not None:
         features = weight.shape[0] if groups is None else weight.shape[1] * groups
         alpha = alpha_scale(alpha, channels, features)
@@ -130,51 +122,73 @@ class _Combined(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, bias: Tensor, alpha: Tensor | None, *constants: Any) -> tuple[Tensor, Tensor]:
-        fixed = Constants(*constants)
-        factor = fixed.gain if alpha is None else alpha if fixed.gain is None else fixed.gain * alpha
+    def forward(
+        weight: Tensor,
+        bias: Tensor,
+        alpha: Tensor | None,
+        gain: Tensor | None,
+        center: Tensor | None,
+        offset: Tensor | None,
+        filter_mean: Tensor | None,
+        bias_unit: float,
+        mean_unit: float,
+    ) -> tuple[Tensor, Tensor]:
+        factor = gain if alpha is None else alpha if gain is None else gain * alpha
         with _exactly(weight):
-            scaled = _times(fixed.steadied(weight), factor)
-            added = fixed.added(bias)
+            scaled = _times(_steadied(weight, filter_mean, mean_unit), factor)
+            added = _added(bias, offset, bias_unit)
             added = added if alpha is None else added * alpha
-            if fixed.center is not None:
-                added = _subtracted(added, scaled, fixed.center)
-        # Autograd wants an output that is none of the inputs.
+            if center is not None:
+                added = _subtracted(added, scaled, center)
+        # Autograd wants outputs that are none of the inputs.
         return scaled.clone() if scaled is weight else scaled, added.clone() if added is bias else added
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(*inputs[:7])
-        ctx.units = inputs[7:]
+        ctx.bias_unit, ctx.mean_unit = inputs[7:]
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, alpha, *tensors = ctx.saved_tensors
-        fixed = Constants(*tensors, *ctx.units)
-        needs = dict(zip(("weight", "bias", "alpha", "gain"), ctx.needs_input_grad, strict=False))
-        found: dict[str, Tensor] = {}
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, bias, alpha, gain, center, offset, filter_mean = ctx.saved_tensors
+        needs_weight, needs_bias, needs_alpha, needs_gain, *_ = ctx.needs_input_grad
+        for_weight = for_bias = for_alpha = for_gain = None
         with _exactly(weight):
-            whole = grad_weight if fixed.center is None else _without_mean(grad_weight, grad_bias, fixed.center)
-            scaled = _times(whole, fixed.gain)
-            if needs["alpha"]:
-                learnt = (scaled * fixed.steadied(weight)).sum() + (grad_bias * fixed.added(bias)).sum()
-                found["alpha"] = learnt.reshape(alpha.shape)
-            if needs["gain"]:
-                each = (whole * fixed.steadied(weight)).flatten(1).sum(1)
-                found["gain"] = each if alpha is None else each * alpha
-            if needs["weight"]:
-                scaled = scaled if alpha is None else scaled * alpha
-                if fixed.filter_mean is not None:
-                    scaled = torch.sub(scaled, _mean(scaled), alpha=1 - 1 / fixed.mean_unit)
-                found["weight"] = scaled
-            if needs["bias"]:
-                each = grad_bias if alpha is None else grad_bias * alpha
-                found["bias"] = each if fixed.bias_unit == 1.0 else each / fixed.bias_unit
-        return *(found.get(name) for name in needs), *(None,) * 5
+            whole = grad_weight if center is None else _without_mean(grad_weight, grad_bias, center)
+            scaled = _times(whole, gain)
+            if needs_alpha or needs_gain:
+                was = _steadied(weight, filter_mean, ctx.mean_unit)
+            if needs_alpha:
+                added = _added(bias, offset, ctx.bias_unit)
+                for_alpha = ((scaled * was).sum() + (grad_bias * added).sum()).reshape(alpha.shape)
+            if needs_gain:
+                for_gain = (whole * was).flatten(1).sum(1)
+                for_gain = for_gain if alpha is None else for_gain * alpha
+            if needs_weight:
+                for_weight = scaled if alpha is None else scaled * alpha
+                if filter_mean is not None:
+                    for_weight = torch.sub(for_weight, _mean(for_weight), alpha=1 - 1 / ctx.mean_unit)
+            if needs_bias:
+                for_bias = grad_bias if alpha is None else grad_bias * alpha
+                for_bias = for_bias if ctx.bias_unit == 1.0 else for_bias / ctx.bias_unit
+        return for_weight, for_bias, for_alpha, for_gain, None, None, None, None, None
 
 
 def _mean(weight: Tensor) -> Tensor:
     return weight.mean(tuple(range(2, weight.dim())), keepdim=True)
+
+
+def _steadied(
+    weight: Tensor, filter_mean: Tensor | None, unit: float, mean: Callable[[Tensor], Tensor] = _mean
+) -> Tensor:
+    return weight if filter_mean is None else torch.sub(weight, mean(weight) - filter_mean, alpha=1 - 1 / unit)
+
+
+def _added(bias: Tensor, offset: Tensor | None, unit: float) -> Tensor:
+    """Return what a layer adds, without alpha and before its input is centred."""
+    if offset is not None:
+        return torch.add(offset, bias, alpha=1 / unit)
+    return bias if unit == 1.0 else bias / unit
 
 
 def _times(weight: Tensor, factor: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ def calibrate(
     """Return a copy of a converted model that is set by real data: from scratch its scale, else only its coordinates.
 
     ``preserve``: the function stays what it was. Each layer learns as if the mean of what it meets were zero, and a
-    classifier as if the norm of what it sees were about eight at most; ``convert`` knows both from the norms alone, and
+    classifier as if the norm of what it sees were about four at most; ``convert`` knows both from the norms alone, and
     a batch of your images knows them better. A classifier that was put on after the conversion is taken in.
 
     ``skipinit``: layers get unit output variance. One sweep over each batch sets every layer that a norm used to

@@ -141,4 +141,4 @@ def test_skipinit_draws_he_weights_and_preserve_keeps_the_old_ones() -> None:
         assert not torch.equal(old, new)
         assert new.std().item() == pytest.approx((2 / 36) ** 0.5, rel=0.25)
     kept = normfree.convert(model, init="preserve")
-    assert torch.equal(kept.blocks[0].conv1.weight, 2 * model.blocks[0].conv1.weight)
+    assert torch.equal(kept.blocks[0].conv1.weight, model.blocks[0].conv1.weight)
