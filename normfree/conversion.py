@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from normfree.analysis.moments import Moments
 from normfree.checkpoint.header import read_plan
 from normfree.errors import InternalError, UnseenWarning, UsageError, some
+from normfree.options import Asked, Options, takes_options
 from normfree.planning.plan import look, look_again
-from normfree.planning.selecting import Patterns
 from normfree.plans import Plan
 from normfree.rewriting.applying import check_plan, rewrite
 from normfree.rewriting.comparing import rewrite_and_compare
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["FrozenWarning", "convert", "convert_"]
 
@@ -30,19 +34,13 @@ class FrozenWarning(UserWarning):
     """A frozen layer gets what only training makes good: a scalar of zero, or weights that are drawn anew."""
 
 
+@takes_options
 def convert_(
     model: M,
     *,
-    init: Literal["auto", "skipinit", "preserve"] = "auto",
-    alpha: float | Literal["rsqrt_depth"] | None = None,
-    include: Patterns = (),
-    exclude: Patterns = (),
-    scope: Literal["all", "residual"] = "all",
-    reset: bool = True,
-    inplace_activations: bool = True,
-    inputs: Inputs | None = None,
     plan: Plan | str | Path | None = None,
     check: bool = True,
+    **options: Unpack[Asked],
 ) -> M:
     """Remove the batch normalisation of ``model`` in place and return it; see :func:`convert`.
 
@@ -60,40 +58,24 @@ def convert_(
         >>> normfree.convert_(model) is model
         True
     """
-    made, moments = _planned(
-        model,
-        plan,
-        init=init,
-        alpha=alpha,
-        include=include,
-        exclude=exclude,
-        scope=scope,
-        reset=reset,
-        inplace_activations=inplace_activations,
-        inputs=inputs,
-    )
+    asked = Options(**options)
+    made, moments = _planned(model, plan, asked)
     _warn_of_unseen(made)
     _warn_of_frozen(model, made)
     met = moments()
     del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
-    _apply(model, made, met, inputs, check)
+    _apply(model, made, met, asked.inputs, check)
     return model
 
 
+@takes_options
 def convert(
     model: M,
     *,
-    init: Literal["auto", "skipinit", "preserve"] = "auto",
-    alpha: float | Literal["rsqrt_depth"] | None = None,
-    include: Patterns = (),
-    exclude: Patterns = (),
-    scope: Literal["all", "residual"] = "all",
-    reset: bool = True,
-    inplace_activations: bool = True,
-    inputs: Inputs | None = None,
     plan: Plan | str | Path | None = None,
     check: bool = True,
+    **options: Unpack[Asked],
 ) -> M:
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
@@ -144,23 +126,13 @@ def convert(
         >>> model.layer1[0].conv2.alpha
         0.0
     """
-    made, moments = _planned(
-        model,
-        plan,
-        init=init,
-        alpha=alpha,
-        include=include,
-        exclude=exclude,
-        scope=scope,
-        reset=reset,
-        inplace_activations=inplace_activations,
-        inputs=inputs,
-    )
+    asked = Options(**options)
+    made, moments = _planned(model, plan, asked)
     _warn_of_unseen(made)
     _warn_of_frozen(model, made)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
     converted = deep_copy(model, drawn, removed)
-    _apply(converted, made, moments(), inputs, check)
+    _apply(converted, made, moments(), asked.inputs, check)
     return converted
 
 
@@ -176,29 +148,17 @@ def _warn_of_unseen(made: Plan) -> None:
         warnings.warn(made.warning, UnseenWarning, stacklevel=3)
 
 
-_DEFAULTS = {
-    "init": "auto",
-    "alpha": None,
-    "include": (),
-    "exclude": (),
-    "scope": "all",
-    "reset": True,
-    "inplace_activations": True,
-}
-
-
 def _planned(
-    model: nn.Module, plan: Plan | str | Path | None, **options: Any
+    model: nn.Module, plan: Plan | str | Path | None, asked: Options
 ) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
     """Return the plan that is made or given, and what computes what its carried layers meet."""
     if plan is None:
-        return look(model, **options)
-    inputs = options.pop("inputs")
-    both = [name for name, value in options.items() if value != _DEFAULTS[name]]
+        return look(model, asked)
+    both = [f.name for f in fields(Options) if f.name != "inputs" and getattr(asked, f.name) != f.default]
     if both:
         raise UsageError(f"a plan says all that {', '.join(both)} would say: give the one or the other")
     made = plan if isinstance(plan, Plan) else read_plan(plan)
-    moments = look_again(model, made, inputs)
+    moments = look_again(model, made, asked.inputs)
     try:
         check_plan(model, made)
     except InternalError as error:

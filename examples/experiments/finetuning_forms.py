@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 import normfree
 from normfree.edits import Units
+from normfree.options import Options
 from normfree.planning.plan import look
 from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
@@ -146,7 +147,7 @@ def form(name: str, model: nn.Module, x: Tensor) -> tuple[nn.Module, Iterable[nn
         return normfree.calibrate(normfree.convert(model, init="preserve"), x.split(64)), ()
     if name in ("normfree", "folded"):
         return arm("fused" if name == "folded" else "normfree", model)
-    plan, met = look(model, init="preserve")
+    plan, met = look(model, Options(init="preserve"))
     rewrite(model, parted(name, plan), met())
     return model, ()
 

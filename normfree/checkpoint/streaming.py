@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,15 @@ from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import ANY, Choice, is_mapped, prefix_of, read_weights, reader, without_prefix
 from normfree.layers import mean_of
+from normfree.options import Asked, Options
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.units import offset_of
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["convert_file"]
 
@@ -46,7 +50,7 @@ def convert_file(
     overwrite: bool = False,
     choice: Choice = ANY,
     tell: Callable[[str], None] = lambda _: None,
-    **options: Any,
+    **options: Unpack[Asked],
 ) -> Plan:
     """Convert a checkpoint into a file without holding the model in memory.
 
@@ -75,7 +79,7 @@ def convert_file(
     streamed = _fill(model, {key.removeprefix(prefix): value for key, value in read.state.items()})
     del read
     open_again = reader(Path(checkpoint), replace(choice, prefix=choice.prefix + prefix))
-    made, met = look(model, loaded=True, **options)
+    made, met = look(model, Options(**options), loaded=True)
     layers = [(model.get_submodule(path), gain) for path, gain in made.drawn]
     drawn = draws(layers)
     zero_biases_(layers)

@@ -137,6 +137,7 @@ def inspect(
     with reporting(as_json):
         with progress(3) as step:
             step("importing torch")
+            from normfree.options import Options
             from normfree.planning.plan import look
 
             loaded = Loaded(checkpoint, key, prefix, pretrained)
@@ -144,7 +145,7 @@ def inspect(
             step("planning")
             options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
             options |= {"include": include or (), "exclude": exclude or ()}
-            made, _ = look(model, loaded=bool(loaded), **options)
+            made, _ = look(model, Options(**options), loaded=bool(loaded))
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
         else:

@@ -59,6 +59,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     from normfree import checkpoint as files
     from normfree import conversion, zoo
     from normfree.files import Choice
+    from normfree.options import Options
     from normfree.planning.plan import look
     from normfree.proofs import verify as verifying
     from normfree.proofs.reference import Reference
@@ -77,7 +78,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     name, original = build_original(job.source, step, job.loaded, job.num_classes)
     step("converting")
     torch.manual_seed(job.seed)
-    plan, _ = look(original, loaded=bool(job.loaded), **job.options)
+    plan, _ = look(original, Options(**job.options), loaded=bool(job.loaded))
     model = conversion.convert(original, plan=plan)
     done = []
     reference = None

@@ -16,18 +16,7 @@ from normfree.layers import is_normfree
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
 from normfree.plans import PLAN_ATTRIBUTE
 
-__all__ = ["check_arguments", "check_model", "check_wrapping", "is_lazy", "module_problems"]
-
-
-def check_arguments(init: str, alpha: object, scope: str) -> None:
-    """Refuse arguments that make no sense."""
-    if init not in ("auto", "skipinit", "preserve"):
-        raise UsageError(f"init is {init!r}; it must be 'auto', 'skipinit' or 'preserve'")
-    if scope not in ("all", "residual"):
-        raise UsageError(f"scope is {scope!r}; it must be 'all' or 'residual'")
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    if not (alpha is None or alpha == "rsqrt_depth" or number):
-        raise UsageError(f"alpha is {alpha!r}; it must be a finite number or 'rsqrt_depth'")
+__all__ = ["check_model", "check_wrapping", "is_lazy", "module_problems"]
 
 
 def check_model(model: nn.Module) -> None:

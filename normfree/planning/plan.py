@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,10 +13,11 @@ from normfree.analysis.moments import Moments, input_moments
 from normfree.edits import Init
 from normfree.errors import NoNormError, UnsupportedModelError, UsageError
 from normfree.norms import Norm, describe, find_norms, looks_like_norm
+from normfree.options import Asked, Options, takes_options
 from normfree.planning.deciding import Modules, Request, decide
-from normfree.planning.guards import check_arguments, check_model, is_lazy, module_problems
+from normfree.planning.guards import check_model, is_lazy, module_problems
 from normfree.planning.kinds import asked, asked_unseen
-from normfree.planning.selecting import Patterns, as_patterns
+from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.inputs import Inputs
@@ -24,36 +25,19 @@ from normfree.tracing.leaves import calls_batch_norm
 from normfree.tracing.trace import trace
 from normfree.tracing.traces import Trace
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["look", "look_again", "plan"]
 
 
-def plan(
-    model: nn.Module,
-    *,
-    init: Literal["auto", "skipinit", "preserve"] = "auto",
-    alpha: float | Literal["rsqrt_depth"] | None = None,
-    include: Patterns = (),
-    exclude: Patterns = (),
-    scope: Literal["all", "residual"] = "all",
-    reset: bool = True,
-    inplace_activations: bool = True,
-    inputs: Inputs | None = None,
-) -> Plan:
+@takes_options
+def plan(model: nn.Module, **options: Unpack[Asked]) -> Plan:
     """Say what :func:`normfree.convert` would do, without doing it.
 
     Args:
         model: Any module with batch normalisation in it. It is not changed.
-        init: ``"skipinit"`` to train from scratch (alpha 0, weights drawn anew), ``"preserve"`` to keep the function
-            (alpha 1), ``"auto"`` for ``"preserve"`` if any norm has been trained or is frozen, else ``"skipinit"``; an
-            error where nothing tells.
-        alpha: Start of every scalar instead of 0 or 1; ``"rsqrt_depth"`` is ``1 / sqrt(number of scalars)``.
-        include: Shell patterns (``"layer1.*"``) of norm names; only these are converted. Default: all.
-        exclude: Shell patterns of norm names that stay, or of sum names whose branches get no scalar.
-        scope: ``"residual"`` converts only the norms inside residual branches.
-        reset: Whether ``"skipinit"`` draws the weights that a norm rescaled anew; ``False`` keeps yours.
-        inplace_activations: ``False`` for what hooks layers, as Opacus does: no activation works in place any more,
-            and what writes in place where a norm was gets a copy.
-        inputs: Arguments with which ``model`` runs, of which only shapes and types matter; found if not given.
+        options: As for :func:`normfree.convert`.
 
     Raises:
         NoNormError: There is nothing to convert, or the patterns leave nothing.
@@ -72,44 +56,21 @@ def plan(
         alphas: 8 placed, 0 declined
         looked at: (2, 3, 64, 64), found by its first convolution
     """
-    made, _ = look(
-        model,
-        init=init,
-        alpha=alpha,
-        include=include,
-        exclude=exclude,
-        scope=scope,
-        reset=reset,
-        inplace_activations=inplace_activations,
-        inputs=inputs,
-    )
+    made, _ = look(model, Options(**options))
     return made
 
 
-def look(
-    model: nn.Module,
-    *,
-    init: str = "auto",
-    alpha: float | str | None = None,
-    include: Patterns = (),
-    exclude: Patterns = (),
-    scope: str = "all",
-    reset: bool = True,
-    inplace_activations: bool = True,
-    inputs: Inputs | None = None,
-    loaded: bool = False,
-) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
+def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
     """Return the plan, and what computes, from the model's own norms, what the carried layers of the plan meet.
 
     ``loaded`` says that the weights come from somewhere: ``"auto"`` then never draws them anew.
     """
-    check_arguments(init, alpha, scope)
     check_model(model)
     norms = find_norms(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     described = {name: describe(modules[name]) for name in norms}
-    chosen, why = _choose_init(init, list(described.values()), loaded)
-    problems = module_problems(model, described, chosen, as_patterns(exclude))
+    chosen, why = _choose_init(options.init, list(described.values()), loaded)
+    problems = module_problems(model, described, chosen, as_patterns(options.exclude))
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
     request = Request(
@@ -118,17 +79,17 @@ def look(
         described=described,
         init=chosen,
         init_reason=why,
-        alpha=alpha,
-        include=as_patterns(include),
-        exclude=as_patterns(exclude),
-        scope=scope,
-        reset=reset,
-        inplace=inplace_activations,
+        alpha=options.alpha,
+        include=as_patterns(options.include),
+        exclude=as_patterns(options.exclude),
+        scope=options.scope,
+        reset=options.reset,
+        inplace=options.inplace_activations,
     )
     with torch.random.fork_rng(devices=[]):  # the user's generator and modules stay as they are
         copied = meta_copy(model)
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
-        traced = trace(model, copied, sites, inputs)
+        traced = trace(model, copied, sites, options.inputs)
         findings = analyse(copied, traced, norms)
         problems = _functional(modules, traced, findings) | problems
         if problems:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from normfree.analysis.findings import Findings
 from normfree.errors import NoNormError, UsageError
 from normfree.norms import Norm
+from normfree.options import Patterns
 
-__all__ = ["Patterns", "as_patterns", "kept_norms", "matches"]
-
-Patterns = str | Sequence[str]
+__all__ = ["as_patterns", "kept_norms", "matches"]
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:

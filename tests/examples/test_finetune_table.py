@@ -56,9 +56,8 @@ def test_arms_are_what_they_say(arms: dict[str, tuple[nn.Module, list[nn.Module]
 
 def test_gains_of_the_pretrained_network_are_as_far_apart_as_they_were() -> None:
     model = normfree.convert(lite0.pretrained())
-    heads = {layer.path for layer in model._normfree_plan.carried if layer.head}
-    keys = [key for key in model.state_dict() if key.endswith(".gain") and key.removesuffix(".gain") not in heads]
-    gains = torch.cat([2 * model.state_dict()[key].abs() for key in keys])
+    carried = [layer for layer in model._normfree_plan.carried if not layer.head]
+    gains = torch.cat([layer.unit * model.get_submodule(layer.path).gain.abs() for layer in carried])
     assert (round(gains.min().item(), 2), int(gains.max())) == (0.01, 75)
 
 

@@ -65,7 +65,7 @@ FLOORS = (
     "errors",
     "tracing.copying files",
     "norms layers training.initialization rewriting.changing tracing.roles tracing.inputs tracing.still",
-    "tracing.leaves tracing.traces",
+    "tracing.leaves tracing.traces options",
     "tracing.notes",
     "tracing.recorder",
     "tracing.running",
