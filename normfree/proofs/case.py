@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from normfree.errors import UsageError
-from normfree.plans import Plan
 from normfree.norms import find_norms
+from normfree.plans import Plan
 from normfree.proofs.draws import Steady
 from normfree.proofs.reference import Reference
 from normfree.proofs.remaking import Made, remake
@@ -38,6 +38,7 @@ class Proof:
         passed: The verdict, or ``None`` where nothing is claimed.
         figure: The measured value behind it: an error, or a count.
         detail: The figure in words, and the places where it fails.
+        missing: Whether it is claimed, but what it needs is not here; ``passed`` is ``None`` then.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Proof:
     passed: bool | None
     figure: float | None
     detail: str
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Found:
     passed: bool | None
     figure: float | None
     detail: str
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Case:
     @functools.cached_property
     def made(self) -> Made | None:
         """What the plan makes of the original; ``None`` where no original is here, or the plan is of something else."""
-        known = self.original is not None and not self.plan.calibrated
+        drawn = self.plan.fused and self.plan.init == "skipinit"  # alpha is in the weights that were drawn
+        known = self.original is not None and not self.plan.calibrated and not drawn
         return None if self.structure is None else remake(self.structure, self.plan, (self.args, self.kwargs), known)
 
     def exact(self, model: nn.Module, training: bool) -> nn.Module:
@@ -116,7 +120,7 @@ class Case:
         return copied
 
     def at_alpha(self, training: bool, zero: bool = False) -> nn.Module:
-        """Return an exact copy of the converted model whose scalars are zero, or drawn: at zero nobody sees a branch."""
+        """Return an exact copy of the converted model with its scalars zero, or drawn: at zero nobody sees a branch."""
         model = self.exact(self.model, training)
         generator = torch.Generator().manual_seed(0)
         for alpha in () if self.plan.fused else self.plan.alphas:
@@ -141,7 +145,8 @@ class Case:
     ) -> list[Tensor]:
         """Run ``model`` with dropout off, on everything or on some samples, and return its output tensors."""
         args, kwargs = self.inputs(samples, dtype, nudge)
-        with random_halves(), Steady():
+        with random_halves(), torch.random.fork_rng(devices=[]), Steady():
+            torch.default_generator.manual_seed(0)
             outputs = tensors(model(*args, **kwargs))
         if not outputs:
             raise UsageError(f"the output of this {type(model).__name__} holds no tensors: nothing can be compared")

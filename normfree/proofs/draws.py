@@ -15,7 +15,7 @@ __all__ = ["Steady"]
 _NORMAL = ("aten::randn", "aten::randn_like", "aten::normal_")
 
 
-class Steady(Still):
+class Steady(Still):  # type: ignore[no-untyped-call]  # torch's own
     """Noise of a normal distribution is drawn from a seed; every other draw stands still.
 
     Zeros would hide what they are multiplied with, and give "inf" where a model divides by them. The seed is the shape

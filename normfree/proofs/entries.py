@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["departures"]
+__all__ = ["departures", "settings"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = {"training", "_normfree_plan", "_normfree_originals", "_parameters", "_buffers", "_modules"}
+_OWN |= {"_is_full_backward_hook", "_compiled_call_impl"}  # of whoever looks on, or compiles
 _PLAIN = (bool, int, float, str, type(None))
 Problem = tuple[str, str]
 """What is wrong, and where."""
@@ -46,16 +47,16 @@ def _of_module(made: nn.Module, module: nn.Module) -> Iterator[Problem]:
     if not _same_class(type(made), type(module)):
         yield "another class", ""
     for held in ("_parameters", "_buffers"):
-        ours, theirs = made.__dict__[held], module.__dict__[held]
+        ours, theirs = (dict(getattr(m, held).items()) for m in (made, module))  # no dicts of a ScriptModule
         for key in ours.keys() | theirs.keys():
             what = _of_tensors(ours.get(key), theirs.get(key))
             if what is not None:
                 yield what, key
-    saved = {key for key in made._buffers if key in made._non_persistent_buffers_set}
-    for key in saved ^ {key for key in module._buffers if key in module._non_persistent_buffers_set}:
-        yield "saved otherwise", key
-    for key in _settings(made) ^ _settings(module):
-        yield "another setting", key
+    passing: list[set[str]] = []
+    for m in (made, module):
+        passing.append({key for key in getattr(m, "_non_persistent_buffers_set", ()) if key in m._buffers})
+    yield from (("saved otherwise", key) for key in passing[0] ^ passing[1])
+    yield from (("another setting", key) for key in {key for key, _ in settings(made) ^ settings(module)})
     for hooks in _HOOKS:
         gone = Counter(_hooks(made, hooks)) - Counter(_hooks(module, hooks))
         yield from (("hooks gone", name) for name in gone)
@@ -73,7 +74,7 @@ def _of_tensors(made: Tensor | None, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _settings(module: nn.Module) -> set[tuple[str, Any]]:
+def settings(module: nn.Module) -> set[tuple[str, Any]]:
     """Return the settings of a module that can be compared; a tensor, a method or whatever else by its name only."""
     return {
         (key, value if _is_plain(value) else type(value).__name__)
@@ -100,7 +101,7 @@ def _code(cls: type) -> dict[str, tuple[bytes, tuple[str, ...]]]:
 
 
 def _hooks(module: nn.Module, kind: str) -> Iterator[str]:
-    for hook in module.__dict__[kind].values():
+    for hook in getattr(module, kind, {}).values():
         function = getattr(hook, "__func__", hook)
         yield str(getattr(function, "__qualname__", type(hook).__qualname__))
 

@@ -53,10 +53,11 @@ def same_function(case: Case) -> Found:
 
 
 def form_of(case: Case, model: nn.Module) -> nn.Module | None:
-    """Return the plain form of what an exact copy of the converted model is to be, in its mode; ``None`` without one."""
+    """Return the plain form of what an exact copy of the model is to be, in its mode; ``None`` without one."""
     if case.made is None or case.made.model is None:
         return None
-    return plain_form(case.exact(case.made.model, model.training), model)
+    there = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return plain_form(case.exact(case.made.model, model.training).to(there), model)
 
 
 def _departures(case: Case) -> list[str]:
@@ -84,7 +85,8 @@ def _same_as_original(case: Case, original: nn.Module) -> Found:
     if case.plan.fused:
         bake_(again, case.plan.merged)
     error = error_between(exact, case.run(again))
-    rounding = error_between(exact, case.run(before, dtype=case.own_dtype))
+    theirs = next((p.dtype for p in before.parameters() if p.is_floating_point()), case.own_dtype)
+    rounding = error_between(exact, case.run(before, dtype=theirs))
     own = error_between(exact, case.run(after, dtype=case.own_dtype))
     train = _error_in_train_mode(case, again)
     passed = max(error, train) <= TOLERANCE and own <= max(ROUNDINGS * rounding, TOLERANCE)
@@ -107,7 +109,7 @@ def _error_in_train_mode(case: Case, again: nn.Module) -> float:
 def _same_as_reference(case: Case) -> Found:
     error = None if case.reference is None else case.reference.error(case.model)
     if case.reference is None or error is None:
-        return Found(None, None, "the original is not here to compare with")
+        return Found(None, None, "the original is not here to compare with", missing=True)
     rounding = case.reference.rounding
     detail = (
         f"relative error {error:.1e} to the recorded output in {case.reference.dtype}; the original's is {rounding:.1e}"

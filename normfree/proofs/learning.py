@@ -175,5 +175,5 @@ def _hooks(case: Case, model: nn.Module) -> list[torch.utils.hooks.RemovableHand
         known = (getattr(theirs.get(name), "_backward_hooks", None) or {}).values()
         for hook in (parameter._backward_hooks or {}).values():
             if hook not in known:
-                handles.append(copies[name].register_hook(hook))
+                handles.append(copies[name].register_hook(hook))  # type: ignore[no-untyped-call]  # torch's own
     return handles

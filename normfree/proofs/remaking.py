@@ -24,7 +24,6 @@ from normfree.training.initialization import zero_biases_
 
 __all__ = ["Made", "plain_form", "remake"]
 
-_HELD = ("_parameters", "_buffers")
 _CONSTANTS = ("gain", "center", "offset")
 
 
@@ -35,7 +34,7 @@ class Made:
     Attributes:
         model: What came of it; layers that a plan draws keep the original's weights.
         known: Whether its values are those that the converted model must have. They are not where only the
-            architecture is here, or the model was calibrated since.
+            architecture is here, the model was calibrated since, or scalars are part of weights that were drawn.
         why_not: Why there is none.
     """
 
@@ -62,7 +61,7 @@ def remake(structure: nn.Module, plan: Plan, call: tuple[tuple[Any, ...], dict[s
 
 
 def plain_form(made: nn.Module, model: nn.Module) -> nn.Module | None:
-    """Return what was made again with the values of ``model``, where every layer computes by the formula in plain torch.
+    """Return what was made again with the values of ``model``; every layer computes by the formula in plain torch.
 
     Args:
         made: What came of the plan, in the type of ``model``; it is changed.
@@ -74,9 +73,7 @@ def plain_form(made: nn.Module, model: nn.Module) -> nn.Module | None:
     theirs = dict(model.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, module in made.named_modules():
-            if not all(_take(module.__dict__[held], theirs.get(name), held) for held in _HELD):
-                return None
-            if not _take({key: module.__dict__.get(key) for key in _CONSTANTS}, theirs.get(name), None):
+            if name not in theirs or not _take(_tensors(module), _tensors(theirs[name])):
                 return None
     for module in made.modules():
         if isinstance(module, ScaledWeight):
@@ -84,14 +81,19 @@ def plain_form(made: nn.Module, model: nn.Module) -> nn.Module | None:
     return made
 
 
-def _take(tensors: dict[str, Tensor | None], other: nn.Module | None, held: str | None) -> bool:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a module computes with: its parameters and buffers, and the constants of ours."""
+    constants = ((key, module.__dict__.get(key)) for key in _CONSTANTS)
+    held = (*module._parameters.items(), *module._buffers.items(), *constants)
+    return {key: tensor for key, tensor in held if isinstance(tensor, Tensor)}
+
+
+def _take(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     """Copy the tensors of another module, if it has the same."""
-    for key, tensor in tensors.items():
-        value = None if other is None else (other.__dict__ if held is None else other.__dict__[held]).get(key)
-        if (tensor is None) != (value is None) or (tensor is not None and tensor.shape != value.shape):
-            return False
-        if tensor is not None:
-            tensor.copy_(value)
+    if {key: t.shape for key, t in ours.items()} != {key: t.shape for key, t in theirs.items()}:
+        return False
+    for key, tensor in ours.items():
+        tensor.copy_(theirs[key])
     return True
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from normfree.errors import some
 from normfree.norms import is_norm, looks_like_norm
 from normfree.proofs.case import Case, Found
-from normfree.proofs.entries import departures
+from normfree.proofs.entries import departures, settings
 from normfree.proofs.values import moved
+from normfree.tracing.copying import deep_copy
 
 __all__ = ["clean_state"]
 
@@ -27,8 +30,26 @@ def clean_state(case: Case) -> Found:
             problems |= departures(case.made.model, case.model)
             if case.made.known:
                 problems["values changed"] = moved(case.made.model, case.model, case.plan)
+            if any(problems.get(what) for what in _MOVING):
+                moving = _moved_by_a_run(case, case.made.model)
+                problems |= {what: [x for x in problems.get(what, ()) if x not in moving] for what in _MOVING}
     lines += [f"{what}: {some(found)}" for what, found in problems.items() if found]
     return Found(not lines, float(len(lines)), "; ".join(lines) or f"{len(state)} keys, none of them statistics")
+
+
+_MOVING = ("another setting", "values changed")
+
+
+def _moved_by_a_run(case: Case, made: nn.Module) -> set[str]:
+    """Name the settings and buffers that a forward moves: calls that are counted, outputs that are kept."""
+    before, after = deep_copy(made), deep_copy(made)
+    for training in (True, False):
+        with contextlib.suppress(Exception), torch.no_grad():  # the other proofs tell of it
+            case.run(after.train(training), dtype=next((p.dtype for p in made.parameters()), None))
+    pairs = zip(before.named_modules(), after.modules(), strict=True)
+    named = {f"{name}.{key}".strip(".") for (name, m), n in pairs for key, _ in settings(m) ^ settings(n)}
+    buffers = dict(after.named_buffers(remove_duplicate=False))
+    return named | {n for n, b in before.named_buffers(remove_duplicate=False) if not torch.equal(b, buffers[n])}
 
 
 def _statistics(case: Case) -> Iterator[str]:

@@ -17,7 +17,7 @@ from normfree.proofs.reference import Reference
 from normfree.tracing.inputs import Inputs, arguments, tensors
 from normfree.tracing.trace import example_input
 
-__all__ = ["Proof", "Report", "each_proof", "verify"]
+__all__ = ["Proof", "Report", "each_proof", "verdict", "verify"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,19 @@ class Report:
         return all(proof.passed is not False for proof in self.proofs)
 
     def __str__(self) -> str:
-        words = {True: "ok", False: "FAILED", None: "not claimed"}
-        return "\n".join(f"{p.number} {words[p.passed]:11} {p.name}: {p.detail}" for p in self.proofs)
+        return "\n".join(f"{p.number} {verdict(p):11} {p.name}: {p.detail}" for p in self.proofs)
 
     def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps({"ok": self.ok, "proofs": [asdict(proof) for proof in self.proofs]})
+        """Return the report as JSON text; ``"ok"`` is ``null`` where no proof failed, but one could not be made."""
+        ok = None if self.ok and any(proof.missing for proof in self.proofs) else self.ok
+        return json.dumps({"ok": ok, "proofs": [asdict(proof) for proof in self.proofs]})
+
+
+def verdict(proof: Proof) -> str:
+    """Return the word for what came of a proof."""
+    if proof.passed is None:
+        return "not made" if proof.missing else "not claimed"
+    return "ok" if proof.passed else "FAILED"
 
 
 def verify(
@@ -81,7 +88,7 @@ def verify(
         proof that failed.
 
     Raises:
-        UsageError: The model carries no plan, the batch has fewer than two samples, or the inputs do for eval mode only.
+        UsageError: The model carries no plan, the batch has fewer than two samples, or inputs are for eval mode only.
 
     Example:
         >>> import torch, normfree, torchvision
@@ -129,7 +136,7 @@ def each_proof(
             if number == 1:  # it runs the model in both modes
                 case, note = _that_runs(case)
                 found = proof(case) if note else found
-        yield Proof(number, name, found.passed, found.figure, found.detail + note)
+        yield Proof(number, name, found.passed, found.figure, found.detail + note, found.missing)
 
 
 def _that_runs(case: Case) -> tuple[Case, str]:

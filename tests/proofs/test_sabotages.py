@@ -85,16 +85,17 @@ def trained(model: Any) -> Any:
     return model
 
 
+def looked_on(model: Any) -> Any:
+    model.pre.register_forward_hook(lambda *_: None)
+    model.pre.register_full_backward_hook(lambda *_: None)
+    return model
+
+
 def pickled(model: Any) -> Any:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
-
-
-def hooked(model: Any) -> Any:
-    model.pre.register_forward_hook(lambda *_: None)
-    return model
 
 
 FINE = {
@@ -103,7 +104,7 @@ FINE = {
     "run in train mode": lambda model: (model.train()(X), model)[1],
     "in float64": lambda model: model.double(),
     "channels last": lambda model: model.to(memory_format=torch.channels_last),
-    "somebody looks on": hooked,
+    "somebody looks on": looked_on,
 }
 
 
