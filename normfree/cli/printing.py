@@ -86,10 +86,13 @@ def proof_table(proofs: tuple[Proof, ...]) -> None:
         return
     from rich.markup import escape
 
-    words = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "not claimed"}
+    from normfree.proofs.verify import verdict
+
+    styles = {True: "[green]{}[/]", False: "[red]{}[/]", None: "{}"}
     proven = table("", "proof", "", "figures")
     for proof in proofs:
-        proven.add_row(str(proof.number), proof.name, words[proof.passed], escape(proof.detail))
+        word = styles[proof.passed].format(verdict(proof))
+        proven.add_row(str(proof.number), proof.name, word, escape(proof.detail))
     print_out(proven)
 
 

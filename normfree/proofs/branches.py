@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,24 +14,23 @@ from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow
 from normfree.analysis.sums import find_sums
 from normfree.errors import some
-from normfree.proofs.case import Case, Proof, alpha_of, error_between
+from normfree.proofs.case import Case, Found, error_between
 from normfree.proofs.observing import out_of_place
 from normfree.proofs.replaying import replay
+from normfree.tracing.traces import MODES
 
 __all__ = ["branches_vanish"]
 
 
 @torch.no_grad()
-def branches_vanish(case: Case) -> Proof:
+def branches_vanish(case: Case) -> Found:
     """4: alpha = 0 makes every scaled branch exactly zero, and nothing writes into a skip path."""
-    name = "alpha = 0 leaves exactly the skip paths"
     if case.plan.fused:
-        return Proof(4, name, None, None, "the model is fused: its scalars are part of its weights")
-    model = case.exact(case.model, training=False)
+        return Found(None, None, "the model is fused: its scalars are part of its weights")
     scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
-    for alpha in case.plan.alphas:
-        alpha_of(model, alpha.holder).zero_()
-    zero, written, ran = _watch(case, model, set(scaled))
+    zero, written, ran = _watch(case, case.at_alpha(training=False, zero=True), set(scaled))
+    model = case.at_alpha(training=False)  # what is written of a branch shows only where the branch is not zero
+    written = list(dict.fromkeys([*written, *_watch(case, model, set(scaled), ("train",))[1]]))
     blamed = written
     if written and case.structure is not None:
         theirs = _watch(case, case.exact(case.structure, training=False), set(scaled))[1]
@@ -50,14 +50,16 @@ def branches_vanish(case: Case) -> Proof:
     detail = "; ".join(problems) or f"{total} branches exactly zero at alpha = 0, their skip paths untouched"
     if missing:  # sums around them have no scalar, and nobody has counted them
         detail += f"; not proven for what is around {missing} norms that went unseen"
-    return Proof(4, name, False if problems else None if missing else True, float(len(problems)), detail)
+    return Found(False if problems else None if missing else True, float(len(problems)), detail)
 
 
-def _watch(case: Case, model: nn.Module, names: set[str]) -> tuple[dict[str, int], list[str], set[str]]:
+def _watch(
+    case: Case, model: nn.Module, names: set[str], modes: Collection[str] = MODES
+) -> tuple[dict[str, int], list[str], set[str]]:
     """Return how many branches are zero at each sum, where a skip path was overwritten, and which sums ran."""
     zero: dict[str, int] = {}
     written: list[str] = []
-    for done in replay(model, case.plan.sites, case.inputs(), functools.partial(_Looks, names=names)):
+    for done in replay(model, case.plan.sites, case.inputs(), functools.partial(_Looks, names=names), modes):
         for name, count in done.zero_branches.items():
             zero[name] = min(count, zero.get(name, count))
         written += done.written

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from normfree.errors import UsageError
+from normfree.norms import find_norms
 from normfree.plans import Plan
+from normfree.proofs.draws import Steady
 from normfree.proofs.reference import Reference
-from normfree.tracing.copying import deep_copy, in_float64, is_own_hook
+from normfree.proofs.remaking import Made, remake
+from normfree.tracing.copying import deep_copy, in_float64
 from normfree.tracing.inputs import tensors
-from normfree.tracing.still import Still
+from normfree.tracing.still import random_halves
 
-__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Proof", "alpha_of", "error_between"]
+__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Found", "Proof", "error_between"]
 
 TOLERANCE = 1e-9
 """Relative to the largest output, in float64."""
@@ -35,6 +38,7 @@ class Proof:
         passed: The verdict, or ``None`` where nothing is claimed.
         figure: The measured value behind it: an error, or a count.
         detail: The figure in words, and the places where it fails.
+        missing: Whether it is claimed, but what it needs is not here; ``passed`` is ``None`` then.
     """
 
     number: int
@@ -42,6 +46,17 @@ class Proof:
     passed: bool | None
     figure: float | None
     detail: str
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a proof came to: see :class:`Proof`."""
+
+    passed: bool | None
+    figure: float | None
+    detail: str
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,38 +98,70 @@ class Case:
         """The number of samples."""
         return next(x.shape[0] for x in tensors((self.args, self.kwargs)) if x.dim() > 0)
 
+    @functools.cached_property
+    def made(self) -> Made | None:
+        """What the plan makes of the original; ``None`` where no original is here, or the plan is of something else."""
+        drawn = self.plan.fused and self.plan.init == "skipinit"  # alpha is in the weights that were drawn
+        known = self.original is not None and not self.plan.calibrated and not drawn
+        return None if self.structure is None else remake(self.structure, self.plan, (self.args, self.kwargs), known)
+
     def exact(self, model: nn.Module, training: bool) -> nn.Module:
-        """Return a copy of ``model`` in :attr:`dtype`, without the user's hooks."""
-        copied = self.copy(model, training)
+        """Return a copy of ``model`` in :attr:`dtype`, with the user's hooks: they are part of what it computes."""
+        copied = deep_copy(model).train(training)
         return in_float64(copied) if self.dtype == torch.float64 else copied
 
-    def copy(self, model: nn.Module, training: bool) -> nn.Module:
-        """Return a copy of ``model`` as it is, without the user's hooks."""
-        copied = deep_copy(model)
-        _strip_hooks(copied)
-        return copied.train(training)
+    def frozen(self, training: bool) -> nn.Module:
+        """Return an exact copy of the original whose norms use their statistics in either mode."""
+        if self.structure is None:
+            raise UsageError("the original is not here")
+        copied = self.exact(self.structure, training)
+        for name in find_norms(copied):
+            copied.get_submodule(name).training = False
+        return copied
+
+    def at_alpha(self, training: bool, zero: bool = False) -> nn.Module:
+        """Return an exact copy of the converted model with its scalars zero, or drawn: at zero nobody sees a branch."""
+        model = self.exact(self.model, training)
+        generator = torch.Generator().manual_seed(0)
+        for alpha in () if self.plan.fused else self.plan.alphas:
+            raw = self.alpha_in(model, alpha.holder)
+            if raw is not None:
+                drawn = (0.5 + torch.rand(1, generator=generator)) * self.plan.units.alpha
+                raw.data.copy_(drawn * 0 if zero else drawn)
+        return model
+
+    @staticmethod
+    def alpha_in(model: nn.Module, path: str) -> nn.Parameter | None:
+        """Return what the module at ``path`` learns of its alpha, zero where alpha is; ``None`` where it has none."""
+        module = dict(model.named_modules(remove_duplicate=False)).get(path)
+        return None if module is None else module._parameters.get("raw_alpha")
 
     def run(
-        self, model: nn.Module, samples: slice | Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        samples: slice | Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        nudge: float = 0.0,
     ) -> list[Tensor]:
         """Run ``model`` with dropout off, on everything or on some samples, and return its output tensors."""
-        args, kwargs = self.inputs(samples, dtype)
-        with Still():
+        args, kwargs = self.inputs(samples, dtype, nudge)
+        with random_halves(), torch.random.fork_rng(devices=[]), Steady():
+            torch.default_generator.manual_seed(0)
             outputs = tensors(model(*args, **kwargs))
         if not outputs:
             raise UsageError(f"the output of this {type(model).__name__} holds no tensors: nothing can be compared")
         return outputs
 
     def inputs(
-        self, samples: slice | Tensor | None = None, dtype: torch.dtype | None = None
+        self, samples: slice | Tensor | None = None, dtype: torch.dtype | None = None, nudge: float = 0.0
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return fresh arguments: a model may write into its input."""
+        """Return fresh arguments: a model may write into its input. ``nudge`` moves each by that part of itself."""
         size = self.size
 
         def pick(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            x = x.detach().to(dtype or self.dtype) if x.is_floating_point() else x.detach()
+            x = x.detach().to(dtype or self.dtype) * (1 + nudge) if x.is_floating_point() else x.detach()
             return (x if samples is None or x.dim() == 0 or x.shape[0] != size else x[samples]).clone()
 
         args, kwargs = tree_map(pick, (list(self.args), self.kwargs))
@@ -138,15 +185,6 @@ class Case:
         return ROUNDINGS * max(error_between(self.run(deep_copy(model)), self.run(rounded)), step)
 
 
-def _strip_hooks(model: nn.Module) -> None:
-    """The user's hooks must not see the runs of a proof; those of the model itself and of torch's own stay."""
-    held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not is_own_hook(hook, held)]:
-                del hooks[key]
-
-
 def error_between(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest difference over the largest value, over all outputs."""
     if [x.shape for x in a] != [x.shape for x in b]:
@@ -157,11 +195,3 @@ def error_between(a: list[Tensor], b: list[Tensor]) -> float:
             difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-300)
             worst = max(worst, float(difference)) if bool(torch.isfinite(difference)) else float("inf")
     return worst
-
-
-def alpha_of(model: nn.Module, path: str) -> nn.Parameter:
-    """Return what the module at ``path`` learns of its alpha; zero where alpha is."""
-    raw = model.get_submodule(path)._parameters.get("raw_alpha")
-    if raw is None:
-        raise TypeError(f"{path} carries no alpha")
-    return raw

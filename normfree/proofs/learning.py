@@ -1,28 +1,34 @@
-"""Proof 5: everything that learnt before learns now, and so does every alpha."""
+"""Proof 5: everything that learnt before learns now, and so does every alpha, by the gradient of what is computed."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from normfree.edits import Alpha
 from normfree.errors import some
-from normfree.proofs.case import Case, Proof, alpha_of
+from normfree.proofs.case import Case, Found
+from normfree.proofs.forward import form_of
 
 __all__ = ["everything_learns"]
 
+Gradients = dict[str, Tensor | None]
+_RELATIVE, _ABSOLUTE = 1e-6, 1e-10
+"""How far a gradient may be off, of its own largest entry and of the largest of all, in float64."""
 
-def everything_learns(case: Case) -> Proof:
-    """5: what got a gradient before gets one now, and every alpha gets a finite one that is not zero."""
-    name = "everything learns"
+
+def everything_learns(case: Case) -> Found:
+    """5: what got a gradient before gets one now, every alpha a finite one that is not zero, and each the right one."""
     model = case.exact(case.model, training=True)
-    carried = () if case.plan.fused else case.plan.alphas
-    alphas = {alpha.holder: alpha_of(model, alpha.holder) for alpha in carried}
+    alphas = dict(_alphas(case, model))
     expected = _expected(case)
     try:
         grads = _gradients(case, model)
     except RuntimeError as error:  # autograd refuses, for example where something was overwritten that it had kept
         passed = None if expected is None else False
-        return Proof(5, name, passed, None, f"backward fails: {str(error).splitlines()[0]}")
+        return Found(passed, None, f"backward fails: {str(error).splitlines()[0]}")
     missing = [key for key in expected or () if key in dict(model.named_parameters()) and grads.get(key) is None]
     waiting = _without_gradient(alphas)
     first = len(alphas) - len(waiting)
@@ -36,22 +42,33 @@ def everything_learns(case: Case) -> Proof:
         if len(waiting) == before:
             break
     late = len(alphas) - first - len(waiting)
+    dead = _dead(case, expected, waiting)
+    waiting = [path for path in waiting if path not in dead]
     problems = [
         *([f"no gradient any more: {some(missing)}"] if missing else []),
         *([f"alpha gets none: {some(waiting)}"] if waiting else []),
         *([f"alpha's is not finite: {some(infinite)}"] if infinite else []),
+        *_wrong(case),
     ]
     behind = f", {late} once the zero scale before it has moved" if late else ""
+    behind += f"; nothing comes to {some(dead)}, and nothing did in the original" if dead else ""
     trained = [alpha for alpha in alphas.values() if alpha.requires_grad]
     detail = (
         "; ".join(problems) or f"{sum(g is not None for g in grads.values())} gradients, {len(trained)} alphas{behind}"
     )
-    return Proof(5, name, not problems, float(len(problems)), detail)
+    return Found(not problems, float(len(problems)), detail)
 
 
-def _gradients(case: Case, model: nn.Module) -> dict[str, Tensor | None]:
+def _alphas(case: Case, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for alpha in () if case.plan.fused else case.plan.alphas:
+        raw = case.alpha_in(model, alpha.holder)
+        if raw is not None:  # the sixth proof tells of one that is gone
+            yield alpha.holder, raw
+
+
+def _gradients(case: Case, model: nn.Module, nudge: float = 0.0) -> Gradients:
     model.zero_grad(set_to_none=True)
-    outputs = [x for x in case.run(model) if x.requires_grad]
+    outputs = [x for x in case.run(model, nudge=nudge) if x.requires_grad]
     generator = torch.Generator().manual_seed(0)
     loss = [(x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in outputs]
     if loss:
@@ -59,26 +76,44 @@ def _gradients(case: Case, model: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def _expected(case: Case) -> list[str] | None:
-    """Names of the parameters that get a gradient in the original, ``None`` if its own backward fails.
+def _expected(case: Case) -> Gradients | None:
+    """Return the gradients of the original, of the parameters that get one; ``None`` if its own backward fails.
 
     Without the original, of all that ask for one.
     """
     if case.structure is None:
-        return [name for name, p in case.model.named_parameters() if p.requires_grad and not name.endswith("raw_alpha")]
+        own = case.model.named_parameters()
+        return {name: None for name, p in own if p.requires_grad and not name.endswith("raw_alpha")}
     try:
         grads = _gradients(case, case.exact(case.structure, training=True))
     except RuntimeError:
         return None
-    return [name for name, grad in grads.items() if grad is not None]
+    return {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def _dead(case: Case, expected: Gradients | None, waiting: list[str]) -> list[str]:
+    """Return the alphas whose branch ends in what learns nothing in the original either: all its gradients are zero."""
+    if case.structure is None or expected is None:
+        return []
+    ends: dict[str, Alpha] = {alpha.holder: alpha for alpha in case.plan.alphas}
+    found = []
+    for holder in waiting:
+        path = ends[holder].path
+        end = case.structure.get_submodule(path)
+        while not any(True for _ in end.parameters()) and path:
+            path = path.rpartition(".")[0]
+            end = case.structure.get_submodule(path)
+        if not any(_is_something(expected.get(f"{path}.{key}".lstrip("."))) for key, _ in end.named_parameters()):
+            found.append(holder)
+    return found
+
+
+def _is_something(grad: Tensor | None) -> bool:
+    return grad is not None and bool(torch.any(grad))
 
 
 def _without_gradient(alphas: dict[str, nn.Parameter]) -> list[str]:
-    return [
-        path
-        for path, alpha in alphas.items()
-        if alpha.requires_grad and (alpha.grad is None or not bool(torch.any(alpha.grad)))
-    ]
+    return [path for path, alpha in alphas.items() if alpha.requires_grad and not _is_something(alpha.grad)]
 
 
 @torch.no_grad()
@@ -90,3 +125,55 @@ def _open_scales(model: nn.Module, closed: set[int]) -> None:
             and not torch.any(parameter)
         ):
             parameter.fill_(1)
+
+
+def _wrong(case: Case) -> list[str]:
+    """Hold every gradient, at random alpha, to that of the plain form: the derivative of what the plan makes."""
+    modes = (True, False) if case.dtype == torch.float64 else ()
+    wrong = sorted({name for training in modes for name in _wrong_in(case, training)})
+    return [f"another gradient than that of what the plan makes: {some(wrong)}"] if wrong else []
+
+
+def _wrong_in(case: Case, training: bool) -> list[str]:
+    model = case.at_alpha(training)
+    form = form_of(case, model)
+    if form is None:
+        return []
+    hooks = _hooks(case, model)
+    try:
+        found, right = _gradients(case, model), _gradients(case, form)
+    except RuntimeError:
+        return []  # told already
+    finally:
+        for handle in hooks:
+            handle.remove()
+    wrong = _different(found, right)
+    if wrong:  # at a kink of an activation a gradient is anything: what moves with a rounding is no witness
+        wrong = [name for name in wrong if name not in _different(right, _gradients(case, form, nudge=2**-45))]
+    return wrong
+
+
+def _different(found: Gradients, right: Gradients) -> list[str]:
+    """Name the parameters whose gradients differ by more than rounding."""
+    largest = max((float(g.abs().max()) for g in right.values() if g is not None and g.numel()), default=0.0)
+    wrong = []
+    for name in found.keys() & right.keys():
+        pair = [g for g in (found[name], right[name]) if g is not None]
+        error = float((pair[0] - (pair[1] if len(pair) == 2 else 0.0)).abs().max()) if pair and pair[0].numel() else 0.0
+        scale = float(pair[-1].abs().max()) if pair and pair[0].numel() else 0.0
+        if not error <= _RELATIVE * (scale if len(pair) == 2 else 0.0) + _ABSOLUTE * largest:
+            wrong.append(name)
+    return sorted(wrong)
+
+
+def _hooks(case: Case, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    """Put on the copies of parameters what hangs on the parameters, other than what hung on the original's."""
+    theirs = dict(case.structure.named_parameters()) if case.structure is not None else {}
+    copies = dict(model.named_parameters())
+    handles = []
+    for name, parameter in case.model.named_parameters():
+        known = (getattr(theirs.get(name), "_backward_hooks", None) or {}).values()
+        for hook in (parameter._backward_hooks or {}).values():
+            if hook not in known:
+                handles.append(copies[name].register_hook(hook))  # type: ignore[no-untyped-call]  # torch's own
+    return handles

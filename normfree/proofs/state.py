@@ -1,71 +1,70 @@
-"""Proof 6: nothing of the norms is left in the state, and nothing else has changed."""
+"""Proof 6: nothing of the norms is left in the state, and everything else is what the plan makes of the original."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from normfree.errors import some
-from normfree.layers import CONSTANTS
 from normfree.norms import is_norm, looks_like_norm
-from normfree.proofs.case import Case, Proof
+from normfree.proofs.case import Case, Found
+from normfree.proofs.entries import departures, settings
+from normfree.proofs.values import moved
+from normfree.tracing.copying import deep_copy
 
 __all__ = ["clean_state"]
 
 
-def clean_state(case: Case) -> Proof:
-    """6: no statistics are left, and keys outside the plan are the original's."""
+def clean_state(case: Case) -> Found:
+    """6: no statistics are left, and every module, tensor, setting and hook is what the plan makes of the original."""
     state = case.model.state_dict()
-    statistics = [
-        f"{name}.{key}"
-        for name, module in case.model.named_modules()
-        if name not in case.kept and (is_norm(module) or looks_like_norm(module) is not None)
-        for key in dict(module.named_buffers(recurse=False))
-    ]
-    problems = [f"statistics left: {some(statistics)}"] if statistics else []
-    if case.structure is not None:
-        problems += _key_changes(case, case.structure.state_dict(), state)
-    detail = "; ".join(problems) or f"{len(state)} keys, none of them statistics"
-    return Proof(6, "no statistics are left in the state", not problems, float(len(problems)), detail)
+    problems = {"statistics left": list(_statistics(case)), "alpha is gone": list(_without_alpha(case))}
+    lines = []
+    if case.made is not None:
+        if case.made.model is None:
+            lines.append(case.made.why_not)
+        else:
+            problems |= departures(case.made.model, case.model)
+            if case.made.known:
+                problems["values changed"] = moved(case.made.model, case.model, case.plan)
+            if any(problems.get(what) for what in _MOVING):
+                moving = _moved_by_a_run(case, case.made.model)
+                problems |= {what: [x for x in problems.get(what, ()) if x not in moving] for what in _MOVING}
+    lines += [f"{what}: {some(found)}" for what, found in problems.items() if found]
+    return Found(not lines, float(len(lines)), "; ".join(lines) or f"{len(state)} keys, none of them statistics")
 
 
-def _key_changes(case: Case, before: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """Compare with the original: only what the plan names may differ, in keys and (``preserve``) in values."""
-    names = [n for edit in case.plan.removed for n in (edit.name, *edit.aliases)]
-    slots = tuple(f"{name}." for name in (*names, *case.plan.merged))
-    touched = {f"{edit.producer}.bias" for edit in case.plan.removed} | {f"{path}.bias" for path in case.plan.biases}
-    touched |= {f"{layer.path}.{leaf}" for layer in case.plan.carried for leaf in CONSTANTS}
-    touched |= {f"{alpha.holder}.raw_alpha" for alpha in case.plan.alphas}
-    scaled = _aliases(case.model, {f"{layer.path}.weight" for layer in case.plan.carried})
-    shared = _aliases(case.model, touched)
-    lost = [k for k in before if k not in state and not k.startswith(slots)]
-    new = [k for k in state if k not in before and k not in shared and not k.startswith(slots)]
-    drawn = {f"{path}.{leaf}" for path, _ in case.plan.drawn for leaf in ("weight", "bias")}
-    moved = [
-        k
-        for k in state
-        if k in before
-        and k not in shared | _aliases(case.model, drawn)
-        and not k.startswith(slots)
-        and not torch.equal(state[k].cpu(), before[k].cpu())
-        and not (k in scaled and _times_power_of_two(state[k].cpu(), before[k].cpu()))
-    ]
-    compare = case.original is not None and case.plan.init == "preserve" and not case.plan.fused
-    named = {"keys lost": lost, "keys unplanned": new, "values changed": moved if compare else []}
-    return [f"{what}: {some(keys)}" for what, keys in named.items() if keys]
+_MOVING = ("another setting", "values changed")
 
 
-def _times_power_of_two(after: Tensor, before: Tensor) -> bool:
-    """Whether every entry was multiplied by one and the same power of two, as the plan does to a weight."""
-    largest = before.abs().argmax()
-    factor = after.flatten()[largest] / before.flatten()[largest]
-    return math.frexp(float(factor))[0] == 0.5 and torch.equal(after, before * factor)
+def _moved_by_a_run(case: Case, made: nn.Module) -> set[str]:
+    """Name the settings and buffers that a forward moves: calls that are counted, outputs that are kept."""
+    before, after = deep_copy(made), deep_copy(made)
+    for training in (True, False):
+        with contextlib.suppress(Exception), torch.no_grad():  # the other proofs tell of it
+            case.run(after.train(training), dtype=next((p.dtype for p in made.parameters()), None))
+    pairs = zip(before.named_modules(), after.modules(), strict=True)
+    named = {f"{name}.{key}".strip(".") for (name, m), n in pairs for key, _ in settings(m) ^ settings(n)}
+    buffers = dict(after.named_buffers(remove_duplicate=False))
+    return named | {n for n, b in before.named_buffers(remove_duplicate=False) if not torch.equal(b, buffers[n])}
 
 
-def _aliases(model: nn.Module, names: set[str]) -> set[str]:
-    """Add the further names of tensors that are registered more than once."""
-    every: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    chosen = {id(every[name]) for name in names if name in every}
-    return names | {name for name, parameter in every.items() if id(parameter) in chosen}
+def _statistics(case: Case) -> Iterator[str]:
+    """Name what a norm, or what stands in the slot of one, holds of a batch."""
+    slots = {name for edit in case.plan.removed for name in (edit.name, *edit.aliases)}
+    for name, module in case.model.named_modules():
+        norm = is_norm(module) or looks_like_norm(module) is not None
+        if name not in case.kept and (norm or (name in slots and not _is_bare(module))):
+            yield from (f"{name}.{key}" for key in dict(module.named_buffers(recurse=False)))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return all(value is None for value in module._buffers.values())
+
+
+def _without_alpha(case: Case) -> list[str]:
+    carried = () if case.plan.fused else case.plan.alphas
+    return [alpha.holder for alpha in carried if not isinstance(case.alpha_in(case.model, alpha.holder), Tensor)]

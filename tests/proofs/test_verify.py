@@ -132,7 +132,7 @@ class Pairs(Stem):
 
 
 class Centred(Pairs):
-    """Looks at the whole batch in train mode, as the norm did."""
+    """Looks at the whole batch in train mode, as a loss may: the norm had nothing to do with it."""
 
     def mix(self, x: Tensor) -> Tensor:
         return x - x.mean(0, keepdim=True) if self.training else x
@@ -149,8 +149,8 @@ COMPANY: dict[str, tuple[Callable[[], nn.Module], bool | None, str]] = {
     "clips": (Clips, True, "2 at a time"),
     "frames": (Frames, True, "2 at a time"),
     "pairs": (Pairs, True, "with the others replaced the largest relative difference is 0.0e+00"),
-    "centred": (Centred, False, "with the others replaced the largest relative difference is"),
-    "mixing": (Mixing, None, "what the original returns in eval mode tells no samples apart"),
+    "centred": (Centred, None, "what the original returns with its norms frozen tells no samples apart"),
+    "mixing": (Mixing, None, "what the original returns with its norms frozen tells no samples apart"),
 }
 
 
@@ -183,7 +183,7 @@ def test_mean_over_the_batch_that_the_original_returns_is_left_aside(rows: bool,
     model = randomise(Summed(rows))
     proof = normfree.verify(normfree.convert(model, init=init), model, X).proofs[1]
     assert proof.passed is (True if rows else None)
-    assert proof.detail.endswith(f"in eval mode too in 1 of {1 + rows} outputs")
+    assert proof.detail.endswith(f"mixes the samples too in 1 of {1 + rows} outputs")
 
 
 class Centre(nn.Module):
