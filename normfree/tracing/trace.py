@@ -80,12 +80,15 @@ class _Look:
         leaves = {id(module): self.leaves[name] for name, module in copied.named_modules()}
         run = functools.partial(record, copied, self.sites, leaves, arguments)
         graphs: dict[str, Graph] = {}
-        why, without_data = "", False
+        why, without_data, deaf = "", False, False
         try:
             graphs["eval"] = run(training=False)
-            if self._same_in_disguise(copied, run, graphs["eval"]):
+            elsewise = self._in_disguise(copied, run, training=True)
+            if elsewise == graphs["eval"].spelled:
                 return Trace(dict.fromkeys(MODES, graphs["eval"]), str(guess), deaf=True), False
             graphs["train"] = run(training=True)
+            if elsewise == graphs["train"].spelled:
+                deaf = self._in_disguise(copied, run, training=False) == graphs["eval"].spelled
         except Exception as error:  # whatever a model raises for what it does not take; many need targets to train
             why = f"{'in train mode: ' if graphs else ''}{where(error)}"
             without_data = isinstance(error, NotImplementedError) or "meta" in str(error)
@@ -94,15 +97,15 @@ class _Look:
             with disguised(copied, classes) as real:
                 return {mode: run(training=mode == "train", classes=real) for mode in graphs}
 
-        return Trace(graphs, str(guess), why, again=again), without_data
+        return Trace(graphs, str(guess), why, deaf, again), without_data
 
-    def _same_in_disguise(self, copied: nn.Module, run: Callable[..., Graph], evaluated: Graph) -> bool:
-        """Whether the train mode does the same, while no module answers to the class that it has."""
+    def _in_disguise(self, copied: nn.Module, run: Callable[..., Graph], training: bool) -> list[Any] | None:
+        """Return what a mode does while no module answers to the class that it has."""
         try:
             with disguised(copied, _disguises(copied, self.sites)) as real:
-                return bool(run(training=True, classes=real).spelled == evaluated.spelled)
-        except Exception:  # what the train mode raises is seen when it runs as it is
-            return False
+                return run(training=training, classes=real).spelled
+        except Exception:  # what the mode itself raises is seen when it runs as it is
+            return None
 
 
 def _disguises(model: nn.Module, sites: frozenset[str]) -> dict[str, type[nn.Module]]:

@@ -67,6 +67,7 @@ SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "float": lambda self, x: x.float() + self.f(x),
     "to": lambda self, x: x.to(torch.float32) + self.f(x),
     "to a device": lambda self, x: x.to("cpu") + self.f(x),
+    "as_tensor": lambda self, x: self.f(x) + torch.as_tensor(x),
     "type_as": lambda self, x: self.f(x) + x.type_as(x),
     "an identity of one's own": lambda self, x: self.mine(x) + self.f(x),
     "built-in sum": lambda self, x: sum([x, self.f(x)]),
@@ -115,9 +116,13 @@ def test_mean_with_weights_is_a_residual_sum(init: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("how", ["f(x) - x", "less its mean"])
+@pytest.mark.parametrize("how", ["f(x) - x", "less its mean", "less a mean of features"])
 def test_difference_that_takes_no_branch_away_is_none(how: str, init: str) -> None:
-    taken = {"f(x) - x": lambda self, x: self.f(x) - x, "less its mean": lambda self, x: self.f(x - x.mean(1, True))}
+    taken: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "f(x) - x": lambda self, x: self.f(x) - x,
+        "less its mean": lambda self, x: self.f(x - x.mean(1, True)),
+        "less a mean of features": lambda self, x: x - self.f(x).mean((2, 3), True),
+    }
     assert plan_of(prove(net(Written(taken[how])), X, init=init)).sums == ()
 
 
