@@ -189,7 +189,7 @@ def test_mean_over_the_batch_that_the_original_returns_is_left_aside(rows: bool,
 class WithLoss(Stem):
     """Returns a loss in train mode, as an autoencoder beside a segmentation does."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = self.stem(x)
         return (y, y.square().mean()) if self.training else (y,)
 
