@@ -73,12 +73,13 @@ _transformers("Beit", "ForSemanticSegmentation", **SMALL, num_hidden_layers=4, o
 _transformers("Detr", "ForObjectDetection", **DETR)
 _transformers("RTDetr", "ForObjectDetection", decoder_layers=1, d_model=64, encoder_hidden_dim=64)
 _transformers("DFine", "ForObjectDetection", decoder_layers=1)
-_transformers("PatchTST", "ForPrediction", num_input_channels=3, context_length=64, d_model=32, ffn_dim=32)
-_transformers("PatchTSMixer", "ForPrediction", num_input_channels=3, context_length=64, norm_mlp="BatchNorm")
+_SERIES: dict[str, Any] = {"num_input_channels": 3, "context_length": 64, "shape": (2, 64, 3)}
+_transformers("PatchTST", "ForPrediction", d_model=32, ffn_dim=32, **_SERIES)
+_transformers("PatchTSMixer", "ForPrediction", norm_mlp="BatchNorm", **_SERIES)
 _NETS = "monai.networks.nets"
 _WIDTHS = [8, 16, 32, 64]
 _network("monai EfficientNetBN-b0", f"{_NETS}.EfficientNetBN", "efficientnet-b0", pretrained=False)
-_network("monai HighResNet", f"{_NETS}.HighResNet", 3, 1, shape=(2, 1, 16, 16, 16))
+_network("monai HighResNet", f"{_NETS}.HighResNet", 3, 1, 4, shape=(2, 1, 16, 16, 16))
 _A: dict[str, Any] = {"spatial_dims": 3, "n_input_channels": 1, "shortcut_type": "A"}
 _network("monai ResNet, shortcut A", f"{_NETS}.ResNet", "basic", [2, 2, 2, 2], _WIDTHS, **_A, shape=(2, 1, 32, 32, 32))
 _B: dict[str, Any] = {"spatial_dims": 2, "n_input_channels": 3, "shortcut_type": "B"}
@@ -175,18 +176,19 @@ def main() -> None:
     """Measure what is asked for and whose library is here, and write the table and its page."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with TABLE.open(newline="") as file:
-        rows = {f"{row['library']} {row['model']}": dict[str, Any](row) for row in csv.DictReader(file)}
     for name in NETWORKS:
         asked = not sys.argv[1:] or any(part in name for part in sys.argv[1:])
         if not asked or importlib.util.find_spec(name.partition(" ")[0]) is None:
             continue
         try:
-            rows[name] = measure(name)
+            row = measure(name)
         except Exception as error:  # another version of a library builds its networks otherwise
             print(f"{name}: {one_line(error)}"[:400], flush=True)
             continue
-        print({key: rows[name].get(key) for key in (*SHOWN, "inputs", "why")}, flush=True)
+        print({key: row.get(key) for key in (*SHOWN, "inputs", "why")}, flush=True)
+        with TABLE.open(newline="") as file:
+            rows = {f"{known['library']} {known['model']}": dict[str, Any](known) for known in csv.DictReader(file)}
+        rows[name] = row
         write([rows[name] for name in NETWORKS if name in rows])
 
 

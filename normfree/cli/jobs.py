@@ -79,13 +79,13 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     name, original = build_original(job.source, step, job.loaded, job.num_classes)
     step("converting")
     torch.manual_seed(job.seed)
-    inputs = None if job.size is None else example_input(original, size=job.size)
-    plan, _ = look(original, loaded=bool(job.loaded), inputs=inputs, **job.options)
-    model = conversion.convert(original, plan=plan, inputs=inputs)
+    given = None if job.size is None else example_input(original, size=job.size)
+    plan, _ = look(original, loaded=bool(job.loaded), inputs=given, **job.options)
+    model = conversion.convert(original, plan=plan, inputs=given)
     done = []
     reference = None
     if job.proofs:
-        x = example_input(model) if inputs is None else inputs
+        x = example_input(model) if given is None else given
         for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
             done.append(proof)
             step(f"proof {number} of 6")

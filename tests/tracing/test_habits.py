@@ -339,3 +339,46 @@ def test_feature_from_inside_of_a_layer_is_not_lost(init: str) -> None:
     assert [edit.action for edit in plan.norms] == ["fold", "fold"]
     assert [total.kind for total in plan.sums] == ["residual"]
     assert len(plan.alphas) == 1
+
+
+class Mixing(nn.Module):
+    """Mixes tokens, and hands on what it weighed them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scores = self.scores(x) if before is None else self.scores(x) + before
+        return self.out(torch.sigmoid(scores) * x), scores
+
+
+class Attending(nn.Module):
+    """Takes the scores of the block before it: its forward is rewritten for nobody, and its branch ends in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.dropped, self.norm = Mixing(), nn.Dropout(0.1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, before = self.mix(x, before)
+        return self.norm(x + self.dropped(y)), before
+
+
+class Chained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 4, 1), nn.ModuleList(Attending() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, scores = self.stem(x), None
+        for block in self.blocks:
+            x, scores = block(x, scores)
+        return x
+
+
+@both
+def test_dropout_is_the_last_place_of_a_scalar(init: str) -> None:
+    converted = prove(randomise(Chained()), X, init=init)
+    assert alphas(converted) == ["blocks.0.skipinit_0", "blocks.1.dropped"]
+    assert plan_of(converted).declined == ()
