@@ -78,10 +78,9 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
     modules = list(model.modules())
     if any(hasattr(module, "__deepcopy__") for module in modules):
         return copy.deepcopy(model, memo)
-    reduced: Any = [module.__reduce_ex__(4) for module in modules]
-    for module, (function, args, state, *more) in zip(modules, reduced, strict=True):
-        if function is not copyreg.__newobj__ or args != (type(module),) or type(state) is not dict or any(more):  # type: ignore[attr-defined]
-            return copy.deepcopy(model, memo)
+    states = [_plain_state(module) for module in modules]
+    if None in states:
+        return copy.deepcopy(model, memo)
 
     def of(value: Any) -> Any:
         kind = type(value)
@@ -96,9 +95,17 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
         return copy.deepcopy(value, memo)
 
     memo.update((id(module), type(module).__new__(type(module))) for module in modules)
-    for module, (_, _, state, *_) in zip(modules, reduced, strict=True):
-        memo[id(module)].__setstate__({name: of(value) for name, value in state.items()})
+    for module, state in zip(modules, states, strict=True):
+        memo[id(module)].__setstate__({name: of(value) for name, value in (state or {}).items()})
     return memo[id(model)]  # type: ignore[no-any-return]  # made above
+
+
+def _plain_state(module: nn.Module) -> dict[str, Any] | None:
+    """Return all that a module is besides its class, unless it is made or filled in a way of its own."""
+    function, args, *rest = module.__reduce_ex__(4)
+    made: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # what pickle calls
+    plain = function is made and args == (type(module),) and rest and type(rest[0]) is dict and not any(rest[1:])
+    return rest[0] if plain else None
 
 
 def is_own_hook(hook: Any, held: set[int], *, around: bool = False) -> bool:
