@@ -70,8 +70,8 @@ _transformers(
 _transformers("Segformer", "ForSemanticSegmentation")
 _transformers("Beit", "ForSemanticSegmentation", **SMALL, num_hidden_layers=4, out_indices=[1, 2, 3, 4])
 _transformers("Detr", "ForObjectDetection", **DETR)
-_transformers("RTDetr", "ForObjectDetection", decoder_layers=1, d_model=64, encoder_hidden_dim=64)
-_transformers("DFine", "ForObjectDetection", decoder_layers=1)
+_transformers("RTDetr", "ForObjectDetection", decoder_layers=1)
+_transformers("DFine", "ForObjectDetection")
 _SERIES: dict[str, Any] = {"num_input_channels": 3, "context_length": 64, "shape": (2, 64, 3)}
 _transformers("PatchTST", "ForPrediction", d_model=32, ffn_dim=32, **_SERIES)
 _transformers("PatchTSMixer", "ForPrediction", norm_mlp="BatchNorm", **_SERIES)

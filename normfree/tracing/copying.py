@@ -102,7 +102,8 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
 
 def _plain_state(module: nn.Module) -> dict[str, Any] | None:
     """Return all that a module is besides its class, unless it is made or filled in a way of its own."""
-    function, args, *rest = module.__reduce_ex__(4)
+    reduced: Any = module.__reduce_ex__(4)
+    function, args, *rest = reduced
     made: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # what pickle calls
     plain = function is made and args == (type(module),) and rest and type(rest[0]) is dict and not any(rest[1:])
     return rest[0] if plain else None
