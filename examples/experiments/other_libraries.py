@@ -1,246 +1,206 @@
 """What becomes of networks of other libraries, as their users would convert them: a table like the support table.
 
 Each is built as its library's own documentation builds it, small where that is an option, with random statistics; it is
-planned and timed, converted with `preserve`, and its output in float64 compared with the original's. None of these
-libraries is needed otherwise; what is not installed is left out.
+planned, converted from both starting points, and proven on white noise. None of these libraries is needed otherwise;
+what is not installed is left out, and keeps the rows that it has.
 
-Run: python examples/experiments/other_libraries.py  # writes examples/results/other_libraries.csv and .md
+Run: python examples/experiments/other_libraries.py [PART OF A NAME ...]  # writes examples/results/other_libraries.*
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from support_table import randomise
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 import normfree
-from normfree.tracing.copying import in_float64
-from normfree.tracing.inputs import tensors
-from normfree.tracing.still import Still
+from normfree.errors import one_line
 
 TABLE = Path(__file__).parents[1] / "results" / "other_libraries.csv"
-COLUMNS = ("library", "model", "inputs", "norms", "fold", "affine", "residual", "parallel", "merge", "alphas")
-COLUMNS += ("declined", "unseen", "plan_seconds", "preserve_error", "why", "version")
-Network = tuple[Callable[[], nn.Module], Any]
-IMAGE = torch.randn(2, 3, 64, 64)
+SHOWN = ("library", "model", "norms", "unseen", "residual", "alphas", "declined", "parallel", "merge")
+SHOWN += ("plan_seconds", "preserve", "preserve_error", "skipinit")
+COLUMNS = (*SHOWN, "fold", "affine", "inputs", "why", "version")
+BATCH = ("batch", {"affine": True})
+SMALL = {"image_size": 64, "hidden_size": 96, "num_attention_heads": 2, "intermediate_size": 96}
+DETR: dict[str, Any] = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+DETR |= {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+NETWORKS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], Any]] = {}
+"""By name: what builds it, its arguments, and the shape of its input if it has to be told."""
 
 
-def _new(path: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
-    module, _, name = path.rpartition(".")
-    return lambda: getattr(importlib.import_module(module), name)(*args, **kwargs)
+def _network(name: str, path: str, *args: Any, shape: tuple[int, ...] | None = None, **options: Any) -> None:
+    NETWORKS[name] = path, args, options, None if shape is None else torch.randn(shape)
 
 
-def _transformers(name: str, **options: Any) -> Callable[[], nn.Module]:
+def _transformers(name: str, head: str = "ForImageClassification", **options: Any) -> None:
     """A model of transformers from a configuration of its own, without weights."""
-
-    def build() -> nn.Module:
-        library: Any = importlib.import_module("transformers")
-        config = getattr(
-            library,
-            name.replace("ForImageClassification", "")
-            .replace("ForDepthEstimation", "")
-            .replace("ForSemanticSegmentation", "")
-            .replace("ForObjectDetection", "")
-            + "Config",
-        )
-        made: nn.Module = getattr(library, name)(config(**options))
-        return made
-
-    return build
+    _network(f"transformers {name}", f"transformers.{name}{head}", f"transformers.{name}Config", **options)
 
 
-NETWORKS: dict[str, Network] = {
-    "transformers ResNetForImageClassification": (
-        _transformers("ResNetForImageClassification", depths=[2, 2, 2, 2]),
-        None,
-    ),
-    "transformers MobileNetV2ForImageClassification": (_transformers("MobileNetV2ForImageClassification"), None),
-    "transformers MobileNetV1ForImageClassification": (_transformers("MobileNetV1ForImageClassification"), None),
-    "transformers RegNetForImageClassification": (_transformers("RegNetForImageClassification"), None),
-    "transformers EfficientNetForImageClassification": (
-        _transformers("EfficientNetForImageClassification", image_size=64),
-        None,
-    ),
-    "transformers LevitForImageClassification": (_transformers("LevitForImageClassification"), None),
-    "transformers DPTForDepthEstimation": (
-        _transformers(
-            "DPTForDepthEstimation",
-            image_size=64,
-            hidden_size=96,
-            num_attention_heads=2,
-            intermediate_size=96,
-            neck_hidden_sizes=[32, 32, 32, 32],
-            fusion_hidden_size=32,
-            use_batch_norm_in_fusion_residual=True,
-        ),
-        None,
-    ),
-    "transformers SegformerForSemanticSegmentation": (_transformers("SegformerForSemanticSegmentation"), None),
-    "transformers BeitForSemanticSegmentation": (
-        _transformers(
-            "BeitForSemanticSegmentation",
-            image_size=64,
-            hidden_size=96,
-            num_attention_heads=2,
-            num_hidden_layers=4,
-            out_indices=[1, 2, 3, 4],
-            intermediate_size=96,
-        ),
-        None,
-    ),
-    "transformers DetrForObjectDetection": (
-        _transformers(
-            "DetrForObjectDetection",
-            use_timm_backbone=False,
-            use_pretrained_backbone=False,
-            backbone=None,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-        ),
-        None,
-    ),
-    "transformers RTDetrForObjectDetection": (
-        _transformers("RTDetrForObjectDetection", decoder_layers=1, d_model=64, encoder_hidden_dim=64),
-        None,
-    ),
-    "transformers DFineForObjectDetection": (_transformers("DFineForObjectDetection", decoder_layers=1), None),
-    "monai EfficientNetBN": (_new("monai.networks.nets.EfficientNetBN", "efficientnet-b0", pretrained=False), None),
-    "monai HighResNet": (_new("monai.networks.nets.HighResNet", 3, 1), None),
-    "monai ResNet, shortcut A": (
-        _new(
-            "monai.networks.nets.ResNet",
-            "basic",
-            [2, 2, 2, 2],
-            [8, 16, 32, 64],
-            spatial_dims=3,
-            n_input_channels=1,
-            shortcut_type="A",
-        ),
-        None,
-    ),
-    "monai ResNet, shortcut B": (
-        _new(
-            "monai.networks.nets.ResNet",
-            "bottleneck",
-            [1, 1, 1, 1],
-            [8, 16, 32, 64],
-            spatial_dims=2,
-            n_input_channels=3,
-            shortcut_type="B",
-        ),
-        None,
-    ),
-    "monai AHNet": (_new("monai.networks.nets.AHNet", spatial_dims=3), torch.randn(2, 1, 64, 64, 32)),
-    "monai SegResNetVAE": (
-        _new(
-            "monai.networks.nets.SegResNetVAE",
-            (32, 32),
-            spatial_dims=2,
-            in_channels=1,
-            norm=("batch", {"affine": True}),
-        ),
-        torch.randn(2, 1, 32, 32),
-    ),
-    "monai DynUNet": (
-        _new("monai.networks.nets.DynUNet", 2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], norm_name="batch", res_block=True),
-        None,
-    ),
-    "monai UNet": (_new("monai.networks.nets.UNet", 2, 1, 2, (8, 16, 32), (2, 2), num_res_units=2, norm="batch"), None),
-    "monai DenseNet121": (_new("monai.networks.nets.DenseNet121", 2, 1, 2), None),
-    "kornia EfficientViT-b0": (_new("kornia.contrib.models.efficient_vit.backbone.efficientvit_backbone_b0"), None),
-    "kornia HardNet": (_new("kornia.feature.HardNet", False), None),
-    "speechbrain ECAPA_TDNN": (
-        _new("speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN", 80, channels=[64, 64, 64, 64, 192]),
-        torch.randn(2, 40, 80),
-    ),
-    "braindecode EEGNetv4": (_new("braindecode.models.EEGNet", 22, 4, n_times=256), torch.randn(2, 22, 256)),
-    "braindecode ShallowFBCSPNet": (
-        _new("braindecode.models.ShallowFBCSPNet", 22, 4, n_times=256),
-        torch.randn(2, 22, 256),
-    ),
-    "braindecode EEGResNet": (_new("braindecode.models.EEGResNet", 22, 4, n_times=512), torch.randn(2, 22, 512)),
-    "tsai InceptionTime": (_new("tsai.models.InceptionTime.InceptionTime", 3, 4), torch.randn(2, 3, 64)),
-    "tsai TST": (_new("tsai.models.TST.TST", 3, 4, 64, d_model=32, d_ff=32), torch.randn(2, 3, 64)),
-    "tsai PatchTST": (_new("tsai.models.PatchTST.PatchTST", 3, 4, 64), torch.randn(2, 3, 64)),
-    "ultralytics yolov8n": (_new("ultralytics.nn.tasks.DetectionModel", "yolov8n.yaml", verbose=False), IMAGE),
-    "ultralytics yolo11n": (_new("ultralytics.nn.tasks.DetectionModel", "yolo11n.yaml", verbose=False), IMAGE),
-}
+_transformers("ResNet", depths=[2, 2, 2, 2])
+_transformers("MobileNetV1")
+_transformers("MobileNetV2")
+_transformers("RegNet")
+_transformers("EfficientNet", image_size=64)
+_transformers("Levit")
+_transformers("SwiftFormer", depths=[1, 1, 1, 1])
+_transformers("MobileViT", image_size=64)
+_transformers("HGNetV2")
+_transformers("TextNet")
+_transformers(
+    "DPT",
+    "ForDepthEstimation",
+    **SMALL,
+    neck_hidden_sizes=[32] * 4,
+    fusion_hidden_size=32,
+    use_batch_norm_in_fusion_residual=True,
+)
+_transformers("Segformer", "ForSemanticSegmentation")
+_transformers("Beit", "ForSemanticSegmentation", **SMALL, num_hidden_layers=4, out_indices=[1, 2, 3, 4])
+_transformers("Detr", "ForObjectDetection", **DETR)
+_transformers("RTDetr", "ForObjectDetection", decoder_layers=1)
+_transformers("DFine", "ForObjectDetection")
+_SERIES: dict[str, Any] = {"num_input_channels": 3, "context_length": 64, "shape": (2, 64, 3)}
+_transformers("PatchTST", "ForPrediction", d_model=32, ffn_dim=32, **_SERIES)
+_transformers("PatchTSMixer", "ForPrediction", norm_mlp="BatchNorm", **_SERIES)
+_NETS = "monai.networks.nets"
+_WIDTHS = [8, 16, 32, 64]
+_network("monai EfficientNetBN-b0", f"{_NETS}.EfficientNetBN", "efficientnet-b0", pretrained=False)
+_network("monai HighResNet", f"{_NETS}.HighResNet", 3, 1, 4, shape=(2, 1, 16, 16, 16))
+_A: dict[str, Any] = {"spatial_dims": 3, "n_input_channels": 1, "shortcut_type": "A"}
+_network("monai ResNet, shortcut A", f"{_NETS}.ResNet", "basic", [2, 2, 2, 2], _WIDTHS, **_A, shape=(2, 1, 32, 32, 32))
+_B: dict[str, Any] = {"spatial_dims": 2, "n_input_channels": 3, "shortcut_type": "B"}
+_network("monai ResNet, shortcut B", f"{_NETS}.ResNet", "bottleneck", [1, 1, 1, 1], _WIDTHS, **_B)
+_network("monai AHNet", f"{_NETS}.AHNet", spatial_dims=3, psp_block_num=2, shape=(2, 1, 64, 64, 32))
+_VAE: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "norm": BATCH}
+_network("monai SegResNetVAE", f"{_NETS}.SegResNetVAE", (32, 32), **_VAE, shape=(2, 1, 32, 32))
+_DYN: dict[str, Any] = {"norm_name": "batch", "res_block": True}
+_network("monai DynUNet", f"{_NETS}.DynUNet", 2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], **_DYN)
+_network("monai UNet", f"{_NETS}.UNet", 2, 1, 2, (8, 16, 32), (2, 2), num_res_units=2, norm="batch")
+_network("monai DenseNet121", f"{_NETS}.DenseNet121", 2, 1, 2)
+_network("monai SEResNet50", f"{_NETS}.SEResNet50", spatial_dims=2, in_channels=3, num_classes=4)
+_network("monai VNet", f"{_NETS}.VNet", 2, 1, 2)
+_network("monai AttentionUnet", f"{_NETS}.AttentionUnet", 2, 1, 2, (8, 16, 32), (2, 2))
+_network("kornia EfficientViT-b0", "kornia.models.efficient_vit.backbone.efficientvit_backbone_b0")
+_network("kornia HardNet", "kornia.feature.HardNet", False)
+_network("kornia TinyViT", "kornia.models.tiny_vit.TinyViT.from_config", "5m", pretrained=False)
+_network("kornia ALIKED's block", "kornia.feature.aliked.aliked.ResBlock", 8, 8, shape=(2, 8, 16, 16))
+_network("kornia XFeat", "kornia.feature.xfeat.XFeatModel", shape=(2, 1, 64, 64))
+_network("kornia DexiNed", "kornia.models.dexined.DexiNed", False)
+_ECAPA = "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN"
+_network("speechbrain ECAPA-TDNN", _ECAPA, 80, channels=[64, 64, 64, 64, 192], shape=(2, 40, 80))
+_RESNET: dict[str, Any] = {"input_size": 80, "channels": [8, 8, 16, 16], "block_sizes": [1, 1, 1, 1]}
+_network("speechbrain ResNet", "speechbrain.lobes.models.ResNet.ResNet", **_RESNET, shape=(2, 40, 80))
+_network("speechbrain ContextNet", "speechbrain.lobes.models.ContextNet.ContextNet", (2, 40, 80), 64, shape=(2, 40, 80))
+for _name in ("EEGNet", "ShallowFBCSPNet", "Deep4Net", "EEGConformer", "EEGInceptionMI", "TIDNet", "ATCNet", "EEGNeX"):
+    _path = f"braindecode.models.{_name}"
+    _network(f"braindecode {_name}", _path, 4, 4, n_times=1000, sfreq=250, shape=(2, 4, 1000))
+_network("braindecode EEGSimpleConv", "braindecode.models.EEGSimpleConv", 4, 4, sfreq=80, resampling_freq=80)
+NETWORKS["braindecode EEGSimpleConv"] = (*NETWORKS["braindecode EEGSimpleConv"][:3], torch.randn(2, 4, 160))
+for _name in ("InceptionTime", "ResNet", "XceptionTime", "ResCNN"):
+    _network(f"tsai {_name}", f"tsai.models.{_name}.{_name}", 3, 4, shape=(2, 3, 64))
+_network("tsai TST", "tsai.models.TST.TST", 3, 4, 64, d_model=32, d_ff=32, shape=(2, 3, 64))
+_network("tsai PatchTST", "tsai.models.PatchTST.PatchTST", 3, 4, 64, shape=(2, 3, 64))
+for _name in ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolov8n-ghost"):
+    _path = "ultralytics.nn.tasks.DetectionModel"
+    _network(f"ultralytics {_name}", _path, f"{_name}.yaml", verbose=False, shape=(2, 3, 64, 64))
 
 
-def measure(name: str, build: Callable[[], nn.Module], inputs: Any) -> dict[str, Any]:
-    """Plan and convert one network, and compare what it computes."""
+def build(path: str, args: tuple[Any, ...], options: dict[str, Any]) -> nn.Module:
+    """Call what a path names; of a configuration that stands for the arguments, too."""
+    if args and str(args[0]).startswith("transformers."):
+        args, options = (_found(args[0])(**options),), {}
+    made: nn.Module = _found(path)(*args, **options)
+    return made
+
+
+def _found(path: str) -> Any:
+    """Return what a dotted path names, in however deep a module."""
+    parts = path.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        if _is_module(".".join(parts[:count])):
+            return functools.reduce(getattr, parts[count:], importlib.import_module(".".join(parts[:count])))
+    raise ModuleNotFoundError(path)
+
+
+def _is_module(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except (ModuleNotFoundError, AttributeError):  # its parent is a class
+        return False
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Plan, convert and prove one network."""
+    path, args, options, inputs = NETWORKS[name]
     library, _, model_name = name.partition(" ")
     row: dict[str, Any] = {"library": library, "model": model_name, "version": importlib.metadata.version(library)}
-    model = randomise(build()).eval()
-    start = time.perf_counter()
-    plan = normfree.plan(model, init="skipinit", inputs=inputs)
-    row["plan_seconds"] = round(time.perf_counter() - start, 2)
-    actions = Counter(e.action for e in normfree.plan(model, init="preserve", inputs=inputs).norms)
-    kinds = Counter(total.kind for total in plan.sums)
+    model = randomise(build(path, args, options)).eval()
+    start = time.process_time()
+    plan = normfree.plan(model, init="preserve", inputs=inputs)
+    row["plan_seconds"] = round(time.process_time() - start, 2)
+    actions, kinds = Counter(e.action for e in plan.norms), Counter(total.kind for total in plan.sums)
     row |= {"inputs": plan.looked, "norms": len(plan.norms), "fold": actions["fold"], "affine": actions["affine"]}
     row |= {kind: kinds[kind] for kind in ("residual", "parallel", "merge")}
     row |= {"alphas": len(plan.alphas), "declined": len(plan.declined), "unseen": len(plan.unseen)}
     row["why"] = "; ".join(dict.fromkeys([*plan.declined, *(why for _, why in plan.opaque)]))[:300]
-    row["preserve_error"] = f"{_error(model, inputs):.1e}"
+    for init in ("preserve", "skipinit"):
+        try:
+            converted = normfree.convert(model, init=init, inputs=inputs)  # type: ignore[arg-type]  # one of two
+            proofs = normfree.verify(converted, model, inputs).proofs
+        except Exception as error:  # whatever a network raises: it stands in the table
+            row[init], row["why"] = "error", f"{row['why']}; {init}: {one_line(error)}"[:600]
+            continue
+        failed = [proof for proof in proofs if proof.passed is False]
+        row[init] = "ok" if not failed else f"fails {', '.join(str(proof.number) for proof in failed)}"
+        row["why"] = "; ".join(filter(None, [row["why"], *(f"{init} {p.number}: {p.detail}" for p in failed)]))[:600]
+        if init == "preserve":
+            row["preserve_error"] = "" if proofs[2].figure is None else f"{proofs[2].figure:.1e}"
     return row
 
 
-@torch.no_grad()
-def _error(model: nn.Module, inputs: Any) -> float:
-    """How far `preserve` is from the original, in float64, relative to the largest value of each output."""
-    from normfree.tracing.inputs import arguments
-    from normfree.tracing.trace import example_input
-
-    args, kwargs = arguments(example_input(model) if inputs is None else inputs)
-    args, kwargs = tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs)
-    )
-    original = in_float64(model).eval()
-    converted = normfree.convert(original, init="preserve", inputs=kwargs or args).eval()
-    with Still():
-        pairs = zip(tensors(original(*args, **kwargs)), tensors(converted(*args, **kwargs)), strict=True)
-        found = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.is_floating_point()]
-    return max(found)
-
-
 def main() -> None:
-    """Measure every network whose library is here, and write the table and its page."""
+    """Measure what is asked for and whose library is here, and write the table and its page."""
     warnings.simplefilter("ignore")
-    rows = []
-    for name, (build, inputs) in NETWORKS.items():
-        if importlib.util.find_spec(name.partition(" ")[0]) is None:
+    torch.set_num_threads(1)
+    for name in NETWORKS:
+        asked = not sys.argv[1:] or any(part in name for part in sys.argv[1:])
+        if not asked or importlib.util.find_spec(name.partition(" ")[0]) is None:
             continue
         try:
-            rows.append(measure(name, build, inputs))
+            row = measure(name)
         except Exception as error:  # another version of a library builds its networks otherwise
-            print(f"{name}: {type(error).__name__}: {error}"[:300], flush=True)
+            print(f"{name}: {one_line(error)}"[:400], flush=True)
             continue
-        print({key: rows[-1].get(key) for key in COLUMNS[1:-1]}, flush=True)
+        print({key: row.get(key) for key in (*SHOWN, "inputs", "why")}, flush=True)
+        with TABLE.open(newline="") as file:
+            rows = {f"{known['library']} {known['model']}": dict[str, Any](known) for known in csv.DictReader(file)}
+        rows[name] = row
+        write([rows[name] for name in NETWORKS if name in rows])
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Write the table and its page."""
     with TABLE.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-    shown = ("library", "model", "norms", "residual", "alphas", "declined", "unseen", "plan_seconds", "preserve_error")
-    lines = ["# Other libraries", "", __doc__.split("\n\n")[1].replace("\n", " "), ""]
-    lines += [
-        f"torch {torch.__version__}; " + ", ".join(dict.fromkeys(f"{r['library']} {r['version']}" for r in rows)),
-        "",
-    ]
-    lines += [f"| {' | '.join(shown)} |", f"|{'---|' * len(shown)}"]
-    lines += [f"| {' | '.join(str(row[key]) for key in shown)} |" for row in rows]
+    versions = ", ".join(dict.fromkeys(f"{row['library']} {row['version']}" for row in rows))
+    lines = ["# Other libraries", "", str(__doc__).split("\n\n")[1], "", f"torch {torch.__version__}; {versions}.", ""]
+    lines += [f"| {' | '.join(SHOWN)} |", f"|{'---|' * len(SHOWN)}"]
+    lines += [f"| {' | '.join(str(row.get(key, '')) for key in SHOWN)} |" for row in rows]
     TABLE.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

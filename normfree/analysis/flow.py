@@ -206,7 +206,9 @@ class Flow:
         return Role.PASS if len(operands) == 1 and (role is Role.MUL or neutral) else Role.OTHER
 
     def _differ(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether a layer with weights stands before one of two nodes and not before the other."""
+        """Whether a layer with weights stands before one of two nodes alone, and neither is a mean."""
+        if self.shape(one) != self.shape(other):
+            return False
         ways = [self.ancestors[node] | self.bit(node) for node in (one, other)]
         weighted = sum(self.bit(node) for node, role in self.roles.items() if role in (Role.CONV, Role.NORM))
         return bool((ways[0] ^ ways[1]) & weighted)

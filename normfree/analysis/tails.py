@@ -63,7 +63,19 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
     others = [u.name for u in flow.users[branch] if u is not addition]
     if others:
         return (), f"the branch's output is also used by {', '.join(others)}"
+    passing = tuple(_passing(flow, branch, addition))
+    if passing:
+        return passing, ""
     return (), f"the branch ends in {branch.name}, which no module of its own returns; {why}"
+
+
+def _passing(flow: Flow, node: fx.Node, user: fx.Node) -> Iterator[Candidate]:
+    """Yield the dropouts and the like at the end of a branch: the last resort, in the units of no layer."""
+    while flow.roles[node] is Role.PASS and _only_user(flow, node, user):
+        module = flow.module(node)
+        if module is not None and flow.calls(str(node.target)) and _can_scale_output(module):
+            yield Candidate(str(node.target), "output", calls=flow.calls(str(node.target)))
+        node, user = flow.inputs[node][0], node
 
 
 def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candidate | None, str]:

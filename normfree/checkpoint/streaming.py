@@ -26,6 +26,7 @@ from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.units import offset_of
+from normfree.tracing.trace import example_input
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def convert_file(
     overwrite: bool = False,
     choice: Choice = ANY,
     tell: Callable[[str], None] = lambda _: None,
+    size: int | None = None,
     **options: Unpack[Asked],
 ) -> Plan:
     """Convert a checkpoint into a file without holding the model in memory.
@@ -64,6 +66,7 @@ def convert_file(
         overwrite: Replace an existing file.
         choice: Which entry of the checkpoint, and behind which prefix, its weights are.
         tell: Is told what was taken where there was a choice.
+        size: Height and width of what the architecture is looked at on, if they are not to be found.
         options: As for :func:`normfree.convert`.
 
     Raises:
@@ -79,6 +82,8 @@ def convert_file(
     streamed = _fill(model, {key.removeprefix(prefix): value for key, value in read.state.items()})
     del read
     open_again = reader(Path(checkpoint), replace(choice, prefix=choice.prefix + prefix))
+    if size is not None:
+        options["inputs"] = example_input(model, size=size)
     made, met = look(model, Options(**options), loaded=True)
     layers = [(model.get_submodule(path), gain) for path, gain in made.drawn]
     drawn = draws(layers)

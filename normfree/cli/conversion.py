@@ -19,6 +19,7 @@ from normfree.cli.options import (
     Loaded,
     PrefixOption,
     PretrainedOption,
+    SizeOption,
     SourceArgument,
     app,
     build_original,
@@ -65,6 +66,7 @@ def convert(
         bool,
         typer.Option("--inplace-activations/--no-inplace-activations", help="no: for what hooks layers (Opacus)."),
     ] = True,
+    size: SizeOption = None,
     seed: Annotated[int, typer.Option(help="skipinit: seed of the weights that are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     proofs: Annotated[
@@ -85,7 +87,8 @@ def convert(
     with reporting(as_json):
         options: dict[str, Any] = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
         options |= {"include": include or (), "exclude": exclude or (), "inplace_activations": inplace}
-        job = Job(source, out, Loaded(checkpoint, key, prefix, pretrained), num_classes, options, force, proofs, seed)
+        loaded = Loaded(checkpoint, key, prefix, pretrained)
+        job = Job(source, out, loaded, num_classes, options, force, proofs, seed, size)
         many = checkpoint is not None and checkpoint.is_dir()
         with progress(10 if proofs else 4) as step:
             if many:
@@ -131,6 +134,7 @@ def inspect(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
+    size: SizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a conversion would do: every norm and every sum, with the reason."""
@@ -139,12 +143,14 @@ def inspect(
             step("importing torch")
             from normfree.options import Options
             from normfree.planning.plan import look
+            from normfree.tracing.trace import example_input
 
             loaded = Loaded(checkpoint, key, prefix, pretrained)
             _, model = build_original(source, step, loaded, num_classes)
             step("planning")
             options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
             options |= {"include": include or (), "exclude": exclude or ()}
+            options["inputs"] = None if size is None else example_input(model, size=size)
             made, _ = look(model, Options(**options), loaded=bool(loaded))
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
@@ -160,6 +166,7 @@ def verify(
     key: KeyOption = None,
     prefix: PrefixOption = "",
     pretrained: PretrainedOption = False,
+    size: SizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Load a converted file and print the proofs with their figures.
@@ -172,6 +179,7 @@ def verify(
             step("importing torch")
             from normfree import checkpoint as files
             from normfree.proofs import verify as verifying
+            from normfree.tracing.trace import example_input
 
             header = files.read_header(file)
             step("loading")
@@ -179,10 +187,8 @@ def verify(
             structure = files.build_original(header, file, pretrained=pretrained)
             loaded = Loaded(checkpoint, key, prefix, pretrained)
             loaded.give(structure, loaded.read())
-            done = []
-            proofs = verifying.each_proof(
-                model, structure if loaded else None, structure=structure, reference=header.reference
-            )
+            done, x, original = [], example_input(model, size=size), structure if loaded else None
+            proofs = verifying.each_proof(model, original, x, structure=structure, reference=header.reference)
             for number, proof in enumerate(proofs, start=1):
                 done.append(proof)
                 step(f"proof {number} of 6")

@@ -30,6 +30,7 @@ class Job:
         force: Replace what is there.
         proofs: Prove it before writing; a checkpoint is streamed otherwise.
         seed: Of the weights that are drawn.
+        size: Height and width of what the network is run on, if it is not to be found.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Job:
     force: bool
     proofs: bool
     seed: int
+    size: int | None
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,18 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
         step("converting")
         torch.manual_seed(job.seed)
         about |= {"choice": Choice(job.loaded.key, job.loaded.prefix), "tell": tell}
-        plan = files.convert_file(job.source, checkpoint, job.out, **about, **job.options)
+        plan = files.convert_file(job.source, checkpoint, job.out, **about, size=job.size, **job.options)
         return Outcome(str(zoo.find(job.source)), plan, verifying.Report(()))
     name, original = build_original(job.source, step, job.loaded, job.num_classes)
     step("converting")
     torch.manual_seed(job.seed)
-    plan, _ = look(original, Options(**job.options), loaded=bool(job.loaded))
-    model = conversion.convert(original, plan=plan)
+    given = None if job.size is None else example_input(original, size=job.size)
+    plan, _ = look(original, Options(**job.options, inputs=given), loaded=bool(job.loaded))
+    model = conversion.convert(original, plan=plan, inputs=given)
     done = []
     reference = None
     if job.proofs:
-        x = example_input(model)
+        x = example_input(model) if given is None else given
         for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
             done.append(proof)
             step(f"proof {number} of 6")

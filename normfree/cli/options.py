@@ -21,6 +21,7 @@ __all__ = [
     "Loaded",
     "PrefixOption",
     "PretrainedOption",
+    "SizeOption",
     "SourceArgument",
     "app",
     "build_original",
@@ -57,6 +58,9 @@ PrefixOption = Annotated[str, typer.Option(help="Take only names that begin so, 
 PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the library's own weights first.")]
 ClassesOption = Annotated[int | None, typer.Option(min=1, help="Number of classes of the checkpoint's classifier.")]
 InitOption = Annotated[str, typer.Option(help="auto, skipinit (from scratch) or preserve (keep the function).")]
+SizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Height and width of what the network is run on; found by default.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

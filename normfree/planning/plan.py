@@ -22,7 +22,7 @@ from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.inputs import Inputs
 from normfree.tracing.leaves import calls_batch_norm
-from normfree.tracing.trace import trace
+from normfree.tracing.trace import trace, uncollected
 from normfree.tracing.traces import Trace
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         reset=options.reset,
         inplace=options.inplace_activations,
     )
-    with torch.random.fork_rng(devices=[]):  # the user's generator and modules stay as they are
+    with torch.random.fork_rng(devices=[]), uncollected():  # the user's generator and modules stay as they are
         copied = meta_copy(model)
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
         traced = trace(model, copied, sites, options.inputs)
@@ -117,7 +117,7 @@ def look_again(model: nn.Module, made: Plan, inputs: Inputs | None = None) -> Ca
     problems = module_problems(model, described, made.init, kept)
     if problems:
         raise UnsupportedModelError(tuple(problems.values()))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), uncollected():
         copied = meta_copy(model)
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
         traced = trace(model, copied, sites, inputs)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from normfree.tracing.notes import Notes, tensors_in
 
-__all__ = ["Recorder", "is_default"]
+__all__ = ["Recorder", "is_default", "set_class"]
 
 
 class Recorder(Notes, TorchFunctionMode):
@@ -67,19 +68,24 @@ class Recorder(Notes, TorchFunctionMode):
 
     def _wrap(self, module: nn.Module, path: str, leaf: bool, norm: bool) -> None:
         answers, real = type(module), self._classes.get(id(module), type(module))
-        module.__class__ = real
+        set_class(module, real)
         forward = module.forward
-        module.__class__ = answers
+        set_class(module, answers)
         call = self._leaf if leaf else self._composite
-        alike = self._meta and (norm or real in _ACTIVATIONS)
         in_place = getattr(module, "inplace", False) is True and not norm
+        # A dropout in place writes in one mode only, which alone would make two graphs of one.
+        alike = self._meta and (norm or real in _ACTIVATIONS or (in_place and issubclass(real, _DropoutNd)))
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return forward(*args, **kwargs)
-            short = alike and len(args) == 1 and not kwargs
-            return call(module, path, functools.partial(_like, in_place=in_place) if short else forward, args, kwargs)
+            short: Callable[..., Any] = forward
+            if alike and len(args) == 1 and not kwargs:
+                short = functools.partial(_like, in_place=in_place)
+            elif leaf and not self._meta and real in _LAYERS and args and args[0].dim() == _LAYERS[real]:
+                short = functools.partial(_of_first, forward)
+            return call(module, path, short, args, kwargs)
 
         module.__dict__["forward"] = recorded
         for name in ("_parameters", "_buffers") if norm else ():
@@ -122,13 +128,19 @@ class Recorder(Notes, TorchFunctionMode):
         answers = type(module)
         self._inside, self.leaked = True, []
         try:
-            module.__class__ = self._classes.get(id(module), answers)
+            set_class(module, self._classes.get(id(module), answers))
             out = forward(*args, **kwargs)
         finally:
-            module.__class__ = answers
+            set_class(module, answers)
             self._inside = False
         with torch._C.DisableTorchFunction():
             return self.write_down("call_module", path, node_args, node_kwargs, before, out)
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Let a module be of a class; to a module itself, setting an attribute takes long."""
+    if type(module) is not cls:
+        object.__setattr__(module, "__class__", cls)
 
 
 class _Watched(dict[str, Any]):
@@ -150,6 +162,12 @@ def _like(x: Tensor, *, in_place: bool) -> Tensor:
             torch.autograd.graph.increment_version(x)
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _of_first(forward: Callable[..., Any], x: Tensor) -> Any:
+    """Return for every sample what a layer computes of the first two: a detector has a thousand boxes."""
+    with torch._C.DisableTorchFunction():
+        return forward(x) if len(x) <= 2 else forward(x[:2])[:1].repeat(len(x), *[1] * (x.dim() - 1))
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -182,6 +200,9 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
 _REFLECTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
 _REFLECTED["div"] = operator.truediv
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
+
+_LAYERS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.ConvTranspose2d: 4}
+"""Layers that work sample by sample, each with the dimensions of a batch."""
 
 
 def is_default_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

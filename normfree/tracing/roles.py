@@ -50,7 +50,7 @@ _NAMES: dict[str, Role] = {
     "interpolate": Role.UPSAMPLE,
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"), Role.PASS),
     **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
-    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias"), Role.PASS),
+    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias", "as_tensor", "asarray"), Role.PASS),
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
     **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},

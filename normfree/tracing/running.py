@@ -14,7 +14,7 @@ from torch import nn
 
 from normfree.tracing.inputs import fresh, tensors
 from normfree.tracing.leaves import is_layer
-from normfree.tracing.recorder import Recorder
+from normfree.tracing.recorder import Recorder, set_class
 from normfree.tracing.still import Still, random_halves
 from normfree.tracing.traces import Graph
 
@@ -58,7 +58,7 @@ def record(
         warnings.simplefilter("ignore")  # whatever a forward says, it says when it runs for its user
         entered = stack.enter_context(random_halves())
         for module in model.modules():
-            module.training = training
+            module.__dict__["training"] = training  # for a module, setting an attribute takes long
         recording = recorder(model, leaves, sites, classes or {}, entered, meta)
         for name, tensor in _named(model, args, kwargs):
             recording.give(name, tensor)
@@ -88,19 +88,20 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, cls, before, containers in kept:
-            module.__class__ = cls
+            set_class(module, cls)
             module.__dict__.clear()
             module.__dict__.update(before)
             for container, content in containers:
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+                if container or content:
+                    container.clear()
+                    (container.extend if isinstance(container, list) else container.update)(content)
         for buffer, value in values:
             buffer.copy_(value)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """Return what a module keeps in dicts, lists and sets, each with a copy."""
-    return [(value, value.copy()) for value in module.__dict__.values() if type(value) in _CONTAINERS]
+    return [(value, value.copy() if value else ()) for value in module.__dict__.values() if type(value) in _CONTAINERS]
 
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -113,8 +114,8 @@ def disguised(model: nn.Module, classes: Mapping[str, type[nn.Module]]) -> Itera
     real = {id(module): type(module) for module in modules.values()}
     try:
         for name, module in modules.items():
-            module.__class__ = classes[name]
+            set_class(module, classes[name])
         yield real
     finally:
         for module in modules.values():
-            module.__class__ = real[id(module)]
+            set_class(module, real[id(module)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normfree
 
-DEPTH = 32
+DEPTH = 64
 
 
 class PostNorm(nn.Module):

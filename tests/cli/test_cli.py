@@ -15,6 +15,7 @@ from harness import randomise
 from typer.testing import CliRunner, Result
 
 import normfree
+from normfree.checkpoint.header import read_plan
 from normfree.cli import app, main
 
 RUNNER = CliRunner()
@@ -121,6 +122,21 @@ def test_inspect_shows_every_norm_and_sum() -> None:
     assert "sums: 4, 4 residual" in done.stdout
     body = json.loads(run("inspect", "timm:test_resnet", "--json").stdout)
     assert len(body["norms"]) == 15
+
+
+def test_the_size_of_what_is_looked_at_may_be_given(tmp_path: Path, checkpoint: Path) -> None:
+    done = run("inspect", "timm:test_resnet", "--size", 96, "--json")
+    assert "(2, 3, 96, 96)" in json.loads(done.stdout)["looked"]
+    for more in ((), ("--no-verify", "--checkpoint", checkpoint, "--num-classes", 5, "--force")):
+        out = tmp_path / "r.safetensors"
+        assert run("convert", "timm:test_resnet", "-o", out, "--size", 96, *more).exit_code == 0
+        assert "(2, 3, 96, 96)" in read_plan(out).looked
+        assert run("verify", out, "--size", 96).exit_code == 0
+
+
+def test_a_size_that_the_network_does_not_take_is_wrong_usage() -> None:
+    done = run("inspect", "torchvision:vit_b_16", "--size", 32)
+    assert (done.exit_code, "pass inputs=" in done.stderr) == (2, True)
 
 
 def test_a_name_in_both_libraries_is_torchvisions() -> None:

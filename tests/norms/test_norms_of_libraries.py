@@ -229,10 +229,13 @@ def _of(module: str, name: str, forward: Any = None) -> type[nn.Module]:
 
 FROZEN = {
     "transformers.models.detr.modeling_detr": "DetrFrozenBatchNorm2d",
+    "transformers.models.conditional_detr.modeling_conditional_detr": "ConditionalDetrFrozenBatchNorm2d",
+    "transformers.models.deformable_detr.modeling_deformable_detr": "DeformableDetrFrozenBatchNorm2d",
     "transformers.models.rt_detr.modeling_rt_detr_resnet": "RTDetrFrozenBatchNorm2d",
     "transformers.models.d_fine.modeling_d_fine": "DFineFrozenBatchNorm2d",
     "detectron2.layers.batch_norm": "FrozenBatchNorm2d",
     "mmcv.cnn.bricks": "FrozenBatchNorm2d",
+    "mmdet.models.layers": "FrozenBatchNorm2d",
 }
 
 

@@ -186,6 +186,21 @@ def test_mean_over_the_batch_that_the_original_returns_is_left_aside(rows: bool,
     assert proof.detail.endswith(f"mixes the samples too in 1 of {1 + rows} outputs")
 
 
+class WithLoss(Stem):
+    """Returns a loss in train mode, as an autoencoder beside a segmentation does."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.stem(x)
+        return (y, y.square().mean()) if self.training else (y,)
+
+
+@both
+def test_mean_over_the_batch_in_train_mode_alone_is_left_aside(init: str) -> None:
+    model = randomise(WithLoss())
+    proof = normfree.verify(normfree.convert(model, init=init), model, X).proofs[1]
+    assert (proof.passed, proof.detail.endswith("in 1 of 2 outputs")) == (True, True), proof
+
+
 class Centre(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0, keepdim=True)

@@ -4,7 +4,8 @@
 ``derivation`` says how. It counts additions of two activations in what the plan looks at, once for every place that
 runs: ``a + b + c`` is one residual or one parallel sum, but each addition of a merge counts. Adding a parameter or a
 constant is no sum. Not looked at, and not counted, are modules that hold neither a batch norm nor a convolution nor a
-pooling, and what has no batch norm inside a module that cannot be traced.
+pooling. Where a model adds up boxes or flows, only its part ``within`` which the norms are is counted; nothing else may
+have a scalar.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Family:
     residual: int
     parallel: int
     merge: int
+    within: str
     derivation: str
 
     @property
@@ -40,6 +42,7 @@ def read_families() -> tuple[Family, ...]:
                 int(row["residual"]),
                 int(row["parallel"]),
                 int(row["merge"]),
+                row["within"],
                 row["derivation"],
             )
             for row in csv.DictReader(lines)

@@ -67,6 +67,7 @@ SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "float": lambda self, x: x.float() + self.f(x),
     "to": lambda self, x: x.to(torch.float32) + self.f(x),
     "to a device": lambda self, x: x.to("cpu") + self.f(x),
+    "as_tensor": lambda self, x: self.f(x) + torch.as_tensor(x),
     "type_as": lambda self, x: self.f(x) + x.type_as(x),
     "an identity of one's own": lambda self, x: self.mine(x) + self.f(x),
     "built-in sum": lambda self, x: sum([x, self.f(x)]),
@@ -115,9 +116,13 @@ def test_mean_with_weights_is_a_residual_sum(init: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("how", ["f(x) - x", "less its mean"])
+@pytest.mark.parametrize("how", ["f(x) - x", "less its mean", "less a mean of features"])
 def test_difference_that_takes_no_branch_away_is_none(how: str, init: str) -> None:
-    taken = {"f(x) - x": lambda self, x: self.f(x) - x, "less its mean": lambda self, x: self.f(x - x.mean(1, True))}
+    taken: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "f(x) - x": lambda self, x: self.f(x) - x,
+        "less its mean": lambda self, x: self.f(x - x.mean(1, True)),
+        "less a mean of features": lambda self, x: x - self.f(x).mean((2, 3), True),
+    }
     assert plan_of(prove(net(Written(taken[how])), X, init=init)).sums == ()
 
 
@@ -334,3 +339,46 @@ def test_feature_from_inside_of_a_layer_is_not_lost(init: str) -> None:
     assert [edit.action for edit in plan.norms] == ["fold", "fold"]
     assert [total.kind for total in plan.sums] == ["residual"]
     assert len(plan.alphas) == 1
+
+
+class Mixing(nn.Module):
+    """Mixes tokens, and hands on what it weighed them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scores = self.scores(x) if before is None else self.scores(x) + before
+        return self.out(torch.sigmoid(scores) * x), scores
+
+
+class Attending(nn.Module):
+    """Takes the scores of the block before it: its forward is rewritten for nobody, and its branch ends in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.dropped, self.norm = Mixing(), nn.Dropout(0.1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, before = self.mix(x, before)
+        return self.norm(x + self.dropped(y)), before
+
+
+class Chained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 4, 1), nn.ModuleList(Attending() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, scores = self.stem(x), None
+        for block in self.blocks:
+            x, scores = block(x, scores)
+        return x
+
+
+@both
+def test_dropout_is_the_last_place_of_a_scalar(init: str) -> None:
+    converted = prove(randomise(Chained()), X, init=init)
+    assert alphas(converted) == ["blocks.0.skipinit_0", "blocks.1.dropped"]
+    assert plan_of(converted).declined == ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from harness import assert_preserved, both, noise, prove, randomise
@@ -9,6 +12,7 @@ from readings import actions, norms
 from torch import Tensor, nn
 
 import normfree
+from normfree.tracing.running import record
 
 
 class OneNormPerMode(nn.Module):
@@ -99,3 +103,24 @@ def test_auxiliary_head_of_training_folds_too(init: str) -> None:
     assert set(actions(converted).values()) == {"fold"}
     assert len(converted.train()(noise(2, 3, 6, 6))) == 2
     assert_preserved(model, noise(2, 3, 6, 6))
+
+
+RUNS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "one graph": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), 2),
+    "dropout in place": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(inplace=True)), 2),
+    "another head": (Auxiliary, 4),
+}
+
+
+@pytest.mark.parametrize("network", RUNS)
+def test_a_model_runs_no_more_often_than_it_must(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, expected = RUNS[network]
+    runs: list[bool] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs.append(kwargs["training"])
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr("normfree.tracing.trace.record", counted)
+    normfree.plan(make(), init="preserve")
+    assert len(runs) == expected
