@@ -151,6 +151,13 @@ class Flow:
         one, two = self.graph.values.get(node), self.graph.values.get(other)
         return one is not None and two is not None and one.memory == two.memory
 
+    def is_born_in(self, node: fx.Node, path: str) -> bool:
+        """Whether the memory of what a node returned was new to a module: what it was given lies elsewhere."""
+        same = [other for other, value in self.graph.values.items() if value.memory == self.graph.values[node].memory]
+        first = min(same, key=self.graph.order.__getitem__)
+        called = first.op == "call_module" and first.target == path
+        return called or f"{self.graph.owners[first]}.".startswith(f"{path}." if path else "")
+
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
             return Role.INPUT

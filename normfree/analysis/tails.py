@@ -54,7 +54,10 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
         branch: The operand that is the branch.
         addition: The addition that it is an operand of.
     """
-    found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
+    places = _walk(flow, branch, addition, Candidate("", "slot"))
+    if _writes_into(flow, addition, branch):  # what others hold would not be written to any more
+        places = (c for c in places if c.place not in ("slot", "output") or flow.is_born_in(branch, c.path))
+    found = tuple(dict.fromkeys(places))
     if any(candidate.calls == 1 for candidate in found):
         return found, ""
     own, why = _own_forward(flow, branch, addition)
@@ -83,10 +86,19 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
         return None, f"{owner} adds what it has stacked"
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     done = operations_of(flow, owner)
-    problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls])
+    writes = _writes_into(flow, addition, branch)
+    if writes and not flow.is_born_in(branch, owner):
+        return None, f"{owner} adds in place, to what others hold"
+    problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls], writes)
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
+
+
+def _writes_into(flow: Flow, addition: fx.Node, branch: fx.Node) -> bool:
+    """Whether an addition writes its result over the branch."""
+    value = flow.graph.values.get(addition)
+    return value is not None and value.writes and flow.shares_memory(addition, branch)
 
 
 def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.tracing.callers import Callers
 from normfree.tracing.notes import Notes, tensors_in
 
 __all__ = ["Recorder", "is_default"]
@@ -39,7 +40,8 @@ class Recorder(Notes, TorchFunctionMode):
     ) -> None:
         Notes.__init__(self, model)
         TorchFunctionMode.__init__(self)  # type: ignore[no-untyped-call]  # torch's own
-        self._classes, self._entered, self._meta = classes, entered, meta
+        self._classes, self._entered, self._meta, self._sites = classes, entered, meta, sites
+        self._callers = Callers()
         self._inside = False  # of a leaf: what happens there is not written down
         for name, module in model.named_modules():
             self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
@@ -116,6 +118,8 @@ class Recorder(Notes, TorchFunctionMode):
         """Run a module that is one operation, as what it really is."""
         self.seen.calls[path] += 1
         self.next_step()
+        if isinstance(module, _FOLDED) or path in self._sites:
+            self.seen.called[path] = self._callers.look(args[0] if args else None, self.stack)
         with torch._C.DisableTorchFunction():
             node_args, node_kwargs = self.argument(args), self.argument(kwargs)
             before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
@@ -180,6 +184,7 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
 
 
 _REFLECTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
+_FOLDED = (nn.modules.conv._ConvNd, nn.Linear)
 _REFLECTED["div"] = operator.truediv
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
 
