@@ -20,6 +20,7 @@ from normfree.rewriting.comparing import rewrite_and_compare
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
+from normfree.tracing.still import with_memory
 
 __all__ = ["FrozenWarning", "convert", "convert_"]
 
@@ -166,10 +167,11 @@ def convert(
 
 
 def _apply(model: nn.Module, made: Plan, met: dict[str, Moments], inputs: Inputs | None, check: bool) -> None:
-    if check:
-        rewrite_and_compare(model, made, met, inputs)
-    else:
-        rewrite(model, made, met)
+    with with_memory():
+        if check:
+            rewrite_and_compare(model, made, met, inputs)
+        else:
+            rewrite(model, made, met)
 
 
 def _warn_of_unseen(made: Plan) -> None:

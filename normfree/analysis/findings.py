@@ -176,7 +176,8 @@ def _sum(flow: Flow, found: SumNode, name: str, first: Mapping[str, str]) -> Sum
     for operand in found.branches:
         norms = tuple(first[norm] for norm in _norms_between(flow, found.base, operand))
         direct = next(user for user in flow.users[operand] if user in added)
-        candidates, why = find_candidates(flow, operand, direct)
+        twice = found.branches.count(operand) > 1
+        candidates, why = ((), "the branch is added twice") if twice else find_candidates(flow, operand, direct)
         branches.append(Branch(norms, tuple(_by_first_name(c, first) for c in candidates), why, behind))
     return Sum(name, found.kind, found.reason, tuple(branches))
 

@@ -181,7 +181,7 @@ class Flow:
         """Whether a module of any class hands on its input, or multiplies it by a number."""
         value, module = self.graph.values.get(node), self.modules[str(node.target)]
         if value is not None and value.handed_on:
-            return True
+            return not isinstance(module, nn.modules.dropout._DropoutNd)
         if isinstance(module, ChannelAffine) or any(True for _ in module.parameters()) or len(self.inputs[node]) != 1:
             return False
         key = ("passes", type(module), repr(module))

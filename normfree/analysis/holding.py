@@ -17,18 +17,19 @@ _ATOMS = (int, float, str, bytes, type(None), type, ModuleType, CodeType, Builti
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
-def held(model: nn.Module) -> tuple[set[int], set[int], list[FunctionType]]:
+def held(model: nn.Module) -> tuple[set[int], dict[str, set[int]], list[FunctionType]]:
     """Follow everything that a model holds.
 
     Returns:
-        The identities of modules that something holds besides their parent, those of modules whose parameters something
+        The identities of modules that something holds besides their parent, those of modules whose weight or bias something
         holds besides them, and the functions that were met.
     """
     modules = {id(m): m for m in model.modules()}
-    owners = {id(p): id(m) for m in modules.values() for p in m._parameters.values() if p is not None}
+    owners = {id(p): (n, id(m)) for m in modules.values() for n, p in m._parameters.items() if n in ("weight", "bias")}
+    owners.pop(id(None), None)
     parents = Counter(id(child) for m in modules.values() for child in m._modules.values())
     called = {module for module, count in parents.items() if count > 1}
-    read: set[int] = set()
+    read: dict[str, set[int]] = {"weight": set(), "bias": set()}
     functions: list[FunctionType] = []
     waiting = [value for m in modules.values() for name, value in vars(m).items() if name not in _OWN]
     seen: dict[int, Any] = {}  # holds them, so that no other gets their identity
@@ -37,12 +38,14 @@ def held(model: nn.Module) -> tuple[set[int], set[int], list[FunctionType]]:
         if id(value) in modules:
             called.add(id(value))
         elif id(value) in owners:
-            read.add(owners[id(value)])
+            name, owner = owners[id(value)]
+            read[name].add(owner)
         elif id(value) not in seen and not isinstance(value, (*_ATOMS, Tensor)):
             seen[id(value)] = value
             waiting += _within(value)
             if isinstance(value, MethodType) and id(value.__self__) in modules:  # it passes a new class's forward by
-                read.add(id(value.__self__))
+                for owners_of in read.values():
+                    owners_of.add(id(value.__self__))
             if isinstance(value, FunctionType):
                 functions.append(value)
     return called, read, functions

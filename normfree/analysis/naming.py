@@ -22,7 +22,16 @@ from normfree.tracing.callers import Call
 
 __all__ = ["Named", "find_named"]
 
-_ALL = {"_modules", "children", "named_children", "modules", "named_modules", "get_submodule", "__dict__", "__getattr__"}
+_ALL = {
+    "_modules",
+    "children",
+    "named_children",
+    "modules",
+    "named_modules",
+    "get_submodule",
+    "__dict__",
+    "__getattr__",
+}
 _ALL |= {"values", "items", "forward", "__call__", "_conv_forward", "__iter__", "__getitem__"}
 """Attributes by which one comes to anything that a module holds, or calls it by another way."""
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_FORWARD_IF_NONE", "POP_JUMP_FORWARD_IF_NOT_NONE")
@@ -30,10 +39,10 @@ _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_FORWARD_IF_NONE"
 
 @dataclass
 class Named:
-    """Identities of layers and norms that are called, and of those whose weight or bias is read, besides what was seen."""
+    """Identities of modules that are called, or of which a parameter is read by its name, besides what was seen."""
 
     called: set[int] = field(default_factory=set)
-    read: set[int] = field(default_factory=set)
+    read: dict[str, set[int]] = field(default_factory=lambda: {"weight": set(), "bias": set()})
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,9 @@ class _Reading:
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
         self.mentioned.update((id(module), function.code) for _, module, _ in uses)
-        local = (chain for chain in chains if chain.base != function.owner_name and chain.names[0] in ("weight", "bias"))
+        local = (
+            chain for chain in chains if chain.base != function.owner_name and chain.names[0] in ("weight", "bias")
+        )
         self.loose |= function.forward and any(True for _ in local)
         for chain, module, rest in uses:
             norm = self.pairs.get(id(_last(module)))
@@ -100,15 +111,16 @@ class _Reading:
         for chain, module, rest in uses:
             if rest:
                 if rest[0] in ("weight", "bias") and function.forward:
-                    self.named.read.add(id(module))
-                elif rest[0] in _ALL and (function.forward or chain.base != function.owner_name):
+                    self.named.read[rest[0]].add(id(module))
+                elif rest[0] in _ALL and function.forward:
                     self._open(module, function.code)
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
             elif not _is_test(steps, chain.end + 1) and (function.forward or _goes_through(steps[chain.end + 1 :][:3])):
                 self.named.called.add(id(module))
-                self._open(module, function.code)
+                if hasattr(type(module), "__iter__"):
+                    self._open(module, function.code)
 
     def _uses(self, chain: _Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         """Yield the modules that a chain of names may end at, each with the names that are left."""
@@ -123,7 +135,7 @@ class _Reading:
             module, rest = start, names
             while rest and module._modules.get(rest[0]) is not None:
                 module, rest = module._modules[rest[0]], rest[1:]  # type: ignore[assignment]  # it is no None
-            if rest != chain.names or rest[:1] and rest[0] in _ALL:
+            if rest != chain.names or (rest[:1] and rest[0] in _ALL):
                 yield module, rest
 
     def _was_seen(self, module: nn.Module, code: CodeType, chain: _Chain, chains: list[_Chain]) -> bool:
@@ -142,7 +154,7 @@ class _Reading:
         self.holders[id(module)] = module
 
     def finish(self) -> None:
-        """Note what a module holds that somebody goes through, but for where only that led to the calls that were seen."""
+        """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
         for (holder, code), count in self.opened.items():
             for child in self.holders[holder]._modules.values():
                 seen = (place.code for call in self.called.get(id(child), ()) for place in call.places)
@@ -150,7 +162,8 @@ class _Reading:
                 if mentions > 1 or code not in seen:
                     self.named.called.add(id(child))
         if self.loose:
-            self.named.read.update(self.named.called)
+            for read in self.named.read.values():
+                read.update(self.named.called)
 
 
 def _chains(code: CodeType) -> list[_Chain]:

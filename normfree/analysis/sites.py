@@ -108,7 +108,9 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
 def _together(flow: Flow, producer: str, norm: str) -> tuple[str, tuple[str, ...]]:
     """Say why a layer and its norm may not always be called together, and which modules stand between them."""
     one, other = flow.graph.called[producer], flow.graph.called[norm]
-    between = tuple(path for path in dict.fromkeys(one.modules + other.modules) if (path in one.modules) != (path in other.modules))
+    between = tuple(
+        path for path in dict.fromkeys(one.modules + other.modules) if (path in one.modules) != (path in other.modules)
+    )
     apart = f"the code that calls {producer} may do something else with what it returns"
     return "" if always_together(one, other) else apart, between
 
@@ -192,7 +194,11 @@ def _memory(flow: Flow, node: fx.Node) -> int | None:
 
 def _is_fresh(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
     """Whether a norm alone reads what ``source`` returns, a tensor of its own that is not kept for backward."""
-    new = flow.carries(source) or flow.roles[source] is Role.CONV or name_of(source) in ("add", "cat", "concat", "concatenate")
+    new = (
+        flow.carries(source)
+        or flow.roles[source] is Role.CONV
+        or name_of(source) in ("add", "cat", "concat", "concatenate")
+    )
     memory = _memory(flow, source)
     alone = all(value.memory != memory for other, value in flow.graph.values.items() if other is not source)
     return new and alone and list(source.users) == [node]

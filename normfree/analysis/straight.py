@@ -19,7 +19,18 @@ from normfree.tracing.callers import Call, Place
 
 __all__ = ["always_together", "index_of", "instructions", "is_dead", "is_plain", "loads_method"]
 
-_PLAIN = ("LOAD_", "STORE_FAST", "COPY", "SWAP", "ROT_", "DUP_", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG")
+_PLAIN: tuple[str, ...] = (
+    "LOAD_",
+    "STORE_FAST",
+    "COPY",
+    "SWAP",
+    "ROT_",
+    "DUP_",
+    "PUSH_NULL",
+    "PRECALL",
+    "NOP",
+    "EXTENDED_ARG",
+)
 _PLAIN += ("BINARY_SUBSCR", "KW_NAMES", "RESUME", "MAKE_CELL", "NOT_TAKEN", "CACHE")
 """Instructions that only move values between variables, attributes and the stack."""
 _JUMPS = frozenset(dis.hasjrel + dis.hasjabs)

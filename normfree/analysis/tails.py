@@ -56,7 +56,7 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
     """
     places = _walk(flow, branch, addition, Candidate("", "slot"))
     if _writes_into(flow, addition, branch):  # what others hold would not be written to any more
-        places = (c for c in places if c.place not in ("slot", "output") or flow.is_born_in(branch, c.path))
+        places = (c for c in places if c.place not in ("slot", "output") or _is_own(flow, c.path, addition))
     found = tuple(dict.fromkeys(places))
     if any(candidate.calls == 1 for candidate in found):
         return found, ""
@@ -95,6 +95,12 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
 
 
+def _is_own(flow: Flow, path: str, addition: fx.Node) -> bool:
+    """Whether what an addition writes into is nothing that a module was given and has returned."""
+    returned = (node for node in flow.nodes if node.target == path or path in flow.graph.exits.get(node, ()))
+    return all(flow.is_born_in(node, path) for node in returned if flow.shares_memory(addition, node))
+
+
 def _writes_into(flow: Flow, addition: fx.Node, branch: fx.Node) -> bool:
     """Whether an addition writes its result over the branch."""
     value = flow.graph.values.get(addition)
@@ -125,7 +131,7 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
         if calls and type(module) is nn.Identity:
             yield replace(so_far, path=path, place="slot", calls=calls)
         above = _walk(flow, flow.inputs[node][0], node, so_far)
-    elif role is Role.MUL and so_far.channels is None:
+    elif role is Role.MUL and so_far.channels is None and len(flow.inputs[node]) > 1:
         above = (c for factor in reversed(flow.inputs[node]) for c in _walk(flow, factor, node, so_far))
     elif role is Role.SLICE and so_far.channels is None:
         channels = _channel_slice(flow, node)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from normfree.errors import UsageError
 
-__all__ = ["check_plain"]
+__all__ = ["check_plain", "ways_out"]
 
 _HOOKS = {
     "BasePruningMethod": ("_tensor_name", "pruned", "torch.nn.utils.prune.remove(layer, {!r})"),
@@ -37,13 +37,13 @@ def check_plain(model: nn.Module, paths: Collection[str], what: str) -> None:
         f"  - {name or 'the model'} ({type(module).__name__}) is {how}"
         for name, module in model.named_modules()
         if name in paths
-        for how in _ways_out(module)
+        for how in ways_out(module)
     ]
     if found:
         raise UsageError("\n".join([f"{what} takes plain weights only; make them plain first, with", *found]))
 
 
-def _ways_out(module: nn.Module) -> list[str]:
+def ways_out(module: nn.Module) -> list[str]:
     """Return what is done to the tensors of a layer, and what undoes it."""
     found = []
     if parametrize.is_parametrized(module):

@@ -120,7 +120,9 @@ def _norm_edit(
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
-    obstacle = _hook_between(modules, edit.name, site) or (_doubt(modules, name, site, apart) if init == "preserve" else "")
+    obstacle = _hook_between(modules, edit.name, site) or (
+        _doubt(modules, name, site, apart) if init == "preserve" else ""
+    )
     if site.producer is not None and not obstacle:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
         edit = replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
@@ -152,7 +154,7 @@ def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
     layer = modules[site.producer]
     if {id(layer), id(modules[norm])} & apart.called:
         return f"{site.producer} or {norm} may be called elsewhere too"
-    return f"weight or bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read else ""
+    return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""
 
 
 def _used_apart(asked: Request, findings: Findings) -> Named:
@@ -161,15 +163,16 @@ def _used_apart(asked: Request, findings: Findings) -> Named:
     sites = {name: site for name, site in findings.sites.items() if site.producer is not None}
     pairs = {id(modules[str(site.producer)]): id(modules[name]) for name, site in sites.items()}
     found = find_named(modules[""], {id(modules[path]): calls for path, calls in findings.called.items()}, pairs)
-    distinct = {id(module): module for module in modules.values()}.values()
-    holders: dict[int, set[int]] = {}
-    for module in distinct:
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), set()).add(id(module))
     named = dict(modules[""].named_parameters(remove_duplicate=False))
-    read = {id(named[name]) for name in findings.parameters if name in named}
-    for parameter, held in holders.items():
-        found.read.update(held if parameter in read or (len(held) > 1 and parameter != id(None)) else ())
+    taken = {id(named[name]) for name in findings.parameters if name in named}
+    holders: dict[int, set[tuple[str, int]]] = {}
+    for module in modules.values():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name in found.read:
+                holders.setdefault(id(parameter), set()).add((name, id(module)))
+    for tensor, held in holders.items():
+        for name, owner in held if tensor in taken or len(held) > 1 else ():
+            found.read[name].add(owner)
     return found
 
 
@@ -213,7 +216,7 @@ def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, ap
         layer = modules[path]
         if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
-        own = id(layer) not in apart.read
+        own = id(layer) not in apart.read["weight"]
         head = path not in produced and path not in rescaled
         # A layer without a bias would need one, which the original would not know when it comes back.
         biased = path in produced or layer.bias is not None

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from normfree.errors import UsageError
+
 __all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,7 +33,27 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
         if weight is not None and type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     memo.update((id(tensor), tensor.detach().clone()) for tensor in _held(model) if not tensor.is_leaf)
-    return copy.deepcopy(model, memo)
+    return _copied(model, memo)
+
+
+def _copied(model: M, memo: dict[int, Any]) -> M:
+    """Return a deep copy.
+
+    Raises:
+        UsageError: The model holds what cannot be copied; it is named.
+    """
+    try:
+        return copy.deepcopy(model, memo)
+    except TypeError as error:
+        for path, module in model.named_modules():
+            for name, value in module.__dict__.items():
+                try:
+                    copy.deepcopy(value, {id(m): m for m in model.modules()})
+                except TypeError:
+                    place = f"{path}.{name}" if path else name
+                    what = f"{place} ({type(value).__name__}) cannot be copied ({error})"
+                    raise UsageError(f"{what}: set it aside, convert, and put it back") from error
+        raise
 
 
 def meta_copy(model: M) -> M:
@@ -64,7 +86,7 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
             if name in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks.append((module.__dict__[name], kept))
     held = {id(value) for module in model.modules() for value in (module, *module.__dict__.values())} - {id(None)}
-    result = copy.deepcopy(model, memo)
+    result = _copied(model, memo)
     for before, kept in hooks:
         kept.update(
             (key, _copied_hook(hook, memo)) for key, hook in before.items() if is_own_hook(hook, held, around=True)

@@ -59,6 +59,7 @@ def record(
         entered = stack.enter_context(random_halves())
         for module in model.modules():
             module.training = training
+            module.__dict__["_compiled_call_impl"] = None  # what is compiled cannot be watched
         recording = recorder(model, leaves, sites, classes or {}, entered, meta)
         for name, tensor in _named(model, args, kwargs):
             recording.give(name, tensor)
