@@ -21,8 +21,8 @@ def held(model: nn.Module) -> tuple[set[int], dict[str, set[int]], list[Function
     """Follow everything that a model holds.
 
     Returns:
-        The identities of modules that something holds besides their parent, those of modules whose weight or bias something
-        holds besides them, and the functions that were met.
+        The identities of modules that something holds besides their parent, those of modules whose weight or bias it
+        holds, and the functions that were met.
     """
     modules = {id(m): m for m in model.modules()}
     owners = {id(p): (n, id(m)) for m in modules.values() for n, p in m._parameters.items() if n in ("weight", "bias")}

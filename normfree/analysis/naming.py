@@ -117,6 +117,8 @@ class _Reading:
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
+            elif chain.start and steps[chain.start - 1].argval == "checkpoint":
+                pass  # torch's, which calls it whole
             elif not _is_test(steps, chain.end + 1) and (function.forward or _goes_through(steps[chain.end + 1 :][:3])):
                 self.named.called.add(id(module))
                 if hasattr(type(module), "__iter__"):

@@ -79,7 +79,28 @@ def is_plain(steps: Sequence[dis.Instruction]) -> bool:
 
 def _is_straight(code: CodeType, start: int, end: int) -> bool:
     steps = instructions(code)
-    return start <= end and is_plain(steps[start:end]) and not steps[end].is_jump_target
+    if start > end or steps[end].is_jump_target:
+        return False
+    between = steps[start:end]
+    asked = [i for i, step in enumerate(between) if step.opname.startswith("POP_JUMP") and _asks_for_called(between, i)]
+    return is_plain(
+        [s for i, s in enumerate(between) if i not in asked and (s.opname != "IS_OP" or i + 1 not in asked)]
+    )
+
+
+def _asks_for_called(steps: Sequence[dis.Instruction], jump: int) -> bool:
+    """Whether a jump asks for nothing but whether there is what is called behind it: ``if self.norm is not None``."""
+    loads = [i for i, step in enumerate(steps) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+    before = [i for i in loads if i < jump]
+    if not before or not loads_method(steps[loads[-1]]) or loads[-1] < jump:
+        return False
+    test, called = before[-1], loads[-1]
+    only = all(
+        step.opname == "IS_OP" or (step.opname == "LOAD_CONST" and step.argval is None)
+        for step in steps[test + 1 : jump]
+    )
+    same = [(steps[i - 1].argval, steps[i].argval) for i in (test, called)]
+    return only and same[0] == same[1]
 
 
 def _returns(place: Place) -> bool:
