@@ -44,6 +44,10 @@ class Callers:
     def __init__(self) -> None:
         self._frames: dict[int, tuple[int, FrameType]] = {}
 
+    def forget(self) -> None:
+        """Let go of what the functions held."""
+        self._frames.clear()
+
     def look(self, given: Any, modules: list[str]) -> Call:
         """Return from where the layer is called that has been given something."""
         places: list[Place] = []
