@@ -153,10 +153,8 @@ class Flow:
 
     def is_born_in(self, node: fx.Node, path: str) -> bool:
         """Whether the memory of what a node returned was new to a module: what it was given lies elsewhere."""
-        same = [other for other, value in self.graph.values.items() if value.memory == self.graph.values[node].memory]
-        first = min(same, key=self.graph.order.__getitem__)
-        called = first.op == "call_module" and first.target == path
-        return called or f"{self.graph.owners[first]}.".startswith(f"{path}." if path else "")
+        first = min((n for n in self.graph.values if self.shares_memory(n, node)), key=self.graph.order.__getitem__)
+        return first.target == path or f"{self.graph.owners[first]}.".startswith(f"{path}." if path else "")
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
