@@ -21,6 +21,7 @@ from normfree.rewriting.comparing import rewrite_and_compare
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
+from normfree.tracing.still import with_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -137,10 +138,11 @@ def convert(
 
 
 def _apply(model: nn.Module, made: Plan, met: dict[str, Moments], inputs: Inputs | None, check: bool) -> None:
-    if check:
-        rewrite_and_compare(model, made, met, inputs)
-    else:
-        rewrite(model, made, met)
+    with with_memory():
+        if check:
+            rewrite_and_compare(model, made, met, inputs)
+        else:
+            rewrite(model, made, met)
 
 
 def _warn_of_unseen(made: Plan) -> None:

@@ -6,6 +6,7 @@ nobody here has heard of gets the right initialisation too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -95,9 +96,10 @@ def gain_of(activation: Activation | None) -> float:
     if isinstance(activation, nn.Module):
         activation = copy.copy(activation).eval()  # RReLU draws its slopes in train mode, and a plan draws nothing
     with torch.no_grad():
-        try:
-            value = activation(z.clone())
-        except RuntimeError:  # some custom activations take float32 only
-            value = activation(z.float()).double()
+        value = z
+        for given in (z.clone(), z.float()):  # some custom activations take float32 only, some none of such a shape
+            with contextlib.suppress(Exception):
+                value = activation(given).double()
+                break
     moment = float(torch.trapezoid((value.square() * density).flatten(), z.flatten()))
     return 1 / math.sqrt(moment) if math.isfinite(moment) and moment > 0 else 1.0

@@ -17,6 +17,7 @@ from normfree.analysis.moments import known_inputs
 from normfree.analysis.sites import Site, agree, find_site, rescaled_layers
 from normfree.analysis.sums import Kind, SumNode, find_sums
 from normfree.analysis.tails import Candidate, find_candidates
+from normfree.tracing.callers import Call
 from normfree.tracing.traces import Trace
 
 __all__ = ["Branch", "Findings", "Site", "Sum", "analyse", "flows"]
@@ -59,6 +60,7 @@ class Findings:
         functional: Places where ``F.batch_norm`` normalises an activation.
         read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
         parameters: Parameters that a forward reads itself, other than by calling the module that holds them.
+        called: The calls of norms, and of layers that may take their gain, that were seen.
     """
 
     sites: Mapping[str, Site]
@@ -69,6 +71,7 @@ class Findings:
     functional: tuple[str, ...]
     read: Mapping[str, str]
     parameters: frozenset[str]
+    called: Mapping[str, tuple[Call, ...]]
 
 
 def flows(
@@ -98,6 +101,7 @@ def analyse(
     known, functional = dict[str, bool](), dict[str, None]()
     read: dict[str, str] = {}
     parameters: set[str] = set()
+    called: dict[str, tuple[Call, ...]] = {}
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
@@ -107,6 +111,8 @@ def analyse(
         parameters.update(str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
         known.update({path: known.get(path) or after for path, after in known_inputs(flow).items()})
         rescaled.update(rescaled_layers(flow))
+        for path, call in flow.graph.called.items():
+            called[path] = (*called.get(path, ()), call)
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
                 site = find_site(flow, node)
@@ -126,7 +132,7 @@ def analyse(
         name: _without_doubtful_producer(site, consumers, owners, unseen) for name, site in found_sites.items()
     }
     sums, held = tuple(found_sums.values()), frozenset(parameters)
-    return Findings(found_sites, sums, rescaled, known, frozenset(fixed), tuple(functional), read, held)
+    return Findings(found_sites, sums, rescaled, known, frozenset(fixed), tuple(functional), read, held, called)
 
 
 def _only_norm(flow: Flow, node: fx.Node, first: Mapping[str, str]) -> str | None:
@@ -170,7 +176,8 @@ def _sum(flow: Flow, found: SumNode, name: str, first: Mapping[str, str]) -> Sum
     for operand in found.branches:
         norms = tuple(first[norm] for norm in _norms_between(flow, found.base, operand))
         direct = next(user for user in flow.users[operand] if user in added)
-        candidates, why = find_candidates(flow, operand, direct)
+        twice = found.branches.count(operand) > 1
+        candidates, why = ((), "the branch is added twice") if twice else find_candidates(flow, operand, direct)
         branches.append(Branch(norms, tuple(_by_first_name(c, first) for c in candidates), why, behind))
     return Sum(name, found.kind, found.reason, tuple(branches))
 

@@ -18,7 +18,7 @@ from normfree.norms import describe, is_norm
 from normfree.tracing.roles import Role, elementwise, function_role, makes_constants, module_role, name_of, scales
 from normfree.tracing.traces import Graph
 
-__all__ = ["Flow", "Role", "is_inplace", "writes_unannounced"]
+__all__ = ["Flow", "Role", "is_inplace"]
 
 
 class Flow:
@@ -151,6 +151,11 @@ class Flow:
         one, two = self.graph.values.get(node), self.graph.values.get(other)
         return one is not None and two is not None and one.memory == two.memory
 
+    def is_born_in(self, node: fx.Node, path: str) -> bool:
+        """Whether the memory of what a node returned was new to a module: what it was given lies elsewhere."""
+        first = min((n for n in self.graph.values if self.shares_memory(n, node)), key=self.graph.order.__getitem__)
+        return first.target == path or f"{self.graph.owners[first]}.".startswith(f"{path}." if path else "")
+
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
             return Role.INPUT
@@ -174,7 +179,7 @@ class Flow:
         """Whether a module of any class hands on its input, or multiplies it by a number."""
         value, module = self.graph.values.get(node), self.modules[str(node.target)]
         if value is not None and value.handed_on:
-            return True
+            return not isinstance(module, nn.modules.dropout._DropoutNd)
         if isinstance(module, ChannelAffine) or any(True for _ in module.parameters()) or len(self.inputs[node]) != 1:
             return False
         key = ("passes", type(module), repr(module))
@@ -240,8 +245,3 @@ def is_inplace(flow: Flow, node: fx.Node) -> bool:
     value = flow.graph.values.get(node)
     flagged = node.op == "call_module" and getattr(flow.modules[str(node.target)], "inplace", False) is True
     return bool(flagged or node.kwargs.get("inplace") or (value is not None and value.writes))
-
-
-def writes_unannounced(flow: Flow, node: fx.Node) -> bool:
-    """Whether the module that a node calls writes into its input without an ``inplace`` flag that could be switched."""
-    return is_inplace(flow, node) and not hasattr(flow.modules[str(node.target)], "inplace")

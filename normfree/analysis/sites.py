@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from normfree.analysis.activations import Activation, as_activation, following
-from normfree.analysis.flow import Flow, Role, is_inplace, writes_unannounced
+from normfree.analysis.flow import Flow, Role, is_inplace
+from normfree.analysis.straight import always_together
 from normfree.norms import describe
 from normfree.tracing.roles import name_of
 
@@ -24,6 +25,8 @@ class Site:
         feed: What computes its input, for people.
         producer: The conv or linear that feeds it and nothing else, if both are called once; else ``None``.
         why: Why there is no producer.
+        apart: Why the two may not always be called together, although they were.
+        between: Modules whose forward only one of the two is called in.
         feeds: Convolutions and linears that its output reaches through activations.
         biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
             that we cannot give one, or neither fed by any nor feeding any.
@@ -38,6 +41,8 @@ class Site:
     feed: str
     producer: str | None
     why: str
+    apart: str
+    between: tuple[str, ...]
     feeds: tuple[str, ...]
     biasless: bool
     scaleless: bool
@@ -51,6 +56,7 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
     """Return what one graph says about the norm that ``node`` calls."""
     source = flow.inputs[node][0]
     producer, why = _producer(flow, node, source)
+    apart, between = ("", ()) if producer is None else _together(flow, producer, str(node.target))
     writers, unsafe = _writers(flow, node)
     feeds = tuple(dict.fromkeys(_feeds(flow, node)))
     alone = not feeds and not _is_weighted(flow, source)
@@ -59,11 +65,13 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
         feed=_feed(flow, source),
         producer=producer,
         why=why,
+        apart=apart,
+        between=between,
         feeds=feeds,
         biasless=_is_biasless(flow, source) or alone,
         scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
-        fresh=_is_fresh(flow, source) and flow.users[source] == [node],
-        input_written=_input_is_written_later(flow, node, source),
+        fresh=_is_fresh(flow, source, node),
+        input_written=bool(_writes(flow, source, node)),
         writers=writers,
         unsafe_write=unsafe,
     )
@@ -95,6 +103,16 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     if isinstance(module, nn.Linear) and len(flow.shape(source) or ()) != 2:
         return None, "fed by a linear whose output has tokens in dimension 1"
     return str(source.target), ""
+
+
+def _together(flow: Flow, producer: str, norm: str) -> tuple[str, tuple[str, ...]]:
+    """Say why a layer and its norm may not always be called together, and which modules stand between them."""
+    one, other = flow.graph.called[producer], flow.graph.called[norm]
+    between = tuple(
+        path for path in dict.fromkeys(one.modules + other.modules) if (path in one.modules) != (path in other.modules)
+    )
+    apart = f"the code that calls {producer} may do something else with what it returns"
+    return "" if always_together(one, other) else apart, between
 
 
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
@@ -146,49 +164,44 @@ def rescaled_layers(flow: Flow) -> Iterator[tuple[str, Activation | None]]:
 
 
 def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
-    """Find what writes in place into the norm's output, directly or through a view."""
-    switchable: dict[str, None] = {}
-    unsafe = False
-    for user in _writes(flow, node):
-        if user.op == "call_module" and not writes_unannounced(flow, user):
-            switchable[str(user.target)] = None
-        else:
-            unsafe = True
-    return tuple(switchable), unsafe
+    """Find what writes in place into the norm's output: what could be switched, and whether something could not.
+
+    An activation can be switched if nobody else sees what it writes into.
+    """
+    found = _writes(flow, node, node)
+    alone = all(user.op == "call_module" and not _writes_unannounced(flow, user) for user in found)
+    if alone and list(node.users) == found:
+        return tuple(dict.fromkeys(str(user.target) for user in found)), False
+    return (), bool(found)
 
 
-def _input_is_written_later(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
-    """Whether somebody else writes into the norm's input once the norm has read it."""
-    while _is_alias(flow, source) or is_inplace(flow, source):
-        source = flow.inputs[source][0]
-    return any(flow.index[user] > flow.index[node] for user in _writes(flow, source, without=node))
+def _writes(flow: Flow, node: fx.Node, since: fx.Node) -> list[fx.Node]:
+    """Return what writes into the memory of ``node``, or would in train mode, once another has run."""
+    memory, order = _memory(flow, node), flow.graph.order
+    later = (user for user in flow.nodes if order[user] > order[since])
+    return [
+        user
+        for user in later
+        if memory in flow.graph.written.get(user, ())
+        or (is_inplace(flow, user) and _memory(flow, flow.inputs[user][0]) == memory)
+    ]
 
 
-def _writes(flow: Flow, node: fx.Node, without: fx.Node | None = None) -> Iterator[fx.Node]:
-    """Yield the operations that write into the memory of ``node``, seen through views of it."""
-    aliases, seen = [node], {node}
-    while aliases:
-        alias = aliases.pop()
-        for user in flow.users[alias]:
-            writes = is_inplace(flow, user) and flow.inputs[user][0] is alias
-            if writes:
-                yield user
-            if user is not without and user not in seen and (writes or _is_alias(flow, user)):
-                seen.add(user)
-                aliases.append(user)
+def _memory(flow: Flow, node: fx.Node) -> int | None:
+    value = flow.graph.values.get(node)
+    return None if value is None else value.memory
 
 
-def _is_alias(flow: Flow, node: fx.Node) -> bool:
-    """Whether the result may share memory with the first input."""
-    views = (Role.PASS, Role.RESHAPE, Role.SLICE, Role.SPLIT)
-    return flow.roles[node] in views or any(flow.shares_memory(node, source) for source in flow.inputs[node][:1])
-
-
-def _is_fresh(flow: Flow, source: fx.Node) -> bool:
-    """Whether ``source`` is a tensor of its own that its operation did not keep for backward."""
-    if source.op == "call_module":
-        return flow.carries(source)
-    return flow.roles[source] is Role.CONV or name_of(source) in ("add", "cat", "concat", "concatenate")
+def _is_fresh(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
+    """Whether a norm alone reads what ``source`` returns, a tensor of its own that is not kept for backward."""
+    new = (
+        flow.carries(source)
+        or flow.roles[source] is Role.CONV
+        or name_of(source) in ("add", "cat", "concat", "concatenate")
+    )
+    memory = _memory(flow, source)
+    alone = all(value.memory != memory for other, value in flow.graph.values.items() if other is not source)
+    return new and alone and list(source.users) == [node]
 
 
 def agree(known: Site | None, site: Site) -> Site:
@@ -200,6 +213,8 @@ def agree(known: Site | None, site: Site) -> Site:
         name=site.name,
         feed=known.feed,
         producer=known.producer if same else None,
+        apart=known.apart or site.apart,
+        between=tuple(dict.fromkeys(known.between + site.between)),
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
         feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
         biasless=known.biasless or site.biasless,
@@ -209,3 +224,8 @@ def agree(known: Site | None, site: Site) -> Site:
         writers=tuple(dict.fromkeys(known.writers + site.writers)),
         unsafe_write=known.unsafe_write or site.unsafe_write,
     )
+
+
+def _writes_unannounced(flow: Flow, node: fx.Node) -> bool:
+    """Whether the module that a node calls writes into its input without an ``inplace`` flag that could be switched."""
+    return is_inplace(flow, node) and not hasattr(flow.modules[str(node.target)], "inplace")

@@ -54,7 +54,10 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
         branch: The operand that is the branch.
         addition: The addition that it is an operand of.
     """
-    found = tuple(dict.fromkeys(_walk(flow, branch, addition, Candidate("", "slot"))))
+    places = _walk(flow, branch, addition, Candidate("", "slot"))
+    if _writes_into(flow, addition, branch):  # what others hold would not be written to any more
+        places = (c for c in places if c.place not in ("slot", "output") or _is_own(flow, c.path, addition))
+    found = tuple(dict.fromkeys(places))
     if any(candidate.calls == 1 for candidate in found):
         return found, ""
     own, why = _own_forward(flow, branch, addition)
@@ -95,10 +98,25 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
         return None, f"{owner} adds what it has stacked"
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     done = operations_of(flow, owner)
-    problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls])
+    writes = _writes_into(flow, addition, branch)
+    if writes and not flow.is_born_in(branch, owner):
+        return None, f"{owner} adds in place, to what others hold"
+    problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls], writes)
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
+
+
+def _is_own(flow: Flow, path: str, addition: fx.Node) -> bool:
+    """Whether what an addition writes into is nothing that a module was given and has returned."""
+    returned = (node for node in flow.nodes if node.target == path or path in flow.graph.exits.get(node, ()))
+    return all(flow.is_born_in(node, path) for node in returned if flow.shares_memory(addition, node))
+
+
+def _writes_into(flow: Flow, addition: fx.Node, branch: fx.Node) -> bool:
+    """Whether an addition writes its result over the branch."""
+    value = flow.graph.values.get(addition)
+    return value is not None and value.writes and flow.shares_memory(addition, branch)
 
 
 def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:
@@ -125,7 +143,7 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
         if calls and type(module) is nn.Identity:
             yield replace(so_far, path=path, place="slot", calls=calls)
         above = _walk(flow, flow.inputs[node][0], node, so_far)
-    elif role is Role.MUL and so_far.channels is None:
+    elif role is Role.MUL and so_far.channels is None and len(flow.inputs[node]) > 1:
         above = (c for factor in reversed(flow.inputs[node]) for c in _walk(flow, factor, node, so_far))
     elif role is Role.SLICE and so_far.channels is None:
         channels = _channel_slice(flow, node)

@@ -56,6 +56,10 @@ class _Scaled(_Module):
         """Refuse adapters: PEFT asks every layer that it wraps for this, and nobody else does."""
         raise UsageError(_no_adapter(type(self)))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse TorchScript, which knows no class that is made at run time."""
+        raise UsageError(f"{type(self).__name__} cannot be scripted: torch.jit.script(normfree.fuse(model).eval())")
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         if "_normfree_original" not in vars(type(self)):  # somebody derived from the class that was made

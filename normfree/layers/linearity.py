@@ -43,7 +43,7 @@ def is_carrier(module: nn.Module) -> bool:
     its own they can if that hands weight and bias on as they are, and returns the result as it is, in both modes.
     """
     base = next((kind for kind in _FUNCTIONS if isinstance(module, kind)), None)
-    if base is None or "forward" in module.__dict__ or any(hasattr(module, name) for name in _TAKEN):
+    if base is None or not module.__dict__.keys().isdisjoint(_USED) or any(hasattr(module, name) for name in _TAKEN):
         return False
     cls = type(module)
     plain = "bias" in module._parameters and isinstance(module._parameters.get("weight"), nn.Parameter)
@@ -64,8 +64,11 @@ def _may_be_derived_from(cls: type[nn.Module]) -> bool:
 
 
 def _inherits(cls: type[nn.Module], base: type[nn.Module]) -> bool:
-    used = ("forward", "_conv_forward", "_output_padding", "__call__", "__getattr__", "__getattribute__")
-    return all(getattr(cls, name, None) is getattr(base, name, None) for name in used)
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in _USED)
+
+
+_USED = ("forward", "_conv_forward", "_output_padding", "__call__", "__getattr__", "__getattribute__")
+"""What decides what a layer computes, whether its class or somebody else overrides it."""
 
 
 def _hands_on(layer: nn.Module, function: Callable[..., Tensor]) -> bool:

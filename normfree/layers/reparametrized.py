@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from normfree.errors import UsageError
 from normfree.layers.combining import Constants, mean_of
 
-__all__ = ["check_plain", "settled"]
+__all__ = ["check_plain", "settled", "ways_out"]
 
 _HOOKS = {
     "BasePruningMethod": ("_tensor_name", "pruned", "torch.nn.utils.prune.remove(layer, {!r})"),
@@ -41,13 +41,13 @@ def check_plain(model: nn.Module, paths: Collection[str], what: str) -> None:
         f"  - {name or 'the model'} ({type(module).__name__}) is {how}"
         for name, module in model.named_modules()
         if name in paths
-        for how in _ways_out(module)
+        for how in ways_out(module)
     ]
     if found:
         raise UsageError("\n".join([f"{what} takes plain weights only; make them plain first, with", *found]))
 
 
-def _ways_out(module: nn.Module) -> list[str]:
+def ways_out(module: nn.Module) -> list[str]:
     """Return what is done to the tensors of a layer, and what undoes it."""
     found = []
     if parametrize.is_parametrized(module):
@@ -84,7 +84,7 @@ def settled(layer: nn.Module, coordinates: Constants) -> float:
         for hook in _hooks(layer):  # they have run already, on what it was
             hook(layer, ())
     elif not torch.allclose(mean_of(cast(Tensor, layer.weight)), cast(Tensor, coordinates.filter_mean)):
-        undo = " and ".join(_ways_out(layer))
+        undo = " and ".join(ways_out(layer))
         raise UsageError(
             f"{type(layer).__name__} was trained before, in coordinates of its own; fuse first. It is {undo}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +12,12 @@ from torch import nn
 
 from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
+from normfree.analysis.naming import Named, find_named
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import UnsupportedModelError
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
+from normfree.planning.hooks import any_global_hook, hooks_on
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
 from normfree.plans import Plan
@@ -80,7 +81,7 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
     )
     if problems:
         raise UnsupportedModelError(problems)
-    apart = _used_apart(modules, findings)
+    apart = Named() if skipinit else _used_apart(asked, findings)
     edits = tuple(
         _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
         for name, aliases in asked.norms.items()
@@ -113,7 +114,7 @@ def _norm_edit(
     site: Site | None,
     kept: str | None,
     traced: Trace,
-    apart: set[int],
+    apart: Named,
 ) -> NormEdit:
     modules, init = asked.modules, asked.init
     module = modules[name]
@@ -123,8 +124,10 @@ def _norm_edit(
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
-    obstacle = _hook_between(modules, edit.name, site.producer) or _bias_apart(modules, site.producer, init, apart)
-    if site.producer is not None and obstacle is None:
+    obstacle = _hook_between(modules, edit.name, site) or (
+        _doubt(modules, name, site, apart) if init == "preserve" else ""
+    )
+    if site.producer is not None and not obstacle:
         what = "gain and bias move" if init == "preserve" else "the bias moves"
         edit = replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
         return replace(edit, copy=site.unsafe_write and not asked.inplace)
@@ -136,26 +139,45 @@ def _norm_edit(
     return replace(edit, action=action, reason=obstacle or site.why, copy=written)
 
 
-def _hook_between(modules: Modules, norm: str, producer: str | None) -> str | None:
-    """Name the layer whose hook sees, and may change, what passes from producer to norm."""
-    if producer is not None and modules[producer]._forward_hooks:
-        return f"a forward hook on {producer} sees its output"
-    return f"a forward pre-hook on {norm} sees its input" if modules[norm]._forward_pre_hooks else None
+def _hook_between(modules: Modules, norm: str, site: Site) -> str:
+    """Name the module whose hook sees, and may change, what passes from producer to norm, or its gradient."""
+    if site.producer is None:
+        return ""
+    watched = {path: hooks_on(modules[path]) for path in (site.producer, *site.between, norm)}
+    watched[site.producer] -= {"_forward_pre_hooks"}  # what a layer is given stays what it is
+    found = next((path for path, hooks in watched.items() if hooks), None)
+    if found is not None or any_global_hook():
+        return f"a hook on {found or 'every module'} sees what passes from {site.producer} to {norm}"
+    return ""
 
 
-def _used_apart(modules: Modules, findings: Findings) -> set[int]:
-    """Return the identities of parameters that more than one module holds, or that a forward reads itself."""
-    distinct = {id(module): module for module in modules.values()}.values()
-    held = Counter(id(p) for module in distinct for p in module._parameters.values() if p is not None)
+def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
+    """Say why a layer and the norm behind it may be used apart, or return nothing if it is known that they are not."""
+    if site.producer is None or site.apart:
+        return site.apart
+    layer = modules[site.producer]
+    if {id(layer), id(modules[norm])} & apart.called:
+        return f"{site.producer} or {norm} may be called elsewhere too"
+    return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""
+
+
+def _used_apart(asked: Request, findings: Findings) -> Named:
+    """Return what is used besides its call: by code that no run came to, by another module, or by a forward itself."""
+    modules = asked.modules
+    sites = {name: site for name, site in findings.sites.items() if site.producer is not None}
+    pairs = {id(modules[str(site.producer)]): id(modules[name]) for name, site in sites.items()}
+    found = find_named(modules[""], {id(modules[path]): calls for path, calls in findings.called.items()}, pairs)
     named = dict(modules[""].named_parameters(remove_duplicate=False))
-    read = {id(named[name]) for name in findings.parameters if name in named}
-    return read | {parameter for parameter, count in held.items() if count > 1}
-
-
-def _bias_apart(modules: Modules, producer: str | None, init: Init, apart: set[int]) -> str | None:
-    """Say why a layer's bias cannot give way to the folded one, which ``preserve`` puts in its place."""
-    bias = None if producer is None or init == "skipinit" else modules[producer]._parameters.get("bias")
-    return None if bias is None or id(bias) not in apart else f"the bias of {producer} is used elsewhere too"
+    taken = {id(named[name]) for name in findings.parameters if name in named}
+    holders: dict[int, set[tuple[str, int]]] = {}
+    for module in modules.values():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name in found.read:
+                holders.setdefault(id(parameter), set()).add((name, id(module)))
+    for tensor, held in holders.items():
+        for name, owner in held if tensor in taken or len(held) > 1 else ():
+            found.read[name].add(owner)
+    return found
 
 
 def _why_unseen(traced: Trace) -> str:
@@ -184,7 +206,7 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
             yield path, gain_of(activation)
 
 
-def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: set[int]) -> Iterable[Carried]:
+def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: Named) -> Iterable[Carried]:
     """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
 
     A weight that somebody else uses too stays what it is.
@@ -198,7 +220,7 @@ def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, ap
         layer = modules[path]
         if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
-        own = id(layer.weight) not in apart
+        own = id(layer) not in apart.read["weight"]
         head = path not in produced and path not in rescaled
         # A layer without a bias would need one, which the original would not know when it comes back.
         biased = path in produced or layer.bias is not None

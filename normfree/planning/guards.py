@@ -13,7 +13,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normfree.edits import Init
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError, some
 from normfree.layers import is_normfree
+from normfree.layers.reparametrized import ways_out
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
+from normfree.norms.trial import why_not_as_described
 from normfree.plans import PLAN_ATTRIBUTE
 
 __all__ = ["check_model", "check_wrapping", "is_lazy", "module_problems"]
@@ -129,7 +131,13 @@ def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | N
                 "tracks no running statistics, so there is nothing to preserve; exclude it, or use init='skipinit', "
                 "which draws the weights anew"
             )
-        return norm.problem or (_broken(norm) if init == "preserve" else None)
+        plain = next((f"is {how}, and then convert" for how in ways_out(module)), None)
+        return (
+            norm.problem
+            or plain
+            or (_broken(norm) if init == "preserve" else None)
+            or why_not_as_described(module, norm)
+        )
     if looks_like_norm(module) == "subclass":
         return "an unknown batch norm with a forward of its own; describe it with normfree.register_norm"
     if looks_like_norm(module) == "statistics":

@@ -22,6 +22,7 @@ from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.inputs import Inputs
 from normfree.tracing.leaves import calls_batch_norm
+from normfree.tracing.still import with_memory
 from normfree.tracing.trace import trace, uncollected
 from normfree.tracing.traces import Trace
 
@@ -86,7 +87,8 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         reset=options.reset,
         inplace=options.inplace_activations,
     )
-    with torch.random.fork_rng(devices=[]), uncollected():  # the user's generator and modules stay as they are
+    # The user's generator and modules stay as they are.
+    with with_memory(), torch.random.fork_rng(devices=[]), uncollected():
         copied = meta_copy(model)
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
         traced = trace(model, copied, sites, options.inputs)
@@ -129,14 +131,13 @@ def _met(
 ) -> dict[str, Moments]:
     """Return what the carried layers meet, by path; where graphs differ, or nothing is known, they are left out."""
     found: dict[str, Moments | None] = {}
-    state = torch.random.get_rng_state()
     names = {alias: edit.name for edit in made.norms for alias in (edit.name, *edit.aliases)}
     centred = [carried.path for carried in made.carried if carried.centred]
-    for _, flow in flows(copied, traced, sites, distinct=True):
-        below = {path: described[name] for path, name in names.items()}
-        for path, moments in input_moments(flow, below, centred).items():
-            found[path] = moments if found.get(path, moments) is not None else None
-    torch.random.set_rng_state(state)  # an activation that draws its slopes was probed
+    with with_memory(), torch.random.fork_rng(devices=[]):  # an activation that draws its slopes is probed
+        for _, flow in flows(copied, traced, sites, distinct=True):
+            below = {path: described[name] for path, name in names.items()}
+            for path, moments in input_moments(flow, below, centred).items():
+                found[path] = moments if found.get(path, moments) is not None else None
     return {path: moments for path, moments in found.items() if moments is not None}
 
 

@@ -96,7 +96,7 @@ def only_default(value: Any, default: Any, name: str) -> None:
         raise UsageError(f"{name} was given to a forward that was rewritten for its default; exclude its sum instead")
 
 
-def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[str]) -> str | None:
+def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[str], writes: bool) -> str | None:
     """Say why the forward of ``block`` cannot be rewritten, or return ``None`` if it can.
 
     Args:
@@ -104,6 +104,7 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         addition: Which of its additions of two activations.
         operand: Which operand of that is the branch.
         done: What its forward did in a run: see :func:`operations_of`.
+        writes: Whether the addition writes its result over the branch.
     """
     if "forward" in block.__dict__ or hasattr(block, skipinit_name(addition)):
         return f"its forward is patched, or it has an attribute {skipinit_name(addition)} of its own"
@@ -116,10 +117,19 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         graphs = [_own_graph(mode) for mode in _modes(meta_copy(block))]
         if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
             return "it looks at what it is given, and a forward must hold for whatever that is"
+        if writes and not all(_only_its_result_goes_on(block, graph, addition) for graph in graphs):
+            return "it adds in place, and goes on with another name of what it has added to"
         scaled_block_class(block, ((addition, operand),))
     except Exception as error:  # whatever the block's forward raises when it meets a symbol
         return f"it cannot be followed without values ({type(error).__name__})"
     return None
+
+
+def _only_its_result_goes_on(block: nn.Module, graph: fx.Graph, addition: int) -> bool:
+    """Whether nothing that was there before an addition is read behind it."""
+    nodes = list(graph.nodes)
+    behind = nodes.index(_flow(block, graph).additions()[addition]) + 1
+    return not any(source in nodes[: behind - 1] for node in nodes[behind:] for source in node.all_input_nodes)
 
 
 def operations_of(flow: Flow, owner: str) -> list[str]:

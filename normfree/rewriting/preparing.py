@@ -159,8 +159,8 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
 
 def _shell(module: nn.Module, out_of_place: bool) -> nn.Module:
     """Return a second object with the same contents, without hooks: the first is about to become something else."""
-    shell = type(module).__new__(type(module))
-    shell.__dict__.update(module.__dict__ | {name: type(module.__dict__[name])() for name in HOOKS})
+    shell, bare = type(module).__new__(type(module)), vars(nn.Module())
+    shell.__dict__.update(module.__dict__ | {name: bare[name] for name in HOOKS})
     if out_of_place:
         shell.__dict__["inplace"] = False
     return shell

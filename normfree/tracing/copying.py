@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from normfree.errors import UsageError
+
 __all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +35,26 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     memo.update((id(tensor), tensor.detach().clone()) for tensor in _held(model) if not tensor.is_leaf)
     return _copied(model, memo)
+
+
+def _copied(model: M, memo: dict[int, Any]) -> M:
+    """Return a deep copy.
+
+    Raises:
+        UsageError: The model holds what cannot be copied; it is named.
+    """
+    try:
+        return _copied_fast(model, memo)
+    except TypeError as error:
+        for path, module in model.named_modules():
+            for name, value in module.__dict__.items():
+                try:
+                    copy.deepcopy(value, {id(m): m for m in model.modules()})
+                except TypeError:
+                    place = f"{path}.{name}" if path else name
+                    what = f"{place} ({type(value).__name__}) cannot be copied ({error})"
+                    raise UsageError(f"{what}: set it aside, convert, and put it back") from error
+        raise
 
 
 def meta_copy(model: M) -> M:
@@ -73,7 +95,7 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     return result
 
 
-def _copied(model: M, memo: dict[int, Any]) -> M:
+def _copied_fast(model: M, memo: dict[int, Any]) -> M:
     """Do what ``copy.deepcopy`` does, in a third of the time where no module has a way of its own to be copied."""
     modules = list(model.modules())
     if any(hasattr(module, "__deepcopy__") for module in modules):

@@ -76,6 +76,8 @@ class Notes:
         node = self._create(op, target, args, kwargs)
         changed = [tensor for tensor, version in before if tensor._version != version]
         out = self._renewed(out, {id(tensor) for tensor, _ in before} - {id(tensor) for tensor in changed}, node)
+        if changed:
+            self.seen.written[node] = frozenset(map(memory_of, changed))
         for tensor in changed:
             self._nodes[id(tensor)] = self._writes[memory_of(tensor)] = node
             self.value(node, tensor, writes=True)

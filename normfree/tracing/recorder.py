@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from normfree.tracing.callers import Callers
 from normfree.tracing.notes import Notes, tensors_in
 
 __all__ = ["Recorder", "is_default", "set_class"]
@@ -40,7 +41,8 @@ class Recorder(Notes, TorchFunctionMode):
     ) -> None:
         Notes.__init__(self, model)
         TorchFunctionMode.__init__(self)  # type: ignore[no-untyped-call]  # torch's own
-        self._classes, self._entered, self._meta = classes, entered, meta
+        self._classes, self._entered, self._meta, self._sites = classes, entered, meta, sites
+        self.callers = Callers()
         self._inside = False  # of a leaf: what happens there is not written down
         for name, module in model.named_modules():
             self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
@@ -81,9 +83,10 @@ class Recorder(Notes, TorchFunctionMode):
             if self._inside:
                 return forward(*args, **kwargs)
             short: Callable[..., Any] = forward
-            if alike and len(args) == 1 and not kwargs:
+            alone = len(args) == 1 and not kwargs
+            if alone and alike:
                 short = functools.partial(_like, in_place=in_place)
-            elif leaf and not self._meta and real in _LAYERS and args and args[0].dim() == _LAYERS[real]:
+            elif alone and leaf and not self._meta and real in _LAYERS and args[0].dim() == _LAYERS[real]:
                 short = functools.partial(_of_first, forward)
             return call(module, path, short, args, kwargs)
 
@@ -122,6 +125,8 @@ class Recorder(Notes, TorchFunctionMode):
         """Run a module that is one operation, as what it really is."""
         self.seen.calls[path] += 1
         self.next_step()
+        if isinstance(module, _FOLDED) or path in self._sites:
+            self.seen.called[path] = self.callers.look(args[0] if args else None, self.stack)
         with torch._C.DisableTorchFunction():
             node_args, node_kwargs = self.argument(args), self.argument(kwargs)
             before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
@@ -198,6 +203,7 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
 
 
 _REFLECTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
+_FOLDED = (nn.modules.conv._ConvNd, nn.Linear)
 _REFLECTED["div"] = operator.truediv
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
 

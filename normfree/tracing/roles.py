@@ -48,7 +48,7 @@ _NAMES: dict[str, Role] = {
     **dict.fromkeys(("pad", "repeat", "repeat_interleave", "tile", "expand", "expand_as"), Role.PAD),
     "narrow": Role.SLICE,
     "interpolate": Role.UPSAMPLE,
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"), Role.PASS),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), Role.PASS),
     **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
     **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias", "as_tensor", "asarray"), Role.PASS),
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
@@ -108,6 +108,8 @@ def module_role(module: nn.Module) -> Role:
     """Return what a layer does."""
     if isinstance(module, nn.Sequential) and len(module) == 0:
         return Role.PASS
+    if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
+        return Role.OTHER  # it puts another number in the place of what it drops, whatever the scale
     for kinds, role in _MODULES:
         if isinstance(module, kinds):
             return role

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,9 @@ def record(
         for name, tensor in _named(model, args, kwargs):
             recording.give(name, tensor)
         stack.enter_context(torch.device("meta") if meta else Still())
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled cannot be watched
+        stack.callback(recording.callers.forget)
         with recording:
             out = model(*args, **kwargs)
         return recording.finish(tensors(out))

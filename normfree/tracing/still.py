@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Still", "random_halves"]
+__all__ = ["Still", "random_halves", "with_memory"]
 
 # Half: `rand() < keep` and `floor(keep + rand())` both keep, for every keep above a half.
 _DRAWS = {"aten::bernoulli": 1.0, "aten::bernoulli_": 1.0, "aten::rand": 0.5, "aten::rand_like": 0.5}
@@ -33,6 +33,11 @@ class Still(TorchDispatchMode):
             return torch.ops.aten.leaky_relu(args[0], (args[2] + args[3]) / 2)
         result = func(*args, **kwargs)
         return result.fill_(_DRAWS[name]) if name in _DRAWS else result
+
+
+def with_memory() -> contextlib.AbstractContextManager[Any]:
+    """Make tensors with memory again where the user has asked for such without: what is computed here is numbers."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

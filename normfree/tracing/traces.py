@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from normfree.tracing.callers import Call
 from normfree.tracing.roles import Role, function_role, makes_constants
 
 __all__ = ["MODES", "Graph", "Trace", "Value", "memory_of"]
@@ -56,9 +57,11 @@ class Graph:
         owners: For each node, the path of the module whose forward created it.
         exits: For each node, the paths of the modules that return it, innermost first.
         calls: How often each module was called.
+        called: From where each norm, and each layer that may take its gain, was called last.
         read: Norms of which a forward reads a tensor, each with the first that it reads.
         optional: Modules that are called with more than their defaults.
         values: What each node returned.
+        written: The memory that each node has written into.
         order: The number of each node.
         steps: The number of the operation that was running when the node was written down.
     """
@@ -67,9 +70,11 @@ class Graph:
     owners: dict[fx.Node, str] = field(default_factory=dict)
     exits: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    called: dict[str, Call] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
     optional: set[str] = field(default_factory=set)
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    written: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     order: dict[fx.Node, int] = field(default_factory=dict)
     steps: dict[fx.Node, int] = field(default_factory=dict)
 

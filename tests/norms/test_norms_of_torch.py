@@ -112,9 +112,9 @@ def test_gain_is_gamma_over_the_deviation() -> None:
     conv, bn = model
     converted = normfree.convert(model, init="preserve")
     gain = bn.weight / (bn.running_var + bn.eps).sqrt()
-    assert_close(converted[0].gain, gain / 2)
+    assert_close(converted[0].gain, gain)
     assert_close(converted[0].bias, 2 * (bn.bias + gain * (conv.bias - bn.running_mean)))
-    assert torch.equal(converted[0].weight, 2 * conv.weight)
+    assert torch.equal(converted[0].weight, conv.weight)
 
 
 @both

@@ -1,0 +1,134 @@
+"""Whether two layers are always called one after the other, by the code that calls them.
+
+A run sees one path, and the code may have others. So what stands between the two calls is read: if nothing there calls,
+decides or keeps, and no jump leads in or out, then every run that comes by the one comes by the other, with what the
+first returned. What cannot be told is told no.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dis
+import functools
+from collections.abc import Sequence
+from types import CodeType
+
+from torch import nn
+
+from normfree.tracing.callers import Call, Place
+
+__all__ = ["always_together", "index_of", "instructions", "is_dead", "is_plain", "loads_method"]
+
+_PLAIN: tuple[str, ...] = (
+    "LOAD_",
+    "STORE_FAST",
+    "COPY",
+    "SWAP",
+    "ROT_",
+    "DUP_",
+    "PUSH_NULL",
+    "PRECALL",
+    "NOP",
+    "EXTENDED_ARG",
+)
+_PLAIN += ("BINARY_SUBSCR", "KW_NAMES", "RESUME", "MAKE_CELL", "NOT_TAKEN", "CACHE")
+"""Instructions that only move values between variables, attributes and the stack."""
+_JUMPS = frozenset(dis.hasjrel + dis.hasjabs)
+_ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
+_LAST = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
+_CHAIN = nn.Sequential.forward.__code__
+"""Calls everything that it holds, one after the other."""
+
+
+def always_together(layer: Call, norm: Call) -> bool:
+    """Whether a norm is called on what a layer returns whenever either is called, and nobody keeps that."""
+    shared = [a.frame == b.frame for a, b in zip(layer.places, norm.places, strict=False)]
+    count = shared.index(False) if False in shared else len(shared)
+    if count == 0:
+        return False
+    one, other = layer.places[count - 1], norm.places[count - 1]
+    meet = one.code is _CHAIN or _is_straight(one.code, index_of(one) + 1, index_of(other))
+    return (
+        meet
+        and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
+        and all(p.code is _CHAIN or _is_straight(p.code, 0, index_of(p)) for p in norm.places[count:])
+        and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+    """Return the instructions of a function."""
+    return tuple(dis.get_instructions(code))
+
+
+def loads_method(step: dis.Instruction) -> bool:
+    """Whether an instruction takes an attribute only to call it."""
+    return step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
+
+
+def index_of(place: Place) -> int:
+    """Return the number of the instruction at which a function stands; what follows a call in its code is no other."""
+    return bisect.bisect_right([i.offset for i in instructions(place.code)], place.offset) - 1
+
+
+def is_plain(steps: Sequence[dis.Instruction]) -> bool:
+    """Whether instructions follow each other whatever happens, and only move values."""
+    return all(step.opname.startswith(_PLAIN) and not step.is_jump_target for step in steps)
+
+
+def _is_straight(code: CodeType, start: int, end: int) -> bool:
+    steps = instructions(code)
+    if start > end or steps[end].is_jump_target:
+        return False
+    between = steps[start:end]
+    asked = [i for i, step in enumerate(between) if step.opname.startswith("POP_JUMP") and _asks_for_called(between, i)]
+    return is_plain(
+        [s for i, s in enumerate(between) if i not in asked and (s.opname != "IS_OP" or i + 1 not in asked)]
+    )
+
+
+def _asks_for_called(steps: Sequence[dis.Instruction], jump: int) -> bool:
+    """Whether a jump asks for nothing but whether there is what is called behind it: ``if self.norm is not None``."""
+    loads = [i for i, step in enumerate(steps) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+    before = [i for i in loads if i < jump]
+    if not before or not loads_method(steps[loads[-1]]) or loads[-1] < jump:
+        return False
+    test, called = before[-1], loads[-1]
+    only = all(
+        step.opname == "IS_OP" or (step.opname == "LOAD_CONST" and step.argval is None)
+        for step in steps[test + 1 : jump]
+    )
+    same = [(steps[i - 1].argval, steps[i].argval) for i in (test, called)]
+    return only and same[0] == same[1]
+
+
+def _returns(place: Place) -> bool:
+    rest = instructions(place.code)[index_of(place) + 1 :]
+    end = next((i for i, step in enumerate(rest) if step.opname == "RETURN_VALUE"), None)
+    return end is not None and is_plain(rest[:end]) and not rest[end].is_jump_target
+
+
+def is_dead(code: CodeType, name: str, index: int) -> bool:
+    """Whether nothing behind an instruction reads a variable before something else is put into it."""
+    if name in code.co_cellvars + code.co_freevars:
+        return False
+    steps = instructions(code)
+    where = {step.offset: i for i, step in enumerate(steps)}
+    waiting, seen = [index + 1], set[int]()
+    while waiting:
+        i = waiting.pop()
+        if i in seen or i >= len(steps):
+            continue
+        seen.add(i)
+        step = steps[i]
+        touched = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if "_FAST" in step.opname and name in touched:
+            if step.opname.startswith("LOAD") or touched[0] != name:
+                return False
+            continue
+        if step.opcode in _JUMPS:
+            waiting.append(where[step.argval])
+        if step.opname not in (*_ONE_WAY, *_LAST):
+            waiting.append(i + 1)
+    return True

@@ -1,0 +1,406 @@
+"""What no run comes to is preserved too: other paths, other callers, whoever else holds a layer, what hooks see."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import assert_close, noise, randomise
+from readings import actions
+from torch import Tensor, nn
+
+import normfree
+
+
+class Net(nn.Module):
+    """A convolution and its norm; what ``forward`` does is given."""
+
+    flag = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(self.c(x)))
+
+
+def scaled(x: Tensor, by: bool) -> Tensor:
+    return x * 2 if by else x
+
+
+def apart(net: Any, x: Tensor) -> Tensor:
+    return net.c(x)
+
+
+def early_return(self: Any, x: Tensor) -> Tensor:
+    x = self.c(x)
+    if self.flag:
+        return x
+    return self.b(x)
+
+
+def option_of_a_call(self: Any, x: Tensor) -> Tensor:
+    x = self.c(x)
+    return x if self.flag else self.b(x)
+
+
+def decided_between(self: Any, x: Tensor) -> Tensor:
+    x = self.c(x)
+    if self.flag:
+        x = x.tanh()
+    return self.b(x)
+
+
+def decided_by_a_helper(self: Any, x: Tensor) -> Tensor:
+    return self.b(scaled(self.c(x), self.flag))
+
+
+def decided_by_gradients(self: Any, x: Tensor) -> Tensor:
+    x = self.c(x)
+    if torch.is_grad_enabled() != self.flag:
+        x = x + 1
+    return self.b(x)
+
+
+def other_layer(self: Any, x: Tensor) -> Tensor:
+    x = x if self.flag else self.c(x)
+    return self.b(x)
+
+
+def read_later(self: Any, x: Tensor) -> Tensor:
+    y = self.c(x)
+    z = self.b(y)
+    return z + y if self.flag else z
+
+
+def kept_on_self(self: Any, x: Tensor) -> Tensor:
+    self.last = self.c(x)
+    z = self.b(self.last)
+    return self.last if self.flag else z
+
+
+def read_by_a_closure(self: Any, x: Tensor) -> Tensor:
+    y = self.c(x)
+
+    def late() -> Tensor:
+        return y
+
+    z = self.b(y)
+    return z + late() if self.flag else z
+
+
+def assigned_on_the_way(self: Any, x: Tensor) -> Tensor:
+    z = self.b(y := self.c(x))
+    return z + y if self.flag else z
+
+
+def raised_between(self: Any, x: Tensor) -> Tensor:
+    y = self.c(x)
+    try:
+        if self.flag:
+            raise KeyError
+        return self.b(y)
+    except KeyError:
+        return y * 2
+
+
+def weight_taken(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.c(x))
+    return F.conv2d(y, self.c.weight, self.c.bias, padding=1) if self.flag else y
+
+
+def bias_asked_for(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.c(x))
+    return y if self.c.bias is None else y * 0
+
+
+def called_by_name(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.c(x))
+    return getattr(self, "c")(y) if self.flag else y  # noqa: B009  # what is tested
+
+
+def called_by_made_name(self: Any, x: Tensor) -> Tensor:
+    return getattr(self, f"{'c'}")(x) if self.flag else self.b(self.c(x))
+
+
+def called_through_modules(self: Any, x: Tensor) -> Tensor:
+    return self._modules["c"](x) if self.flag else self.b(self.c(x))
+
+
+def called_as_a_child(self: Any, x: Tensor) -> Tensor:
+    return next(self.children())(x) if self.flag else self.b(self.c(x))
+
+
+def called_as_a_submodule(self: Any, x: Tensor) -> Tensor:
+    return self.get_submodule("c")(x) if self.flag else self.b(self.c(x))
+
+
+def called_by_a_helper(self: Any, x: Tensor) -> Tensor:
+    y = self.b(self.c(x))
+    return apart(self, y) if self.flag else y
+
+
+def called_by_a_variable(self: Any, x: Tensor) -> Tensor:
+    layer = self.c
+    y = self.b(layer(x))
+    return layer(y) if self.flag else y
+
+
+def yielded(self: Any, x: Tensor) -> Tensor:
+    def steps() -> Iterator[Tensor]:
+        y = self.c(x)
+        yield y
+        yield self.b(y)
+
+    found = steps()
+    return next(found) if self.flag else list(found)[-1]
+
+
+PATHS = (early_return, option_of_a_call, decided_between, decided_by_a_helper, decided_by_gradients, other_layer)
+PATHS += (read_later, kept_on_self, read_by_a_closure, assigned_on_the_way, raised_between, weight_taken)
+PATHS += (bias_asked_for, called_by_name, called_by_made_name, called_through_modules, called_as_a_child)
+PATHS += (called_as_a_submodule, called_by_a_helper, called_by_a_variable, yielded)
+
+
+def made(forward: Callable[..., Tensor]) -> Any:
+    return randomise(type("Made", (Net,), {"forward": forward})()).double().eval()
+
+
+def hold(model: Any, *paths: Callable[[Any, Tensor], Tensor]) -> Any:
+    """Convert without the comparison, and hold each path to the original."""
+    x = noise(2, 4, 6, 6, dtype=torch.float64)
+    converted = normfree.convert(model, init="preserve", inputs=x, check=False)
+    with torch.no_grad():
+        for path in paths:
+            assert_close(path(converted, x), path(model, x))
+    return converted
+
+
+def flagged(model: Any, x: Tensor) -> Tensor:
+    model.flag = True
+    try:
+        return model(x)
+    finally:
+        model.flag = False
+
+
+@pytest.mark.parametrize("forward", PATHS, ids=lambda path: path.__name__)
+def test_a_path_that_no_run_takes_is_preserved(forward: Callable[..., Tensor]) -> None:
+    hold(made(forward), lambda m, x: m(x), flagged)
+
+
+HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "list": lambda c: [c],
+    "deque": lambda c: deque([c]),
+    "set": lambda c: {c},
+    "closure": lambda c: lambda x: c(x),
+    "partial": lambda c: functools.partial(nn.Module.__call__, c),
+    "method": lambda c: c.forward,
+    "weight": lambda c: [c.weight],
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_a_layer_that_something_else_holds_is_preserved(kind: str) -> None:
+    model = made(Net.plain)
+    model.held = HOLDERS[kind](model.c)
+
+    def through(m: Any, x: Tensor) -> Tensor:
+        if kind == "weight":
+            return F.conv2d(x, m.held[0])
+        held = m.held if callable(m.held) else next(iter(m.held))
+        return held(x)
+
+    hold(model, lambda m, x: m(x), through)
+
+
+class Methods(Net):
+    """Other methods: one comes to the layer alone, one to the layer and its norm."""
+
+    forward = Net.plain
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.c(x)
+
+
+class Intermediates(Net):
+    forward = Net.plain
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.c(x)
+        x = self.b(x)
+        return torch.relu(x)
+
+
+def test_a_method_that_calls_a_layer_alone_is_preserved() -> None:
+    hold(randomise(Methods()).double().eval(), lambda m, x: m(x), lambda m, x: m.features(x))
+
+
+def test_a_method_that_calls_a_layer_with_its_norm_lets_them_fold() -> None:
+    model = randomise(Intermediates()).double().eval()
+    converted = hold(model, lambda m, x: m(x), lambda m, x: m.forward_features(x))
+    assert actions(converted) == {"b": "fold"}
+
+
+class Sequence(nn.Module):
+    flag = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seq[0](x) if self.flag else self.seq(x)
+
+
+def test_the_first_of_a_sequence_alone_is_preserved() -> None:
+    hold(randomise(Sequence()).double().eval(), lambda m, x: m(x), flagged)
+
+
+class Around(nn.Module):
+    """A convolution and its norm in containers of their own, on which hooks can hang."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), nn.Sequential(nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(self.c(x)))
+
+
+KINDS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("place", ["c", "c.0", "b", "b.0", "everywhere"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_hook_sees_stays_what_it_is(kind: str, place: str) -> None:
+    model = randomise(Around()).double().eval()
+    x, seen = noise(2, 4, 6, 6, dtype=torch.float64), list[Tensor]()
+
+    def look(module: nn.Module, *values: Any) -> None:
+        if place != "everywhere" or isinstance(module, nn.Conv2d):
+            seen.extend(t.detach().clone() for value in values for t in value if isinstance(t, Tensor))
+
+    on = nn.modules.module if place == "everywhere" else model.get_submodule(place)
+    register = f"register_module_{kind}" if place == "everywhere" else f"register_{kind}"
+    handle = getattr(on, register)(look)
+    try:
+        model(x.clone().requires_grad_()).sum().backward()
+        before = copy.copy(seen)
+        seen.clear()
+        normfree.convert_(model, init="preserve", inputs=x, check=False)
+        seen.clear()
+        model(x.clone().requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    assert len(seen) == len(before) > 0
+    for found, expected in zip(seen, before, strict=True):
+        assert_close(found, expected)
+
+
+# What is added in place, in a block whose branch ends in its own forward
+
+
+def added_by_a_method(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    y.add_(x)
+    return y
+
+
+def added_then_read(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    y.add_(x)
+    return torch.relu(y)
+
+
+def add_to(y: Tensor, x: Tensor) -> None:
+    y += x
+
+
+def added_by_a_helper(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    add_to(y, x)
+    return y
+
+
+def added_under_another_name(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    z = y
+    y += x
+    return z
+
+
+def added_into_a_view(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    z = y.view(-1)
+    z += x.reshape(-1)
+    return y
+
+
+def added_to_a_slice(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    y[:, :2].add_(x[:, :2])
+    return y
+
+
+def added_to_data(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    y.data.add_(x)
+    return y
+
+
+def added_out(self: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(self.b(self.c(x)))
+    torch.add(y, x, out=y)
+    return y
+
+
+def added_in_a_list(self: Any, x: Tensor) -> Tensor:
+    ys = [torch.tanh(self.b(self.c(x)))]
+    ys[0].add_(x)
+    return ys[0]
+
+
+def added_to_the_skip_path(self: Any, x: Tensor) -> Tensor:
+    x = x.clone()
+    x.add_(torch.tanh(self.b(self.c(x))))
+    return x
+
+
+ADDED = (added_by_a_method, added_then_read, added_by_a_helper, added_under_another_name, added_into_a_view)
+ADDED += (added_to_a_slice, added_to_data, added_out, added_in_a_list, added_to_the_skip_path)
+
+
+@pytest.mark.parametrize("forward", ADDED, ids=lambda path: path.__name__)
+def test_what_is_added_in_place_is_not_lost(forward: Callable[..., Tensor]) -> None:
+    hold(nn.Sequential(nn.Conv2d(4, 4, 1), made(forward)).double().eval(), lambda m, x: m(x))
+
+
+class Gate(nn.Module):
+    """Writes into what it is given, and returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Conv2d(4, 4, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.mul_(torch.sigmoid(self.f(h.mean((2, 3), keepdim=True))))
+
+
+def test_a_module_that_returns_what_it_was_given_gets_no_alpha_of_which_others_see_nothing() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(self.b(self.c(x)))
+        y = self.gate(h)
+        y += x
+        return h
+
+    model = made(forward)
+    model.gate = Gate().double()
+    hold(nn.Sequential(nn.Conv2d(4, 4, 1), model).double().eval(), lambda m, x: m(x))
