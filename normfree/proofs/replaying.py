@@ -44,6 +44,8 @@ def replay(
 class _Watched(Recorder):
     """Tells a watch of the nodes that it is after: a run that is repeated writes down the same ones again."""
 
+    values_count = True
+
     def __init__(self, *args: Any, graph: Graph, watch: Any) -> None:
         super().__init__(*args)
         self._watch = watch

@@ -30,6 +30,9 @@ class Recorder(Notes, TorchFunctionMode):
     module begins that is looked into. On the meta device no tensor may be made elsewhere.
     """
 
+    values_count = False
+    """Whether somebody looks at the values of a run, and not only at what it does."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -77,6 +80,7 @@ class Recorder(Notes, TorchFunctionMode):
         in_place = getattr(module, "inplace", False) is True and not norm
         # A dropout in place writes in one mode only, which alone would make two graphs of one.
         alike = self._meta and (norm or real in _ACTIVATIONS or (in_place and issubclass(real, _DropoutNd)))
+        shorten = not self._meta and not self.values_count and real in _LAYERS
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -86,8 +90,8 @@ class Recorder(Notes, TorchFunctionMode):
             alone = len(args) == 1 and not kwargs
             if alone and alike:
                 short = functools.partial(_like, in_place=in_place)
-            elif alone and leaf and not self._meta and real in _LAYERS and args[0].dim() == _LAYERS[real]:
-                short = functools.partial(_of_first, forward)
+            elif alone and leaf and shorten:
+                short = functools.partial(_of_first, forward, _LAYERS[real])
             return call(module, path, short, args, kwargs)
 
         module.__dict__["forward"] = recorded
@@ -169,10 +173,10 @@ def _like(x: Tensor, *, in_place: bool) -> Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def _of_first(forward: Callable[..., Any], x: Tensor) -> Any:
+def _of_first(forward: Callable[..., Any], dims: int, x: Tensor) -> Any:
     """Return for every sample what a layer computes of the first two: a detector has a thousand boxes."""
     with torch._C.DisableTorchFunction():
-        return forward(x) if len(x) <= 2 else forward(x[:2])[:1].repeat(len(x), *[1] * (x.dim() - 1))
+        return forward(x) if x.dim() != dims or len(x) <= 2 else forward(x[:2])[:1].repeat(len(x), *[1] * (x.dim() - 1))
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

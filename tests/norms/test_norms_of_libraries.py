@@ -289,7 +289,8 @@ class Wrapping(nn.Module):
 def test_norm_that_differs_from_torchs_in_nothing_that_matters(kind: Any, init: str) -> None:
     norm = kind() if kind is Wrapping else kind(4)
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU()))
-    assert [edit.action for edit in normfree.plan(model, init=init).norms] == ["fold"]
+    decides = kind is Wrapping and init == "preserve"  # its forward may go another way
+    assert [edit.action for edit in normfree.plan(model, init=init).norms] == ["affine" if decides else "fold"]
     assert_preserved(model, noise(2, 3, 6, 6))
 
 

@@ -48,6 +48,7 @@ def test_norm_that_computes_something_else_is_refused(cls: type[nn.Module], init
 
 def test_norm_that_answers_with_another_weight_is_described_by_what_it_says() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), OtherEps(4))).eval()
+    nn.init.uniform_(model[1]._parameters["weight"], 0.5, 1.5)  # nobody else reaches it
     converted, x = normfree.convert(model, init="preserve"), noise(2, 3, 8, 8)
     assert torch.allclose(converted(x), model(x), rtol=1e-4, atol=1e-4)
 

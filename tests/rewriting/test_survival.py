@@ -164,12 +164,15 @@ def test_verification_leaves_both_models_as_they_were(init: str) -> None:
     model = make("output")
     other = prove(model, noise(*X), init=init)
     before = copy.deepcopy((model.state_dict(), other.state_dict()))
+    ran: list[nn.Module] = []
     for module in (model[0], other[0]):
-        module.register_forward_hook(lambda *_: pytest.fail("a user's hook ran"))
+        module.register_forward_hook(lambda hooked, *_: ran.append(hooked))
     assert normfree.verify(other, model, noise(*X)).ok
     for state, module in zip(before, (model, other), strict=True):
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
         assert all(p.grad is None for p in module.parameters())
+    assert ran, "what a user's hook changes is a part of what the model computes"
+    assert not {id(hooked) for hooked in ran} & {id(model[0]), id(other[0])}, "only copies run"
 
 
 class Jitter(nn.Module):
