@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
+import pkgutil
+import sys
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfree.errors import SourceError
 
-__all__ = ["Source", "build", "find", "own_shape", "skeleton"]
+__all__ = ["Source", "build", "build_own", "find", "own_shape", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,30 @@ def build(source: Source, *, pretrained: bool = False, num_classes: int | None =
         return built
     except Exception as error:  # hub, cache and constructor errors of two libraries
         raise SourceError(f"{source} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def build_own(source: str, num_classes: int | None = None) -> nn.Module | None:
+    """Build a model by what makes it, ``package.module:function``; return ``None`` if there is no such package.
+
+    It runs code by its name: only for what a user types, never for what a file says.
+
+    Raises:
+        SourceError: There is no such function, or it makes no model.
+    """
+    module, _, name = source.partition(":")
+    if not name or module in typing.get_args(typing.get_type_hints(Source)["library"]):
+        return None
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` has it
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return None
+    try:
+        model = pkgutil.resolve_name(source)(**({} if num_classes is None else {"num_classes": num_classes}))
+    except Exception as error:  # whatever somebody else's code raises
+        raise SourceError(f"{source} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{source} returns a {type(model).__name__}, and no torch.nn.Module")
+    return model
 
 
 def skeleton(source: Source, *, num_classes: int | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normfree.cli.options import ClassesOption, JsonOption, SourceArgument, app, build_original
+from normfree.cli.options import ClassesOption, JsonOption, OwnSourceArgument, app, build_original
 from normfree.cli.printing import print_json, print_out, progress, reporting, table
 from normfree.errors import require
 
@@ -19,7 +19,7 @@ __all__ = ["bench"]
 
 @app.command()
 def bench(
-    source: SourceArgument,
+    source: OwnSourceArgument,
     num_classes: ClassesOption = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 16,
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
@@ -58,7 +58,7 @@ def bench(
             )
             setting.check()
             step.total(3 + 2 * len(setting.arms) + runs)
-            name, model = build_original(source, step, num_classes=num_classes)
+            name, model = build_original(source, step, num_classes=num_classes, own=True)
             results = run(name, model, setting, step)
         rows = [flat(result, setting.about(name)) for result in results]
         if csv is not None:

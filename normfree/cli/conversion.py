@@ -17,6 +17,7 @@ from normfree.cli.options import (
     JsonOption,
     KeyOption,
     Loaded,
+    OwnSourceArgument,
     PrefixOption,
     PretrainedOption,
     SizeOption,
@@ -123,7 +124,7 @@ def _say_all(rows: list[tuple[Path, Path, str | None]], ok: bool, as_json: bool)
 
 @app.command()
 def inspect(
-    source: SourceArgument,
+    source: OwnSourceArgument,
     checkpoint: CheckpointOption = None,
     key: KeyOption = None,
     prefix: PrefixOption = "",
@@ -135,6 +136,7 @@ def inspect(
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
     size: SizeOption = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Only what the tables add up to.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a conversion would do: every norm and every sum, with the reason."""
@@ -146,7 +148,7 @@ def inspect(
             from normfree.tracing.trace import example_input
 
             loaded = Loaded(checkpoint, key, prefix, pretrained)
-            _, model = build_original(source, step, loaded, num_classes)
+            _, model = build_original(source, step, loaded, num_classes, own=True)
             step("planning")
             options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
             options |= {"include": include or (), "exclude": exclude or ()}
@@ -155,7 +157,8 @@ def inspect(
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
         else:
-            plan_tables(made)
+            if not summary:
+                plan_tables(made)
             print_out(str(made))
 
 

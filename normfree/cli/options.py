@@ -19,6 +19,7 @@ __all__ = [
     "JsonOption",
     "KeyOption",
     "Loaded",
+    "OwnSourceArgument",
     "PrefixOption",
     "PretrainedOption",
     "SizeOption",
@@ -49,6 +50,10 @@ def _root(
 
 SourceArgument = Annotated[
     str, typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, or a bare name found in one of them.")
+]
+OwnSourceArgument = Annotated[
+    str,
+    typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, a bare name, or your package.module:function."),
 ]
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar .ckpt", dir_okay=False)
@@ -108,10 +113,19 @@ def tell(text: str) -> None:
         note(text)
 
 
-def build_original(source: str, step: Any, loaded: Loaded = Loaded(), num_classes: int | None = None) -> Any:
-    """Build the model that is to be converted; return its unambiguous name with it."""
+def build_original(
+    source: str, step: Any, loaded: Loaded = Loaded(), num_classes: int | None = None, *, own: bool = False
+) -> Any:
+    """Build the model that is to be converted; return its unambiguous name with it.
+
+    With ``own`` it may be the user's: ``package.module:function``.
+    """
     from normfree import zoo
 
+    model = zoo.build_own(source, num_classes) if own else None
+    if model is not None:
+        loaded.give(model, loaded.read())
+        return source, model
     found = zoo.find(source)
     tell(found.note)
     step(f"building {found}")

@@ -15,9 +15,9 @@ from normfree.cli.options import (
     JsonOption,
     KeyOption,
     Loaded,
+    OwnSourceArgument,
     PrefixOption,
     PretrainedOption,
-    SourceArgument,
     app,
     build_original,
 )
@@ -32,7 +32,7 @@ __all__ = ["signals"]
 
 @app.command()
 def signals(
-    source: SourceArgument,
+    source: OwnSourceArgument,
     checkpoint: CheckpointOption = None,
     key: KeyOption = None,
     prefix: PrefixOption = "",
@@ -57,7 +57,9 @@ def signals(
             from normfree.tracing.trace import example_input
             from normfree.training import signals as propagation
 
-            name, model = build_original(source, step, Loaded(checkpoint, key, prefix, pretrained), num_classes)
+            name, model = build_original(
+                source, step, Loaded(checkpoint, key, prefix, pretrained), num_classes, own=True
+            )
             x, chosen = example_input(model, batch, size), cast(Any, init)
             measured = {}
             for title, arm in propagation.before_and_after(model, chosen):
