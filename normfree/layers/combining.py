@@ -160,7 +160,7 @@ class _Combined(Function):
                 was = _steadied(weight, filter_mean, ctx.mean_unit)
             if needs_alpha:
                 added = _added(bias, offset, ctx.bias_unit)
-                for_alpha = ((scaled * was).sum() + (grad_bias * added).sum()).reshape(alpha.shape)
+                for_alpha = (_inner(scaled, was) + _inner(grad_bias, added)).reshape(alpha.shape)
             if needs_gain:
                 for_gain = (whole * was).flatten(1).sum(1)
                 for_gain = for_gain if alpha is None else for_gain * alpha
@@ -189,6 +189,13 @@ def _added(bias: Tensor, offset: Tensor | None, unit: float) -> Tensor:
     if offset is not None:
         return torch.add(offset, bias, alpha=1 / unit)
     return bias if unit == 1.0 else bias / unit
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return the inner product: in one operation where the sum is exact enough and nothing must be copied for it."""
+    if one.dtype in (torch.float32, torch.float64) and one.is_contiguous() and other.is_contiguous():
+        return torch.dot(one.reshape(-1), other.reshape(-1))
+    return (one * other).sum()
 
 
 def _times(weight: Tensor, factor: Tensor | None) -> Tensor:
