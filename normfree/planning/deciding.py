@@ -156,7 +156,7 @@ def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
     if site.producer is None or site.apart:
         return site.apart
     layer = modules[site.producer]
-    if {id(layer), id(modules[norm])} & apart.called:
+    if {id(modules[path]) for path in (site.producer, *site.between, norm)} & apart.called:
         return f"{site.producer} or {norm} may be called elsewhere too"
     return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""
 
@@ -165,8 +165,16 @@ def _used_apart(asked: Request, findings: Findings) -> Named:
     """Return what is used besides its call: by code that no run came to, by another module, or by a forward itself."""
     modules = asked.modules
     sites = {name: site for name, site in findings.sites.items() if site.producer is not None}
-    pairs = {id(modules[str(site.producer)]): id(modules[name]) for name, site in sites.items()}
-    found = find_named(modules[""], {id(modules[path]): calls for path, calls in findings.called.items()}, pairs)
+    called = {id(modules[path]): calls for path, calls in findings.called.items()}
+    pairs: dict[int, frozenset[int]] = {}
+    for name, site in sites.items():
+        producer = str(site.producer)
+        around = {path for call in findings.called[producer] for path in call.modules}
+        fronts = {id(modules[path]) for path in site.between if path in around}
+        backs = {id(modules[path]) for path in site.between if path not in around}
+        called.update(dict.fromkeys(fronts, findings.called[producer]) | dict.fromkeys(backs, findings.called[name]))
+        pairs.update(dict.fromkeys({*fronts, id(modules[producer])}, frozenset({*backs, id(modules[name])})))
+    found = find_named(modules[""], called, pairs)
     named = dict(modules[""].named_parameters(remove_duplicate=False))
     taken = {id(named[name]) for name in findings.parameters if name in named}
     holders: dict[int, set[tuple[str, int]]] = {}
