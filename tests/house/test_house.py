@@ -75,7 +75,7 @@ FLOORS = (
     "analysis.sums analysis.moments",
     "analysis.tails analysis.sites",
     "analysis.findings edits",
-    "plans planning.hooks",
+    "plans planning.hooks planning.apart",
     "planning.guards planning.selecting proofs.observing rewriting.originals rewriting.units training.centring",
     "rewriting.preparing training.watching training.optim",
     "planning.placing planning.kinds proofs.replaying rewriting.optimizers",
