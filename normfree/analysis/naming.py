@@ -15,9 +15,11 @@ from types import CodeType
 
 from torch import nn
 
+from normfree.analysis.bytecode import index_of, instructions, is_plain, loads_method
 from normfree.analysis.holding import held
 from normfree.analysis.reach import Function, functions_of
-from normfree.analysis.straight import index_of, instructions, is_dead, is_plain, loads_method
+from normfree.analysis.straight import is_dead
+from normfree.analysis.using import calls_variable, is_used, part_of
 from normfree.tracing.callers import Call
 
 __all__ = ["Named", "find_named"]
@@ -56,13 +58,14 @@ class _Chain:
     calls: bool
 
 
-def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, int]) -> Named:
+def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]) -> Named:
     """Return what a model's code and what it holds name.
 
     Args:
         model: The model.
-        called: The calls that were seen of each layer and norm in question, by identity.
-        pairs: The identity of each layer with that of the norm that would go into it.
+        called: The calls that were seen of each layer and norm in question, and of what they stand in, by identity.
+        pairs: The identity of each layer, and of what returns what it does, with those of the norm that would go into
+            it and of what begins with that.
     """
     reading = _Reading(model, called, pairs)
     for function in functions_of(model, reading.found_functions):
@@ -74,7 +77,9 @@ def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: 
 class _Reading:
     """Reads one function after another."""
 
-    def __init__(self, model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, int]) -> None:
+    def __init__(
+        self, model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]
+    ) -> None:
         called_elsewhere, read_elsewhere, self.found_functions = held(model)
         self.named = Named(called_elsewhere, read_elsewhere)
         self.called, self.pairs = called, pairs
@@ -90,11 +95,13 @@ class _Reading:
         self.mentioned: Counter[tuple[int, CodeType]] = Counter()
         self.loose = False  # some forward reads the weight of what it was handed
         self.holders: dict[int, nn.Module] = {}
+        self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
         steps, chains = instructions(function.code), _chains(function.code)
         passed: set[tuple[int, int]] = set()  # calls of a norm right behind its layer
+        keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
         self.mentioned.update((id(module), function.code) for _, module, _ in uses)
@@ -103,11 +110,11 @@ class _Reading:
         )
         self.loose |= function.forward and any(True for _ in local)
         for chain, module, rest in uses:
-            norm = self.pairs.get(id(_last(module)))
-            if not rest and chain.calls and norm is not None:
-                behind = _passes_on(function.code, chain, norm, ends)
+            norms = self.pairs.get(id(module), frozenset())
+            if not rest and chain.calls and norms:
+                behind = _passes_on(function.code, chain, norms, ends)
                 if behind is not None:
-                    passed |= {(chain.end, id(module)), (behind, norm)}
+                    passed |= {(chain.end, id(module)), behind}
         for chain, module, rest in uses:
             if rest:
                 if rest[0] in ("weight", "bias") and function.forward:
@@ -119,10 +126,14 @@ class _Reading:
                     self.named.called.add(id(module))
             elif chain.start and steps[chain.start - 1].argval == "checkpoint":
                 pass  # torch's, which calls it whole
-            elif not _is_test(steps, chain.end + 1) and (function.forward or _goes_through(steps[chain.end + 1 :][:3])):
-                self.named.called.add(id(module))
+            elif not _is_test(steps, chain.end + 1) and (
+                function.forward or (keeps and is_used(steps, chain.end, hasattr(type(module), "__iter__")))
+            ):
+                part = part_of(module, steps[chain.end + 1 : chain.end + 3])
+                if part is None:
+                    self.named.called.add(id(module))
                 if hasattr(type(module), "__iter__"):
-                    self._open(module, function.code)
+                    self._open(module, function.code, part)
 
     def _uses(self, chain: _Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         """Yield the modules that a chain of names may end at, each with the names that are left."""
@@ -151,14 +162,17 @@ class _Reading:
                         return True
         return id(module) not in self.called
 
-    def _open(self, module: nn.Module, code: CodeType) -> None:
+    def _open(self, module: nn.Module, code: CodeType, part: nn.Module | None = None) -> None:
         self.opened[id(module), code] += 1
         self.holders[id(module)] = module
+        self.parts[id(module), code] |= {id(m) for m in module._modules.values()} if part is None else {id(part)}
 
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
         for (holder, code), count in self.opened.items():
             for child in self.holders[holder]._modules.values():
+                if id(child) not in self.parts[holder, code] and count == self.mentioned[holder, code]:
+                    continue
                 seen = (place.code for call in self.called.get(id(child), ()) for place in call.places)
                 mentions = max(count, self.mentioned[holder, code]) + self.mentioned[id(child), code]
                 if mentions > 1 or code not in seen:
@@ -190,29 +204,19 @@ def _chains(code: CodeType) -> list[_Chain]:
     return found
 
 
-def _passes_on(code: CodeType, chain: _Chain, norm: int, ends: Mapping[tuple[int, int], _Chain]) -> int | None:
-    """Return where a norm is named whose call directly follows that of the layer in front of it."""
+def _passes_on(
+    code: CodeType, chain: _Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], _Chain]
+) -> tuple[int, int] | None:
+    """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
     steps = instructions(code)
     calls = [i for i in range(chain.end + 1, len(steps)) if steps[i].opname.startswith("CALL")][:2]
     if len(calls) < 2 or not is_plain(steps[chain.end + 1 : calls[0]]) or not is_plain(steps[calls[0] + 1 : calls[1]]):
         return None
-    named = [end for end, module in ends if module == norm and ends[end, module].calls]
-    between = [end for end in named if calls[0] < end < calls[1] or end == chain.start - 1]
+    named = [(end, module) for end, module in ends if module in norms and ends[end, module].calls]
+    between = [(end, module) for end, module in named if calls[0] < end < calls[1] or end == chain.start - 1]
     kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
     dead = all(isinstance(name, str) and is_dead(code, name, calls[1]) for name in kept)
     return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None
-
-
-def _last(module: nn.Module) -> nn.Module:
-    """Return what computes the result of a module: of a sequence, that of its last."""
-    while type(module) is nn.Sequential and len(module):
-        module = module[-1]
-    return module
-
-
-def _goes_through(steps: tuple[Instruction, ...]) -> bool:
-    """Whether what a value holds is taken out of it."""
-    return any(step.opname.startswith(("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE", "CALL")) for step in steps)
 
 
 def _is_test(steps: tuple[Instruction, ...], i: int) -> bool:

@@ -13,9 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from normfree.analysis.straight import instructions, loads_method
+from normfree.analysis.bytecode import instructions, loads_method
 
 __all__ = ["Function", "functions_of"]
+
+
+_STATISTICS = frozenset({"running_mean", "running_var"})
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,16 @@ class Function:
         code: What it does.
         owner: The class whose method it is.
         forward: Whether a forward comes to it.
+        owner_name: What it calls the instance of its class.
+        broken: Whether it works with the statistics of a norm, which are gone: it may call a layer, but what it hands
+            a layer to will fail, or is not run.
     """
 
     code: CodeType
     owner: type | None
     forward: bool
     owner_name: str | None
-    """What the function calls the instance of its class."""
+    broken: bool
 
 
 def functions_of(model: nn.Module, held: Iterable[FunctionType]) -> Iterator[Function]:
@@ -49,20 +55,29 @@ def functions_of(model: nn.Module, held: Iterable[FunctionType]) -> Iterator[Fun
     built = _closure([function for name in torchs for function in by_name[name]], by_name, calls=True)
     broken = _broken(set(owners) - forward)
     for function in {**owners, **dict.fromkeys(forward)}:
-        if function in forward or function not in built | broken:
+        if function in forward or function not in built:
             owner = owners.get(function)
             first = function.__code__.co_varnames[:1] if owner is not None and function.__code__.co_argcount else ()
             for code in _codes(function.__code__):
-                yield Function(code, owner, function in forward, next(iter(first), None))
+                yield Function(code, owner, function in forward, next(iter(first), None), function in broken)
 
 
 def _broken(functions: set[Any]) -> set[Any]:
     """Return the functions that read the statistics of a norm, which are gone, or call one that does."""
-    lost, found = {"running_mean", "running_var"}, set[Any]()
-    while more := {f for f in functions - found if any(lost & set(code.co_names) for code in _codes(f.__code__))}:
+    lost, found = set(_STATISTICS), set[Any]()
+    while more := {f for f in functions - found if _names(f, lost)}:
         found |= more
         lost |= {function.__name__ for function in more}
     return found
+
+
+def _names(function: FunctionType, lost: set[str]) -> bool:
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    others = (_plain(function.__globals__.get(name)) for name in names)  # torch's too, as what fuses a norm
+    read = (
+        _STATISTICS & set(code.co_names) for other in others if other is not None for code in _codes(other.__code__)
+    )
+    return bool(lost & names) or any(read)
 
 
 def _bases(cls: type) -> list[type]:

@@ -7,35 +7,18 @@ first returned. What cannot be told is told no.
 
 from __future__ import annotations
 
-import bisect
 import dis
-import functools
 from collections.abc import Sequence
 from types import CodeType
 
 from torch import nn
 
+from normfree.analysis.branching import behind
+from normfree.analysis.bytecode import JUMPS, LAST, ONE_WAY, index_of, instructions, is_plain, loads_method, returns
 from normfree.tracing.callers import Call, Place
 
-__all__ = ["always_together", "index_of", "instructions", "is_dead", "is_plain", "loads_method"]
+__all__ = ["always_together", "is_dead"]
 
-_PLAIN: tuple[str, ...] = (
-    "LOAD_",
-    "STORE_FAST",
-    "COPY",
-    "SWAP",
-    "ROT_",
-    "DUP_",
-    "PUSH_NULL",
-    "PRECALL",
-    "NOP",
-    "EXTENDED_ARG",
-)
-_PLAIN += ("BINARY_SUBSCR", "KW_NAMES", "RESUME", "MAKE_CELL", "NOT_TAKEN", "CACHE")
-"""Instructions that only move values between variables, attributes and the stack."""
-_JUMPS = frozenset(dis.hasjrel + dis.hasjabs)
-_ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
-_LAST = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
 _CHAIN = nn.Sequential.forward.__code__
 """Calls everything that it holds, one after the other."""
 
@@ -47,34 +30,13 @@ def always_together(layer: Call, norm: Call) -> bool:
     if count == 0:
         return False
     one, other = layer.places[count - 1], norm.places[count - 1]
-    meet = one.code is _CHAIN or _is_straight(one.code, index_of(one) + 1, index_of(other))
+    meet = one.code is _CHAIN or _is_straight(one.code, behind(one, layer.places[count:]), index_of(other))
     return (
         meet
         and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
         and all(p.code is _CHAIN or _is_straight(p.code, 0, index_of(p)) for p in norm.places[count:])
         and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
-    """Return the instructions of a function."""
-    return tuple(dis.get_instructions(code))
-
-
-def loads_method(step: dis.Instruction) -> bool:
-    """Whether an instruction takes an attribute only to call it."""
-    return step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
-
-
-def index_of(place: Place) -> int:
-    """Return the number of the instruction at which a function stands; what follows a call in its code is no other."""
-    return bisect.bisect_right([i.offset for i in instructions(place.code)], place.offset) - 1
-
-
-def is_plain(steps: Sequence[dis.Instruction]) -> bool:
-    """Whether instructions follow each other whatever happens, and only move values."""
-    return all(step.opname.startswith(_PLAIN) and not step.is_jump_target for step in steps)
 
 
 def _is_straight(code: CodeType, start: int, end: int) -> bool:
@@ -104,9 +66,13 @@ def _asks_for_called(steps: Sequence[dis.Instruction], jump: int) -> bool:
 
 
 def _returns(place: Place) -> bool:
-    rest = instructions(place.code)[index_of(place) + 1 :]
-    end = next((i for i, step in enumerate(rest) if step.opname == "RETURN_VALUE"), None)
-    return end is not None and is_plain(rest[:end]) and not rest[end].is_jump_target
+    """Whether a function returns what it has just been given, whenever it returns anything."""
+    rest, end = instructions(place.code)[index_of(place) + 1 :], returns(place.code)
+    return (
+        len(end) == 1
+        and is_plain(rest[: end[0] - index_of(place) - 1])
+        and not instructions(place.code)[end[0]].is_jump_target
+    )
 
 
 def is_dead(code: CodeType, name: str, index: int) -> bool:
@@ -127,8 +93,8 @@ def is_dead(code: CodeType, name: str, index: int) -> bool:
             if step.opname.startswith("LOAD") or touched[0] != name:
                 return False
             continue
-        if step.opcode in _JUMPS:
+        if step.opcode in JUMPS:
             waiting.append(where[step.argval])
-        if step.opname not in (*_ONE_WAY, *_LAST):
+        if step.opname not in (*ONE_WAY, *LAST):
             waiting.append(i + 1)
     return True

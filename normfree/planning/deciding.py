@@ -12,11 +12,12 @@ from torch import nn
 
 from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
-from normfree.analysis.naming import Named, find_named
+from normfree.analysis.naming import Named
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import UnsupportedModelError
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
+from normfree.planning.apart import used_apart
 from normfree.planning.hooks import any_global_hook, hooks_on
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
@@ -81,7 +82,7 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
     )
     if problems:
         raise UnsupportedModelError(problems)
-    apart = Named() if skipinit else _used_apart(asked, findings)
+    apart = Named() if skipinit else used_apart(asked.modules, findings)
     edits = tuple(
         _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
         for name, aliases in asked.norms.items()
@@ -156,28 +157,9 @@ def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
     if site.producer is None or site.apart:
         return site.apart
     layer = modules[site.producer]
-    if {id(layer), id(modules[norm])} & apart.called:
+    if {id(modules[path]) for path in (site.producer, *site.between, norm)} & apart.called:
         return f"{site.producer} or {norm} may be called elsewhere too"
     return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""
-
-
-def _used_apart(asked: Request, findings: Findings) -> Named:
-    """Return what is used besides its call: by code that no run came to, by another module, or by a forward itself."""
-    modules = asked.modules
-    sites = {name: site for name, site in findings.sites.items() if site.producer is not None}
-    pairs = {id(modules[str(site.producer)]): id(modules[name]) for name, site in sites.items()}
-    found = find_named(modules[""], {id(modules[path]): calls for path, calls in findings.called.items()}, pairs)
-    named = dict(modules[""].named_parameters(remove_duplicate=False))
-    taken = {id(named[name]) for name in findings.parameters if name in named}
-    holders: dict[int, set[tuple[str, int]]] = {}
-    for module in modules.values():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and name in found.read:
-                holders.setdefault(id(parameter), set()).add((name, id(module)))
-    for tensor, held in holders.items():
-        for name, owner in held if tensor in taken or len(held) > 1 else ():
-            found.read[name].add(owner)
-    return found
 
 
 def _why_unseen(traced: Trace) -> str:

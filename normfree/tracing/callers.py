@@ -8,6 +8,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from torch import nn
 from torch.nn.modules import module as torch_module
 
 __all__ = ["Call", "Callers", "Place"]
@@ -22,12 +23,14 @@ class Place:
         code: The function.
         offset: How far it had come in its bytecode.
         holding: Its variables that held the input.
+        owner: Its first argument, if that is a module.
     """
 
     frame: int
     code: CodeType
     offset: int
     holding: tuple[str, ...]
+    owner: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Callers:
             if frame.f_code.co_filename not in _BETWEEN:
                 number, _ = self._frames.setdefault(id(frame), (len(self._frames), frame))
                 holding = tuple(name for name, value in frame.f_locals.items() if value is given)
-                places.append(Place(number, frame.f_code, frame.f_lasti, holding))
+                owner = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+                owner = owner if isinstance(owner, nn.Module) else None
+                places.append(Place(number, frame.f_code, frame.f_lasti, holding, owner))
             frame = frame.f_back
         return Call(tuple(reversed(places)), tuple(modules))
 

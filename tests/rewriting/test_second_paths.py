@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from harness import assert_close, noise, randomise
 from readings import actions
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 import normfree
 
@@ -29,6 +31,14 @@ class Net(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         return torch.relu(self.b(self.c(x)))
+
+
+def handed_on(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def handed_on_and_scaled(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    return checkpoint(function, *args, use_reentrant=False) * 2
 
 
 def scaled(x: Tensor, by: bool) -> Tensor:
@@ -247,6 +257,236 @@ def test_a_method_that_calls_a_layer_with_its_norm_lets_them_fold() -> None:
     model = randomise(Intermediates()).double().eval()
     converted = hold(model, lambda m, x: m(x), lambda m, x: m.forward_features(x))
     assert actions(converted) == {"b": "fold"}
+
+
+class Parts(Net):
+    """Comes to the layer by a method, in two ways, which a class below makes different."""
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.c(x)
+
+    def other(self, x: Tensor) -> Tensor:
+        def closure(*x: Tensor) -> Tensor:
+            return self.part(*x)
+
+        return handed_on(closure, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flag:
+            x = x.clone()
+            y = self.other(x)
+        else:
+            y = self.part(x)
+        return self.b(y)
+
+
+class ReturnsEarly(Parts):
+    def part(self, x: Tensor) -> Tensor:
+        if self.flag:
+            return x
+        return self.c(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.part(x))
+
+
+class ScalesInside(Parts):
+    def other(self, x: Tensor) -> Tensor:
+        def closure(x: Tensor) -> Tensor:
+            return self.part(x) * 2
+
+        return handed_on(closure, x)
+
+
+class ScalesAfter(Parts):
+    def other(self, x: Tensor) -> Tensor:
+        return self.part(x) * 2
+
+
+class ScalesItsResult(Parts):
+    def other(self, x: Tensor) -> Tensor:
+        return self.part(x).mul(2)
+
+
+class ScalesInForward(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flag:
+            x = x.clone()
+            y = self.other(x) * 2
+        else:
+            y = self.part(x)
+        return self.b(y)
+
+
+class OtherClosure(Parts):
+    def other(self, x: Tensor) -> Tensor:
+        def closure(x: Tensor) -> Tensor:
+            return self.part(x)
+
+        if self.flag:
+            closure = torch.tanh
+        return handed_on(closure, x)
+
+
+class OtherHelper(Parts):
+    def other(self, x: Tensor) -> Tensor:
+        def closure(x: Tensor) -> Tensor:
+            return self.part(x)
+
+        return handed_on_and_scaled(closure, x)
+
+
+class PutBefore(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        if not self.flag:
+            y = self.part(x)
+        return self.b(y)
+
+
+class Replaced(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["other"] = torch.tanh
+
+
+class OtherSelf(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.b
+        if self.flag:
+            self = type("Twice", (), {"other": lambda _, x: x * 2})()
+            y = self.other(x)
+        else:
+            y = self.part(x)
+        return norm(y)
+
+
+BRANCHES = (ReturnsEarly, ScalesInside, ScalesAfter, ScalesInForward, OtherClosure, OtherHelper, PutBefore, Replaced)
+BRANCHES += (OtherSelf, ScalesItsResult)
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_branches_that_do_not_do_the_same_are_preserved(kind: type[Net]) -> None:
+    hold(randomise(kind()).double().eval(), lambda m, x: m(x), flagged)
+
+
+def test_branches_that_both_call_a_layer_let_it_fold() -> None:
+    assert actions(hold(randomise(Parts()).double().eval(), lambda m, x: m(x), flagged)) == {"b": "fold"}
+
+
+def called_by_another_name(self: Any, x: Tensor) -> Tensor:
+    layer = self.c
+    return layer(x)
+
+
+def called_where_statistics_are_read(self: Any, x: Tensor) -> Tensor:
+    if self.flag:
+        self.c = fuse_conv_bn_eval(self.c, self.b)
+    return self.c(x)
+
+
+def called_by_another_name_where_statistics_are_read(self: Any, x: Tensor) -> Tensor:
+    layer = fuse_conv_bn_eval(self.c, self.b) if self.flag else self.c
+    return layer(x)
+
+
+def called_where_a_method_fuses(self: Any, x: Tensor) -> Tensor:
+    if self.flag:
+        self.fuse()
+    return torch.relu(self.c(x))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        called_by_another_name,
+        called_where_statistics_are_read,
+        called_by_another_name_where_statistics_are_read,
+        called_where_a_method_fuses,
+    ],
+    ids=lambda method: method.__name__,
+)
+def test_another_method_that_comes_to_a_layer_is_preserved(method: Callable[..., Tensor]) -> None:
+    model = randomise(type("Made", (Fusing,), {"features": method})()).double().eval()
+    hold(model, lambda m, x: m(x), lambda m, x: m.features(x))
+
+
+class Fusing(Net):
+    """Puts a norm into the layer in front of it by itself, and asks whether it still has one."""
+
+    forward = Net.plain
+
+    def fuse(self) -> None:
+        if isinstance(self.b, nn.BatchNorm2d):
+            self.c, self.b = fuse_conv_bn_eval(self.c, self.b), nn.Identity()
+
+
+def test_a_method_that_only_fuses_lets_a_norm_fold() -> None:
+    assert actions(hold(randomise(Fusing()).double().eval(), lambda m, x: m(x))) == {"b": "fold"}
+
+
+class Separable(nn.Module):
+    """Ends in a layer whose norm stands behind it, in another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.pointwise = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+class Behind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(nn.Tanh(), Separable(), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seq(x)
+
+
+PARTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "first": (lambda self, x: self.seq[0](x), "fold"),
+    "layer": (lambda self, x: self.seq[1](x), "affine"),
+    "norm": (lambda self, x: self.seq[-1](x), "affine"),
+    "inside": (lambda self, x: self.seq[1].pointwise(x), "affine"),
+    "slice": (lambda self, x: self.seq[:2](x), "affine"),
+    "number": (lambda self, x: self.seq[int(self.training)](x), "affine"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_sequence_alone_is_preserved(part: str) -> None:
+    take, action = PARTS[part]
+    model = randomise(type("Made", (Behind,), {"features": take})()).double().eval()
+    converted = hold(model, lambda m, x: m(x), lambda m, x: m.features(x))
+    assert actions(converted) == {"seq.2": action}
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = Separable(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.w(x))
+
+
+WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "together": (lambda self, x: torch.relu(self.b(self.w(x))), "fold"),
+    "alone": (lambda self, x: self.w(x), "affine"),
+    "norm alone": (lambda self, x: self.b(x), "affine"),
+    "between": (lambda self, x: self.b(torch.relu(self.w(x))), "affine"),
+    "other layer": (lambda self, x: self.b(self.w.depthwise(x)), "affine"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_method_is_read_for_what_ends_in_a_layer_too(way: str) -> None:
+    call, action = WAYS[way]
+    model = randomise(type("Made", (Split,), {"features": call})()).double().eval()
+    converted = hold(model, lambda m, x: m(x), lambda m, x: m.features(x))
+    assert actions(converted) == {"b": action}
 
 
 class Sequence(nn.Module):

@@ -1,0 +1,82 @@
+"""What some code does with a layer that it names as a value, without calling it at once."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Sequence
+from dis import Instruction
+from types import CodeType
+
+from torch import nn
+
+from normfree.analysis.bytecode import JUMPS, called_by, instructions
+
+__all__ = ["calls_variable", "is_used", "part_of"]
+
+_ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
+"""Functions that call nothing that they are given."""
+_NOTHING = ("PRECALL", "KW_NAMES", "NOP", "CACHE", "EXTENDED_ARG")
+_TAKING = ("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE", "BUILD_SLICE", "CALL")
+
+
+def is_used(steps: Sequence[Instruction], i: int, holds: bool) -> bool:
+    """Whether the value that an instruction puts onto the stack may be called, but not where it is only handed out.
+
+    Args:
+        steps: The code.
+        i: The number of the instruction.
+        holds: Whether it is a sequence, of which the question is only whether something is taken out at once.
+    """
+    if holds:
+        end = _taken(steps, i)
+        one = steps[end].opname == "BINARY_SUBSCR" and steps[end - 1].opname != "BUILD_SLICE"
+        return one or any(step.opname.startswith(_TAKING) for step in steps[i + 1 : i + 4])
+    end, listed = _taken(steps, i), False
+    while steps[end].opname.startswith(("BINARY_SUBSCR", "BUILD_")):
+        listed |= steps[end].opname.startswith("BUILD_")
+        end = _taken(steps, end)
+    step = steps[end]
+    if step.opname.startswith("CALL"):
+        parts = called_by(steps, end)
+        asked = parts and parts[0].opname in ("LOAD_GLOBAL", "LOAD_NAME") and parts[0].argval in _ASKING
+        return not (asked or (listed and _is_method(parts)))  # that of a list takes it in
+    return step.opname in ("GET_ITER", "STORE_DEREF") or (step.opname == "STORE_FAST" and not listed)
+
+
+def _taken(steps: Sequence[Instruction], i: int) -> int:
+    """Return the instruction that takes from the stack what another has put there."""
+    height = 1
+    for end in range(i + 1, len(steps)):
+        step = steps[end]
+        if step.opcode in JUMPS:
+            return end
+        height += dis.stack_effect(step.opcode, step.arg)
+        if height <= 1 and step.opname not in _NOTHING:
+            return end
+    return len(steps) - 1
+
+
+def part_of(module: nn.Module, steps: Sequence[Instruction]) -> nn.Module | None:
+    """Return what a number behind the name of a sequence or list takes out of it: of ``self.rep[0]`` the first."""
+    get = getattr(type(module), "__getitem__", None)
+    if get not in (nn.Sequential.__getitem__, nn.ModuleList.__getitem__) or len(steps) < 2:
+        return None
+    constant, subscript = steps[0], steps[1]
+    index, held = constant.argval, list(module._modules.values())
+    if constant.opname not in ("LOAD_CONST", "LOAD_SMALL_INT") or subscript.opname != "BINARY_SUBSCR":
+        return None
+    return held[index] if type(index) is int and -len(held) <= index < len(held) else None
+
+
+def calls_variable(code: CodeType) -> bool:
+    """Whether a function calls what one of its variables holds."""
+    steps = instructions(code)
+    calls = [called_by(steps, i) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
+    return any(
+        not parts or (parts[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not _is_method(parts))
+        for parts in calls
+    )
+
+
+def _is_method(parts: Sequence[Instruction]) -> bool:
+    return len(parts) > 1 and parts[1].opname in ("LOAD_METHOD", "LOAD_ATTR")
