@@ -50,7 +50,17 @@ def index_of(place: Place) -> int:
 
 def is_plain(steps: Sequence[dis.Instruction]) -> bool:
     """Whether instructions follow each other whatever happens, and only move values."""
-    return all(step.opname.startswith(_PLAIN) and not step.is_jump_target for step in steps)
+    return all(
+        (step.opname.startswith(_PLAIN) or _takes_by_name(steps, i)) and not step.is_jump_target
+        for i, step in enumerate(steps)
+    )
+
+
+def _takes_by_name(steps: Sequence[dis.Instruction], i: int) -> bool:
+    """Whether a call is ``getattr(self.layers, "0")``: the attributes of torch.fx's graphs are no identifiers."""
+    put = [step for step in called_by(steps, i) if step.opname not in ("PRECALL", "CACHE")]
+    named = bool(put) and put[0].argval == "getattr" and steps[i].arg == 2
+    return named and put[-1].opname == "LOAD_CONST" and isinstance(put[-1].argval, str)
 
 
 def returns(code: CodeType) -> list[int]:
