@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -38,6 +38,17 @@ class HasConstants(_Module):
     def _held(self) -> dict[str, Tensor]:
         values = {name: self.__dict__.get(name) for name in CONSTANTS}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """List the constants too for who asks one module after another, as FSDP2 and distributed checkpoints do.
+
+        They move and broadcast what they find so. DDP and Opacus ask the model as a whole.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:
+            yield from ((f"{prefix}.{name}" if prefix else name, value) for name, value in self._held().items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own

@@ -109,7 +109,8 @@ def test_conversion_before_and_after_another_head_is_the_same(name: str, init: s
     after = normfree.convert(after, init=init)
     assert plan_of(before) == plan_of(after)
     assert before.num_classes == after.num_classes == 3
-    constants = {"fc.gain", "fc.center", "fc.offset", "classifier.gain", "classifier.center", "classifier.offset"}
+    heads = ("fc", "classifier", "head.fc")
+    constants = {f"{head}.{leaf}" for head in heads for leaf in ("gain", "center", "offset")}
     assert after.state_dict().keys() - constants == before.state_dict().keys()
     x = noise(2, 3, 32, 32)
     with torch.no_grad():
