@@ -7,7 +7,6 @@ from pathlib import Path
 import networks_worker
 import pytest
 import torch
-from harness import assert_close
 from torch import nn
 
 
@@ -46,4 +45,4 @@ def test_sharded_training_saves_and_loads_a_full_state(folder: Path) -> None:
     trained = model.state_dict()
     assert state.keys() == trained.keys()
     for name, tensor in trained.items():
-        assert_close(state[name], tensor, 1e-6)
+        assert torch.allclose(state[name], tensor, rtol=1e-6, atol=1e-9), name  # a mean that is not known is zero
