@@ -134,11 +134,11 @@ class _Combined(Function):
         mean_unit: float,
     ) -> tuple[Tensor, Tensor]:
         factor = gain if alpha is None else alpha if gain is None else gain * alpha
-        with _exactly(weight):
-            scaled = _times(_steadied(weight, filter_mean, mean_unit), factor)
-            added = _added(bias, offset, bias_unit)
-            added = added if alpha is None else added * alpha
-            if center is not None:
+        scaled = _times(_steadied(weight, filter_mean, mean_unit), factor)
+        added = _added(bias, offset, bias_unit)
+        added = added if alpha is None else added * alpha
+        if center is not None:
+            with _exactly(weight):
                 added = _subtracted(added, scaled, center)
         # Autograd wants outputs that are none of the inputs.
         return scaled.clone() if scaled is weight else scaled, added.clone() if added is bias else added
@@ -153,24 +153,23 @@ class _Combined(Function):
         weight, bias, alpha, gain, center, offset, filter_mean = ctx.saved_tensors
         needs_weight, needs_bias, needs_alpha, needs_gain, *_ = ctx.needs_input_grad
         for_weight = for_bias = for_alpha = for_gain = None
-        with _exactly(weight):
-            whole = grad_weight if center is None else _without_mean(grad_weight, grad_bias, center)
-            scaled = _times(whole, gain)
-            if needs_alpha or needs_gain:
-                was = _steadied(weight, filter_mean, ctx.mean_unit)
-            if needs_alpha:
-                added = _added(bias, offset, ctx.bias_unit)
-                for_alpha = (_inner(scaled, was) + _inner(grad_bias, added)).reshape(alpha.shape)
-            if needs_gain:
-                for_gain = (whole * was).flatten(1).sum(1)
-                for_gain = for_gain if alpha is None else for_gain * alpha
-            if needs_weight:
-                for_weight = scaled if alpha is None else scaled * alpha
-                if filter_mean is not None:
-                    for_weight = torch.sub(for_weight, _mean(for_weight), alpha=1 - 1 / ctx.mean_unit)
-            if needs_bias:
-                for_bias = grad_bias if alpha is None else grad_bias * alpha
-                for_bias = for_bias if ctx.bias_unit == 1.0 else for_bias / ctx.bias_unit
+        whole = grad_weight if center is None else _without_mean(grad_weight, grad_bias, center)
+        scaled = _times(whole, gain)
+        if needs_alpha or needs_gain:
+            was = _steadied(weight, filter_mean, ctx.mean_unit)
+        if needs_alpha:
+            added = _added(bias, offset, ctx.bias_unit)
+            for_alpha = (_inner(scaled, was) + _inner(grad_bias, added)).reshape(alpha.shape)
+        if needs_gain:
+            for_gain = (whole * was).flatten(1).sum(1)
+            for_gain = for_gain if alpha is None else for_gain * alpha
+        if needs_weight:
+            for_weight = scaled if alpha is None else scaled * alpha
+            if filter_mean is not None:
+                for_weight = torch.sub(for_weight, _mean(for_weight), alpha=1 - 1 / ctx.mean_unit)
+        if needs_bias:
+            for_bias = grad_bias if alpha is None else grad_bias * alpha
+            for_bias = for_bias if ctx.bias_unit == 1.0 else for_bias / ctx.bias_unit
         return for_weight, for_bias, for_alpha, for_gain, None, None, None, None, None
 
 
