@@ -69,7 +69,6 @@ def _hooks(module: nn.Module) -> dict[Any, tuple[str, str, str]]:
     }
 
 
-@torch.no_grad()
 def settled(layer: nn.Module, coordinates: Constants) -> float:
     """Take over into plain coordinates what a layer had learnt before somebody else computes its weight; return 1.
 
@@ -80,7 +79,8 @@ def settled(layer: nn.Module, coordinates: Constants) -> float:
     if kept is None and parametrize.is_parametrized(layer, "weight"):
         kept = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]  # a ModuleDict
     if kept is not None:
-        kept.copy_(coordinates.steadied(kept, exactly=True))
+        with torch.no_grad():
+            kept.copy_(coordinates.steadied(kept, exactly=True))
         for hook in _hooks(layer):  # they have run already, on what it was
             hook(layer, ())
     elif not torch.allclose(mean_of(cast(Tensor, layer.weight)), cast(Tensor, coordinates.filter_mean)):

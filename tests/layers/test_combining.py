@@ -65,6 +65,7 @@ def test_what_is_pruned_is_zero(model: Any, trained: bool) -> None:
     kept = layer.weight_mask
     assert int((kept == 0).sum()) == 54
     assert_close(effective(layer), before * kept, 1e-6)
+    assert layer.weight.requires_grad, "the first step after pruning learns already"
     prune.remove(layer, "weight")
     assert torch.equal(effective(layer) == 0, kept == 0)
     assert_close(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from harness import Block, assert_close, both, noise, prove, randomise
@@ -9,6 +12,7 @@ from readings import actions, alphas, norms, plan_of
 from torch import Tensor, nn
 
 import normfree
+from normfree.options import Asked, Options
 
 
 class Net(nn.Module):
@@ -142,3 +146,9 @@ def test_skipinit_draws_he_weights_and_preserve_keeps_the_old_ones() -> None:
         assert new.std().item() == pytest.approx((2 / 36) ** 0.5, rel=0.25)
     kept = normfree.convert(model, init="preserve")
     assert torch.equal(kept.blocks[0].conv1.weight, model.blocks[0].conv1.weight)
+
+
+def test_options_are_the_same_to_a_type_checker() -> None:
+    assert list(Asked.__annotations__) == [field.name for field in dataclasses.fields(Options)]
+    shown = inspect.signature(normfree.convert).parameters
+    assert [name for name in shown if name not in ("model", "plan", "check")] == list(Asked.__annotations__)
