@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from normfree.analysis.activations import Activation, as_activation, following
 from normfree.analysis.flow import Flow, Role, is_inplace
-from normfree.analysis.straight import always_together
+from normfree.code.straight import always_together
 from normfree.norms import describe
 from normfree.tracing.roles import name_of
 

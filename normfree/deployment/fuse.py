@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.merging import merge_
+from normfree.deployment.outputs import absorb_output_
 from normfree.deployment.plain import plain_
 from normfree.deployment.slots import in_torch_alone
 from normfree.errors import UnsupportedModelError, UsageError, some
-from normfree.layers import ChannelAffine, Copy, ScaledWeight, SkipInit, alpha_of, alpha_scale, is_normfree
+from normfree.layers import (
+    ChannelAffine,
+    Copy,
+    ScaledOutput,
+    ScaledWeight,
+    SkipInit,
+    alpha_of,
+    alpha_scale,
+    is_normfree,
+)
 from normfree.layers.reparametrized import check_plain
 from normfree.plans import PLAN_ATTRIBUTE, plan_on
 from normfree.rewriting.changing import become
@@ -99,6 +109,8 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     for module in model.modules():
         if isinstance(module, ChannelAffine):
             _bake_affine(module)
+        elif isinstance(module, ScaledOutput):
+            absorb_output_(module)
     plan = plan_on(model)
     if plan is not None:
         plan = replace(plan, fused=True, merged=merge_(model, plan, merged))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.deployment.outputs import scaled_like, unscaled_output_
 from normfree.edits import NormEdit
-from normfree.layers import ChannelAffine, is_normfree
+from normfree.layers import ChannelAffine, ScaledOutput, is_normfree
 from normfree.plans import Plan
 from normfree.rewriting.changing import become
 from normfree.tracing.copying import deep_copy
@@ -67,10 +68,14 @@ def _may_merge(path: str, block: nn.Module, plan: Plan) -> bool:
 def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Module | None:
     """Return what the block's own method makes of it, or ``None`` if that is something else."""
     like = next(block.parameters())
+    before, copied = deep_copy(block).double().eval(), deep_copy(block).double().eval()
+    scaled = isinstance(block, ScaledOutput)
+    if scaled:
+        unscaled_output_(before)
+        unscaled_output_(copied)
     try:
-        before, copied = deep_copy(block).double().eval(), deep_copy(block).double().eval()
         _give_norms(path, copied, plan)
-        with _Doubled():
+        with torch.device(like.device), _Doubled():
             made: Any = getattr(copied, next(name for name in _METHODS if hasattr(copied, name)))()
         made = made if isinstance(made, nn.Module) else copied
         if check and not _same(before, made):
@@ -80,6 +85,8 @@ def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Modul
     made = made.to(like.dtype).train(block.training)
     for parameter in made.parameters():
         parameter.requires_grad_(like.requires_grad)
+    if scaled:
+        made = scaled_like(made, block)
     return made  # type: ignore[no-any-return]  # of a method that nobody has typed
 
 
@@ -109,11 +116,20 @@ def _give_norms(path: str, block: nn.Module, plan: Plan) -> None:
 
 
 def _width(modules: Mapping[str, nn.Module], edit: NormEdit) -> int:
-    """Return the channels at a slot: those of its producer, of the layer before it, or of what the block takes."""
-    seen = [edit.producer] if edit.producer is not None else list(modules)[: list(modules).index(edit.name)]
-    before = [_channels(modules[name], "out") for name in seen]
-    behind = [_channels(module, "in") for module in modules.values()]
-    return next(width for width in (*reversed(before), *behind) if width is not None)
+    """Return the channels at a slot: those of its producer, or of the layer before or behind it that is nearest."""
+    if edit.producer is not None:
+        return _channels(modules[edit.producer], "out") or 1
+    names, scope = list(modules), edit.name
+    while "." in scope:
+        scope = scope.rpartition(".")[0]
+        inside = [name for name in names if name.startswith(f"{scope}.")]
+        here = inside.index(edit.name)
+        before = [_channels(modules[name], "out") for name in reversed(inside[:here])]
+        behind = [_channels(modules[name], "in") for name in inside[here:]]
+        width = next((width for width in (*before, *behind) if width is not None), None)
+        if width is not None:
+            return width
+    return 1  # of which a gain or a bias knows better
 
 
 def _channels(module: nn.Module, side: str) -> int | None:
@@ -149,9 +165,8 @@ def _same(before: nn.Module, after: nn.Module) -> bool:
 
 def _inputs(block: nn.Module) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    for layer in block.modules():
-        width = getattr(layer, "in_channels", None) or getattr(layer, "in_features", None)
-        if isinstance(width, int):
-            for shape in ((2, width, 14, 14), (2, 5, width), (4, width)):
-                yield torch.randn(shape, generator=generator, dtype=torch.float64)
-            return
+    widths = [_channels(layer, "in") for layer in block.modules()]
+    widths += [len(slot.gain) for slot in block.modules() if isinstance(slot, ChannelAffine) and slot.gain is not None]
+    for width in dict.fromkeys(filter(None, widths)):
+        for shape in ((2, width, 14, 14), (2, 5, width), (4, width)):
+            yield torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from normfree.analysis.findings import Findings
-from normfree.analysis.naming import Named, find_named
+from normfree.code.naming import Named, find_named
 
 __all__ = ["used_apart"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
-from normfree.analysis.naming import Named
+from normfree.code.naming import Named
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import UnsupportedModelError
 from normfree.layers import is_carrier

@@ -87,13 +87,12 @@ def test_convert_time_writes_its_table(run: Run, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("together")
 def test_convert_files_measures_and_cleans_up(run: Run, tmp_path: Path) -> None:
     short = ("--endings", ".safetensors", ".pth", "--runs", 1, "--csv", tmp_path / "files.csv", "--work", tmp_path)
-    run("convert_files.py", "timm:resnet10t", *short)
+    # What a process needs beside the tensors is some 50 MiB: a small network would tell nothing of its memory.
+    run("convert_files.py", "timm:resnet10t" if run is run_here else "torchvision:resnet50", *short)
     header, *rows = (tmp_path / "files.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows] == [".safetensors", ".pth"]
     shares = [float(row.split(",")[header.split(",").index("peak_share")]) for row in rows]
-    assert run is run_here or max(shares) < 1.5, (
-        "resident memory is far from what a model of that size would add twice over"
-    )
+    assert run is run_here or max(shares) < 2, "the tensors stand in memory twice"
     assert [path.name for path in tmp_path.iterdir()] == ["files.csv"]
 
 

@@ -195,24 +195,37 @@ def test_shell_blocks_run_here(block: Block, tmp_path: Path, monkeypatch: pytest
             assert words[words.index(option) + 1] in written
 
 
+def copied_to(folder: Path) -> None:
+    """Copy what git tracks, so that `pip install .` builds what a user gets."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():  # it may be removed, and not yet committed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+
+
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment that sees this one's packages, so that torch is not downloaded once more."""
-    folder = tmp_path_factory.mktemp("venv")
+    """A fresh virtual environment with this package alone; it sees the other one's, as torch is large."""
+    folder, source = tmp_path_factory.mktemp("venv"), tmp_path_factory.mktemp("source")
     venv.create(folder, with_pip=True)
     packages = next((folder / "lib").glob("python*")) / "site-packages"
     (packages / "outer.pth").write_text("\n".join(site.getsitepackages()))
+    copied_to(source)
+    subprocess.run([folder / "bin" / "pip", "install", "-q", "--no-deps", "--ignore-installed", source], check=True)
+    for script in Path(sys.executable).parent.iterdir():  # commands such as pytest belong to the other one's python
+        words = script.read_bytes() if script.is_file() else b""
+        if words.startswith(b"#!" + sys.executable.encode()):
+            own = folder / "bin" / script.name
+            own.write_bytes(words.replace(sys.executable.encode(), str(folder / "bin" / "python").encode(), 1))
+            own.chmod(0o755)
     return folder
 
 
 @pytest.mark.broad
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_shell_blocks_run_in_a_fresh_environment(block: Block, fresh: Path, tmp_path: Path) -> None:
-    """In a copy of what git tracks, so that `pip install .` builds what a user gets."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    copied_to(tmp_path)
     given(block, tmp_path)
     environment = {
         **os.environ,

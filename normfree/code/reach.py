@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from normfree.analysis.bytecode import instructions, loads_method
+from normfree.code.bytecode import instructions, loads_method
 
 __all__ = ["Function", "functions_of"]
 

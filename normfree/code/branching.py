@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normfree.analysis.bytecode import JUMPS, LAST, ONE_WAY, called_by, index_of, instructions, returns
+from normfree.code.bytecode import JUMPS, LAST, ONE_WAY, called_by, index_of, instructions, returns
 from normfree.tracing.callers import Place
 
 __all__ = ["behind"]

@@ -9,7 +9,7 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.analysis.bytecode import JUMPS, called_by, instructions
+from normfree.code.bytecode import JUMPS, called_by, instructions
 
 __all__ = ["calls_variable", "is_used", "part_of"]
 

@@ -15,11 +15,11 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.analysis.bytecode import index_of, instructions, is_plain, loads_method
-from normfree.analysis.holding import held
-from normfree.analysis.reach import Function, functions_of
-from normfree.analysis.straight import is_dead
-from normfree.analysis.using import calls_variable, is_used, part_of
+from normfree.code.bytecode import index_of, instructions, is_plain, loads_method
+from normfree.code.holding import held
+from normfree.code.reach import Function, functions_of
+from normfree.code.straight import is_dead
+from normfree.code.using import calls_variable, is_used, part_of
 from normfree.tracing.callers import Call
 
 __all__ = ["Named", "find_named"]

@@ -13,8 +13,8 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.analysis.branching import behind
-from normfree.analysis.bytecode import JUMPS, LAST, ONE_WAY, index_of, instructions, is_plain, loads_method, returns
+from normfree.code.branching import behind
+from normfree.code.bytecode import JUMPS, LAST, ONE_WAY, index_of, instructions, is_plain, loads_method, returns
 from normfree.tracing.callers import Call, Place
 
 __all__ = ["always_together", "is_dead"]
