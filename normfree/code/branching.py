@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from normfree.code.bytecode import JUMPS, LAST, ONE_WAY, called_by, index_of, instructions, returns
 from normfree.tracing.callers import Place
 
-__all__ = ["behind"]
+__all__ = ["behind", "is_stored"]
 
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW")
@@ -97,7 +97,7 @@ class _Home:
         outer = next((m.__code__ for own in methods for m in own if _holds(m, code)), None)
         name = outer.co_varnames[0] if outer is not None and outer.co_argcount else None
         inner = outer is code or name in code.co_freevars
-        return name if inner and outer is not None and not _is_stored(outer, name) else None
+        return name if inner and outer is not None and not is_stored(outer, name) else None
 
 
 def _simple(steps: Sequence[Instruction], call: int) -> Sequence[Instruction]:
@@ -110,7 +110,8 @@ def _holds(value: Any, code: CodeType) -> bool:
     return isinstance(value, FunctionType) and (value.__code__ is code or code in value.__code__.co_consts)
 
 
-def _is_stored(code: CodeType, name: str | None) -> bool:
+def is_stored(code: CodeType, name: str | None) -> bool:
+    """Whether a function, or one that it makes, puts something into a variable."""
     codes = [code, *(c for c in code.co_consts if isinstance(c, CodeType))]
     return any(s.argval == name and s.opname.startswith(("STORE", "DELETE")) for c in codes for s in instructions(c))
 
@@ -135,7 +136,7 @@ def _runs_whole(function: Any) -> bool:
     steps, first = instructions(code), next(iter(code.co_varnames), None)
     given = [_first_given(_simple(steps, i - 1), function.__globals__) for i in returns(code)]
     whole = all(name == first for name in given) and not any(steps[i].is_jump_target for i in returns(code))
-    return bool(given) and whole and code.co_argcount > 0 and not _is_stored(code, first)
+    return bool(given) and whole and code.co_argcount > 0 and not is_stored(code, first)
 
 
 def _made(code: CodeType, name: str) -> CodeType | None:

@@ -6,7 +6,7 @@ import bisect
 import dis
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import CodeType
 
 from normfree.tracing.callers import Place
@@ -48,10 +48,16 @@ def index_of(place: Place) -> int:
     return bisect.bisect_right([i.offset for i in instructions(place.code)], place.offset) - 1
 
 
-def is_plain(steps: Sequence[dis.Instruction]) -> bool:
-    """Whether instructions follow each other whatever happens, and only move values."""
+def is_plain(steps: Sequence[dis.Instruction], entered: Container[int] = ()) -> bool:
+    """Whether instructions follow each other whatever happens, and only move values.
+
+    Args:
+        steps: The instructions.
+        entered: Where jumps lead that have been accounted for.
+    """
     return all(
-        (step.opname.startswith(_PLAIN) or _takes_by_name(steps, i)) and not step.is_jump_target
+        (step.opname.startswith(_PLAIN) or _takes_by_name(steps, i))
+        and (not step.is_jump_target or step.offset in entered)
         for i, step in enumerate(steps)
     )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 
 from torch import nn
 
-from normfree.code.branching import behind
+from normfree.code.branching import behind, is_stored
 from normfree.code.bytecode import JUMPS, LAST, ONE_WAY, index_of, instructions, is_plain, loads_method, returns
 from normfree.tracing.callers import Call, Place
 
@@ -30,24 +30,59 @@ def always_together(layer: Call, norm: Call) -> bool:
     if count == 0:
         return False
     one, other = layer.places[count - 1], norm.places[count - 1]
-    meet = one.code is _CHAIN or _is_straight(one.code, behind(one, layer.places[count:]), index_of(other))
+    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:]), index_of(other))
     return (
         meet
         and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
-        and all(p.code is _CHAIN or _is_straight(p.code, 0, index_of(p)) for p in norm.places[count:])
+        and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p)) for p in norm.places[count:])
         and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
 
 
-def _is_straight(code: CodeType, start: int, end: int) -> bool:
-    steps = instructions(code)
-    if start > end or steps[end].is_jump_target:
+def _is_straight(place: Place, start: int, end: int) -> bool:
+    steps = instructions(place.code)
+    if start > end:
         return False
-    between = steps[start:end]
+    between, entered = list(steps[start:end]), list[int]()
+    for i in range(start, end - 2):
+        there = _over_missing(place, steps[i : i + 3])
+        if there is not None and steps[i] in between:
+            entered.append(there)
+            between = [step for step in between if not steps[i].offset <= step.offset < there]
+    if steps[end].is_jump_target and steps[end].offset not in entered:
+        return False
     asked = [i for i, step in enumerate(between) if step.opname.startswith("POP_JUMP") and _asks_for_called(between, i)]
-    return is_plain(
-        [s for i, s in enumerate(between) if i not in asked and (s.opname != "IS_OP" or i + 1 not in asked)]
-    )
+    moving = [s for i, s in enumerate(between) if i not in asked and (s.opname != "IS_OP" or i + 1 not in asked)]
+    return is_plain(moving, entered)
+
+
+def _over_missing(place: Place, steps: Sequence[dis.Instruction]) -> int | None:
+    """Return to where ``if self.part is not None`` jumps, if it always does.
+
+    A part that is put there later, where there was none, makes another network of it.
+    """
+    load, attribute, jump = steps
+    first = next(iter(place.code.co_varnames), None)
+    if load.opname != "LOAD_FAST" or load.argval != first or not jump.opname.endswith("_IF_NONE"):
+        return None
+    if attribute.opname != "LOAD_ATTR" or place.owner is None or is_stored(place.code, first):
+        return None
+    whole = instructions(place.code)
+    ways = [step for step in whole if step.opcode in JUMPS and step.argval == jump.argval]
+    forward = jump.argval > jump.offset and len(ways) == 1
+    return jump.argval if forward and _is_missing(place.owner, attribute.argval) else None
+
+
+def _is_missing(owner: nn.Module, name: str) -> bool:
+    """Whether a module has ``None`` under a name, and no method but the first puts something else there."""
+    if vars(owner).get(name, owner._modules.get(name, owner)) is not None:
+        return False
+    kinds = type(owner).__mro__[: type(owner).__mro__.index(nn.Module)]
+    if any(name in vars(kind) or "__getattribute__" in vars(kind) for kind in kinds):
+        return False
+    methods = [m for kind in kinds for key, m in vars(kind).items() if key != "__init__"]
+    codes = [m.__code__ for m in methods if isinstance(m, FunctionType)]
+    return not any(s.opname == "STORE_ATTR" and s.argval == name for code in codes for s in instructions(code))
 
 
 def _asks_for_called(steps: Sequence[dis.Instruction], jump: int) -> bool:

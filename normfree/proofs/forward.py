@@ -89,7 +89,7 @@ def _same_as_original(case: Case, original: nn.Module) -> Found:
     rounding = error_between(exact, case.run(before, dtype=theirs))
     own = error_between(exact, case.run(after, dtype=case.own_dtype))
     train = _error_in_train_mode(case, again)
-    passed = max(error, train) <= TOLERANCE and own <= max(ROUNDINGS * rounding, TOLERANCE)
+    passed = max(error, train) <= TOLERANCE and own <= ROUNDINGS * max(rounding, torch.finfo(case.own_dtype).eps)
     figures = f"{own:.1e} in {str(case.own_dtype)[6:]}, where the original's is {rounding:.1e}"
     worse = f" and {train:.1e} in train mode" if train > TOLERANCE else ""
     return Found(passed, error, f"relative error {error:.1e} in float64{worse}; {figures}")

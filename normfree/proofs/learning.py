@@ -44,18 +44,18 @@ def everything_learns(case: Case) -> Found:
     late = len(alphas) - first - len(waiting)
     dead = _dead(case, expected, waiting)
     waiting = [path for path in waiting if path not in dead]
+    behind = f", {late} once the zero scale before it has moved" if late else ""
+    behind += f"; nothing comes to {some(dead)}, and nothing did in the original" if dead else ""
+    trained = [alpha for alpha in alphas.values() if alpha.requires_grad]
+    figures = f"{sum(g is not None for g in grads.values())} gradients, {len(trained)} alphas{behind}"
+    del model, alphas, trained, grads, expected  # copies in float64 are large, and more of them follow
     problems = [
         *([f"no gradient any more: {some(missing)}"] if missing else []),
         *([f"alpha gets none: {some(waiting)}"] if waiting else []),
         *([f"alpha's is not finite: {some(infinite)}"] if infinite else []),
         *_wrong(case),
     ]
-    behind = f", {late} once the zero scale before it has moved" if late else ""
-    behind += f"; nothing comes to {some(dead)}, and nothing did in the original" if dead else ""
-    trained = [alpha for alpha in alphas.values() if alpha.requires_grad]
-    detail = (
-        "; ".join(problems) or f"{sum(g is not None for g in grads.values())} gradients, {len(trained)} alphas{behind}"
-    )
+    detail = "; ".join(problems) or figures
     return Found(not problems, float(len(problems)), detail)
 
 
@@ -92,9 +92,13 @@ def _expected(case: Case) -> Gradients | None:
 
 
 def _dead(case: Case, expected: Gradients | None, waiting: list[str]) -> list[str]:
-    """Return the alphas whose branch ends in what learns nothing in the original either: all its gradients are zero."""
-    if case.structure is None or expected is None:
+    """Return the alphas whose branch ends in what learns nothing in the original either: all its gradients are zero.
+
+    In train mode as it is, or with its norms frozen: those of a batch bring to life what their statistics leave dead.
+    """
+    if case.structure is None or expected is None or not waiting:
         return []
+    frozen = _gradients(case, case.frozen(training=True))
     ends: dict[str, Alpha] = {alpha.holder: alpha for alpha in case.plan.alphas}
     found = []
     for holder in waiting:
@@ -103,7 +107,8 @@ def _dead(case: Case, expected: Gradients | None, waiting: list[str]) -> list[st
         while not any(True for _ in end.parameters()) and path:
             path = path.rpartition(".")[0]
             end = case.structure.get_submodule(path)
-        if not any(_is_something(expected.get(f"{path}.{key}".lstrip("."))) for key, _ in end.named_parameters()):
+        keys = [f"{path}.{key}".lstrip(".") for key, _ in end.named_parameters()]
+        if any(not any(_is_something(grads.get(key)) for key in keys) for grads in (expected, frozen)):
             found.append(holder)
     return found
 
@@ -139,14 +144,13 @@ def _wrong_in(case: Case, training: bool) -> list[str]:
     form = form_of(case, model)
     if form is None:
         return []
-    hooks = _hooks(case, model)
+    _hang_hooks(case, model)
     try:
-        found, right = _gradients(case, model), _gradients(case, form)
+        found = _gradients(case, model)
+        del model
+        right = _gradients(case, form)
     except RuntimeError:
         return []  # told already
-    finally:
-        for handle in hooks:
-            handle.remove()
     wrong = _different(found, right)
     if wrong:  # at a kink of an activation a gradient is anything: what moves with a rounding is no witness
         wrong = [name for name in wrong if name not in _different(right, _gradients(case, form, nudge=2**-45))]
@@ -166,14 +170,12 @@ def _different(found: Gradients, right: Gradients) -> list[str]:
     return sorted(wrong)
 
 
-def _hooks(case: Case, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+def _hang_hooks(case: Case, model: nn.Module) -> None:
     """Put on the copies of parameters what hangs on the parameters, other than what hung on the original's."""
     theirs = dict(case.structure.named_parameters()) if case.structure is not None else {}
     copies = dict(model.named_parameters())
-    handles = []
     for name, parameter in case.model.named_parameters():
         known = (getattr(theirs.get(name), "_backward_hooks", None) or {}).values()
         for hook in (parameter._backward_hooks or {}).values():
             if hook not in known:
-                handles.append(copies[name].register_hook(hook))  # type: ignore[no-untyped-call]  # torch's own
-    return handles
+                copies[name].register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own

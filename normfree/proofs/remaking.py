@@ -7,6 +7,7 @@ and the two are compared, entry by entry (:mod:`.state`) and by what they comput
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +76,7 @@ def plain_form(made: nn.Module, model: nn.Module) -> nn.Module | None:
                 return None
     for module in made.modules():
         if isinstance(module, ScaledWeight):
-            module.__dict__["combined"] = functools.partial(_combined, module)
+            module.__dict__["combined"] = functools.partial(_combined, weakref.ref(module))  # no circle: it is large
     return made
 
 
@@ -95,8 +96,9 @@ def _take(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return True
 
 
-def _combined(layer: Any) -> tuple[Tensor, Tensor | None]:
+def _combined(held: weakref.ref[Any]) -> tuple[Tensor, Tensor | None]:
     """Return ``alpha g U`` and ``alpha (b / u + c) - weight mu``: the formulas of :mod:`normfree.layers.combining`."""
+    layer: Any = held()
     weight, bias = layer.weight, layer.bias
     if layer.filter_mean is not None:
         mean = weight.sum(tuple(range(2, weight.dim())), keepdim=True) / weight[0, 0].numel()

@@ -374,6 +374,78 @@ def test_branches_that_both_call_a_layer_let_it_fold() -> None:
     assert actions(hold(randomise(Parts()).double().eval(), lambda m, x: m(x), flagged)) == {"b": "fold"}
 
 
+class Optional(Net):
+    """A part between convolution and norm that may be missing, and is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(x)
+        if self.part is not None:
+            x = self.part(x)
+        return self.b(x)
+
+
+class PutThereLater(Optional):
+    def other(self, x: Tensor) -> Tensor:
+        self.part = nn.Tanh()
+        try:
+            return self(x)
+        finally:
+            self.part = None
+
+
+class ElseDoubled(Optional):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(x)
+        if self.part is not None:
+            x = self.part(x)
+        elif self.flag:
+            x = x * 2
+        return self.b(x)
+
+
+class InAnotherVariable(Optional):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.b
+        x = self.c(x)
+        if self.flag:
+            self = PutThereLater().double()
+            self.part = nn.Tanh()
+        if self.part is not None:
+            x = self.part(x)
+        return norm(x)
+
+
+class OfTheClass(Net):
+    part: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(x)
+        if self.part is not None:
+            x = self.part(x)
+        return self.b(x)
+
+    def other(self, x: Tensor) -> Tensor:
+        type(self).part = staticmethod(torch.tanh)
+        try:
+            return self(x)
+        finally:
+            type(self).part = None
+
+
+def test_a_part_that_is_missing_decides_nothing() -> None:
+    assert actions(hold(randomise(Optional()).double().eval(), lambda m, x: m(x))) == {"b": "fold"}
+
+
+@pytest.mark.parametrize("kind", [PutThereLater, ElseDoubled, InAnotherVariable, OfTheClass])
+def test_a_part_that_may_come_is_preserved(kind: type[Net]) -> None:
+    other = getattr(kind, "other", flagged)
+    hold(randomise(kind()).double().eval(), lambda m, x: m(x), other)
+
+
 def called_by_another_name(self: Any, x: Tensor) -> Tensor:
     layer = self.c
     return layer(x)

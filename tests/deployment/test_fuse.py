@@ -128,6 +128,49 @@ def test_alpha_on_a_channel_range_and_behind_gates() -> None:
         assert_close(fused(x), model(x))
 
 
+class Times(nn.Module):
+    """Multiplies by what ``of`` makes of its parameter."""
+
+    def __init__(self, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.gamma, self.of = nn.Parameter(torch.rand(4) + 0.5), of
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.of(self.gamma)[:, None, None]
+
+
+class EndsIn(nn.Module):
+    """A residual branch that ends in a layer scale, as that of FastViT's mixer."""
+
+    def __init__(self, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Times(of)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale(self.norm(self.conv(x)) - x)
+
+
+OF: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+OF = {"itself": torch.clone, "abs": torch.abs, "exp": torch.exp, "more": lambda t: t + 1}
+
+
+@pytest.mark.parametrize("of", OF)
+def test_a_layer_scale_takes_alpha_if_it_only_multiplies(of: str) -> None:
+    called = list[int]()
+    model = randomise(EndsIn(OF[of])).double()
+    x = noise(2, 4, 6, 6, dtype=torch.float64)
+    converted = set_alphas(normfree.convert(model, init="preserve", inputs=x), -0.7).eval()
+    expected = converted(x)
+    converted.scale.register_forward_hook(lambda *_: called.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuseWarning)
+        fused = normfree.fuse(converted)
+    assert called == []
+    assert_close(fused(x), expected)
+    left = [name for name, _ in fused.named_parameters() if name.endswith("raw_alpha")]
+    assert left == ([] if of == "itself" else ["scale.raw_alpha"])
+
+
 def test_what_stays_a_multiplication_is_named_and_computes_the_same() -> None:
     model, x = trained(timm.create_model("ghostnet_100")), noise(2, 3, 64, 64, dtype=torch.float64)
     with pytest.warns(FuseWarning, match=r"alpha stays a multiplication at blocks\.0"):
