@@ -35,6 +35,7 @@ class NormEdit:
         producer: The layer that takes gain and bias.
         reason: Why.
         copy: The slot copies, because somebody writes into it in place.
+        into: The layer that alone reads what stays in the slot, and takes it when the model is fused.
     """
 
     name: str
@@ -45,6 +46,7 @@ class NormEdit:
     producer: str | None
     reason: str
     copy: bool = False
+    into: str | None = None
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def build_on_meta(name: str) -> nn.Module:
 
 def structure(name: str) -> dict[str, Any] | None:
     """What the plan says about one model, or nothing if it holds no norm."""
+    torch.manual_seed(0)  # how many boxes a detector finds, and adds to, is up to its weights
     model = build_on_meta(name)
     if not find_norms(model):
         return None

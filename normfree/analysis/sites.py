@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from normfree.analysis.activations import Activation, as_activation, following
-from normfree.analysis.flow import Flow, Role, is_inplace
+from normfree.analysis.flow import Flow, Role
+from normfree.analysis.writing import is_fresh, writers_of, writes_into
 from normfree.code.straight import always_together
+from normfree.layers.linearity import takes_affine
 from normfree.norms import describe
-from normfree.tracing.roles import name_of
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
 
@@ -27,6 +28,8 @@ class Site:
         why: Why there is no producer.
         apart: Why the two may not always be called together, although they were.
         between: Modules whose forward only one of the two is called in.
+        into: The layer that alone reads its output, at once and without zero padding, and is always called with it.
+        behind: Modules whose forward only one of these two is called in.
         feeds: Convolutions and linears that its output reaches through activations.
         biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
             that we cannot give one, or neither fed by any nor feeding any.
@@ -43,6 +46,8 @@ class Site:
     why: str
     apart: str
     between: tuple[str, ...]
+    into: str | None
+    behind: tuple[str, ...]
     feeds: tuple[str, ...]
     biasless: bool
     scaleless: bool
@@ -57,7 +62,8 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
     source = flow.inputs[node][0]
     producer, why = _producer(flow, node, source)
     apart, between = ("", ()) if producer is None else _together(flow, producer, str(node.target))
-    writers, unsafe = _writers(flow, node)
+    into, behind = _into(flow, node)
+    writers, unsafe = writers_of(flow, node)
     feeds = tuple(dict.fromkeys(_feeds(flow, node)))
     alone = not feeds and not _is_weighted(flow, source)
     return Site(
@@ -67,11 +73,13 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
         why=why,
         apart=apart,
         between=between,
+        into=into,
+        behind=behind,
         feeds=feeds,
         biasless=_is_biasless(flow, source) or alone,
         scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
-        fresh=_is_fresh(flow, source, node),
-        input_written=bool(_writes(flow, source, node)),
+        fresh=is_fresh(flow, source, node),
+        input_written=bool(writes_into(flow, source, node)),
         writers=writers,
         unsafe_write=unsafe,
     )
@@ -105,14 +113,33 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     return str(source.target), ""
 
 
-def _together(flow: Flow, producer: str, norm: str) -> tuple[str, tuple[str, ...]]:
-    """Say why a layer and its norm may not always be called together, and which modules stand between them."""
-    one, other = flow.graph.called[producer], flow.graph.called[norm]
+def _together(flow: Flow, first: str, second: str) -> tuple[str, tuple[str, ...]]:
+    """Say why two layers may not always be called one after the other, and which modules stand between them."""
+    one, other = flow.graph.called[first], flow.graph.called[second]
     between = tuple(
         path for path in dict.fromkeys(one.modules + other.modules) if (path in one.modules) != (path in other.modules)
     )
-    apart = f"the code that calls {producer} may do something else with what it returns"
+    apart = f"the code that calls {first} may do something else with what it returns"
     return "" if always_together(one, other) else apart, between
+
+
+def _into(flow: Flow, node: fx.Node) -> tuple[str | None, tuple[str, ...]]:
+    """Return the layer whose weight can take what the norm multiplies and adds, and what stands between the two."""
+    users, given, module = flow.users[node], node, None
+    while len(users) == 1 and type(flow.module(users[0])) is nn.Identity:
+        users, given = flow.users[users[0]], users[0]
+    if len(users) == 1 and flow.called_once(node) and flow.activation_in(node) is None:
+        module = flow.module(users[0]) if flow.carries(users[0]) and flow.called_once(users[0]) else None
+    if module is None or not takes_affine(module) or list(flow.inputs[users[0]]) != [given]:
+        return None, ()
+    width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    if width != describe(flow.modules[str(node.target)]).features:
+        return None, ()
+    if isinstance(module, nn.Linear) and len(flow.shape(node) or ()) != 2:
+        return None, ()
+    into = str(users[0].target)
+    apart, behind = _together(flow, str(node.target), into)
+    return (None, ()) if apart else (into, behind)
 
 
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
@@ -163,47 +190,6 @@ def rescaled_layers(flow: Flow) -> Iterator[tuple[str, Activation | None]]:
             yield str(node.target), following(flow, node)
 
 
-def _writers(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
-    """Find what writes in place into the norm's output: what could be switched, and whether something could not.
-
-    An activation can be switched if nobody else sees what it writes into.
-    """
-    found = _writes(flow, node, node)
-    alone = all(user.op == "call_module" and not _writes_unannounced(flow, user) for user in found)
-    if alone and list(node.users) == found:
-        return tuple(dict.fromkeys(str(user.target) for user in found)), False
-    return (), bool(found)
-
-
-def _writes(flow: Flow, node: fx.Node, since: fx.Node) -> list[fx.Node]:
-    """Return what writes into the memory of ``node``, or would in train mode, once another has run."""
-    memory, order = _memory(flow, node), flow.graph.order
-    later = (user for user in flow.nodes if order[user] > order[since])
-    return [
-        user
-        for user in later
-        if memory in flow.graph.written.get(user, ())
-        or (is_inplace(flow, user) and _memory(flow, flow.inputs[user][0]) == memory)
-    ]
-
-
-def _memory(flow: Flow, node: fx.Node) -> int | None:
-    value = flow.graph.values.get(node)
-    return None if value is None else value.memory
-
-
-def _is_fresh(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
-    """Whether a norm alone reads what ``source`` returns, a tensor of its own that is not kept for backward."""
-    new = (
-        flow.carries(source)
-        or flow.roles[source] is Role.CONV
-        or name_of(source) in ("add", "cat", "concat", "concatenate")
-    )
-    memory = _memory(flow, source)
-    alone = all(value.memory != memory for other, value in flow.graph.values.items() if other is not source)
-    return new and alone and list(source.users) == [node]
-
-
 def agree(known: Site | None, site: Site) -> Site:
     """Join what two graphs say about one norm: a producer only if it is the same in both."""
     if known is None or known == site:
@@ -215,6 +201,8 @@ def agree(known: Site | None, site: Site) -> Site:
         producer=known.producer if same else None,
         apart=known.apart or site.apart,
         between=tuple(dict.fromkeys(known.between + site.between)),
+        into=known.into if known.into == site.into else None,
+        behind=tuple(dict.fromkeys(known.behind + site.behind)),
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
         feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
         biasless=known.biasless or site.biasless,
@@ -224,8 +212,3 @@ def agree(known: Site | None, site: Site) -> Site:
         writers=tuple(dict.fromkeys(known.writers + site.writers)),
         unsafe_write=known.unsafe_write or site.unsafe_write,
     )
-
-
-def _writes_unannounced(flow: Flow, node: fx.Node) -> bool:
-    """Whether the module that a node calls writes into its input without an ``inplace`` flag that could be switched."""
-    return is_inplace(flow, node) and not hasattr(flow.modules[str(node.target)], "inplace")

@@ -49,11 +49,31 @@ def _is_straight(place: Place, start: int, end: int) -> bool:
         if there is not None and steps[i] in between:
             entered.append(there)
             between = [step for step in between if not steps[i].offset <= step.offset < there]
+        idle = _through_identity(place, steps[i:end])
+        between = [step for step in between if step not in idle]
     if steps[end].is_jump_target and steps[end].offset not in entered:
         return False
     asked = [i for i, step in enumerate(between) if step.opname.startswith("POP_JUMP") and _asks_for_called(between, i)]
     moving = [s for i, s in enumerate(between) if i not in asked and (s.opname != "IS_OP" or i + 1 not in asked)]
     return is_plain(moving, entered)
+
+
+def _through_identity(place: Place, steps: Sequence[dis.Instruction]) -> Sequence[dis.Instruction]:
+    """Return what calls ``self.part(x)`` at once, but for ``x``, if that part is an identity that nobody watches."""
+    load, method, given, *rest = steps
+    call = next((i for i, step in enumerate(rest) if step.opname not in ("PRECALL", "CACHE")), len(rest) - 1)
+    if not rest or not _is_own(place, load) or not loads_method(method) or place.owner is None:
+        return ()
+    part = place.owner._modules.get(method.argval)
+    watched = part is not None and any(value for name, value in vars(part).items() if name.endswith("_hooks"))
+    simple = given.opname.startswith("LOAD_FAST") and rest[call].opname.startswith("CALL") and rest[call].arg == 1
+    return (load, method, *rest[: call + 1]) if simple and type(part) is nn.Identity and not watched else ()
+
+
+def _is_own(place: Place, load: dis.Instruction) -> bool:
+    """Whether an instruction takes the module whose forward this is."""
+    first = next(iter(place.code.co_varnames), None)
+    return load.opname.startswith("LOAD_FAST") and load.argval == first and not is_stored(place.code, first)
 
 
 def _over_missing(place: Place, steps: Sequence[dis.Instruction]) -> int | None:
@@ -62,15 +82,13 @@ def _over_missing(place: Place, steps: Sequence[dis.Instruction]) -> int | None:
     A part that is put there later, where there was none, makes another network of it.
     """
     load, attribute, jump = steps
-    first = next(iter(place.code.co_varnames), None)
-    if load.opname != "LOAD_FAST" or load.argval != first or not jump.opname.endswith("_IF_NONE"):
-        return None
-    if attribute.opname != "LOAD_ATTR" or place.owner is None or is_stored(place.code, first):
+    if not _is_own(place, load) or attribute.opname != "LOAD_ATTR" or not jump.opname.endswith("_IF_NONE"):
         return None
     whole = instructions(place.code)
     ways = [step for step in whole if step.opcode in JUMPS and step.argval == jump.argval]
     forward = jump.argval > jump.offset and len(ways) == 1
-    return jump.argval if forward and _is_missing(place.owner, attribute.argval) else None
+    missing = place.owner is not None and _is_missing(place.owner, attribute.argval)
+    return jump.argval if forward and missing else None
 
 
 def _is_missing(owner: nn.Module, name: str) -> bool:

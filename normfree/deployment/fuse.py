@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.deployment.absorbing import absorb_
 from normfree.deployment.merging import merge_
 from normfree.deployment.outputs import absorb_output_
 from normfree.deployment.plain import plain_
@@ -113,7 +114,8 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
             absorb_output_(module)
     plan = plan_on(model)
     if plan is not None:
-        plan = replace(plan, fused=True, merged=merge_(model, plan, merged))
+        plan = replace(absorb_(model, plan), fused=True)
+        plan = replace(plan, merged=merge_(model, plan, merged))
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
     for module in list(model.modules()):
         if isinstance(module, (ChannelAffine, SkipInit, Copy)):

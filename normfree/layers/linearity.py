@@ -22,7 +22,7 @@ from normfree.layers.carriers import Seen, scaled_weight_class
 from normfree.layers.held import CONSTANTS
 from normfree.tracing.copying import meta_copy
 
-__all__ = ["is_carrier"]
+__all__ = ["is_carrier", "takes_affine"]
 
 _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: F.linear,
@@ -50,6 +50,20 @@ def is_carrier(module: nn.Module) -> bool:
     if not plain or hasattr(cls, "weight") or hasattr(cls, "bias") or not _may_be_derived_from(cls):
         return False
     return _inherits(cls, base) or (cls.__call__ is nn.Module.__call__ and _hands_on(module, _FUNCTIONS[base]))
+
+
+def takes_affine(layer: nn.Module) -> bool:
+    """Whether a carrier can take what is multiplied and added to each channel of its input: nothing but that is seen.
+
+    Zero padding is something else, and a transposed convolution meets fewer positions at its edges.
+    """
+    if isinstance(layer, nn.Linear):
+        return True
+    base = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind)), None)
+    if base is None or not _inherits(type(layer), base):  # another forward may pad by itself
+        return False
+    unpadded = layer.padding == "valid" or not any(cast(Any, layer.padding))
+    return unpadded or layer.padding_mode != "zeros"
 
 
 _TAKEN = (*CONSTANTS, "alpha", "alpha_channels", "alpha_unit", "combined", "coordinates", "raw_alpha")

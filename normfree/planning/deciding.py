@@ -18,7 +18,7 @@ from normfree.errors import UnsupportedModelError
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
 from normfree.planning.apart import used_apart
-from normfree.planning.hooks import any_global_hook, hooks_on
+from normfree.planning.folding import may_be_absorbed, why_not_folded
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
 from normfree.plans import Plan
@@ -125,41 +125,19 @@ def _norm_edit(
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
-    obstacle = _hook_between(modules, edit.name, site) or (
-        _doubt(modules, name, site, apart) if init == "preserve" else ""
-    )
+    preserve = init == "preserve"
+    obstacle = why_not_folded(modules, name, site, apart if preserve else None)
     if site.producer is not None and not obstacle:
-        what = "gain and bias move" if init == "preserve" else "the bias moves"
+        what = "gain and bias move" if preserve else "the bias moves"
         edit = replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
         return replace(edit, copy=site.unsafe_write and not asked.inplace)
-    action = "affine" if init == "preserve" or site.scaleless else ("bias" if site.biasless else "delete")
+    action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
     written = site.unsafe_write and not asked.inplace
     if action == "delete":
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
-    return replace(edit, action=action, reason=obstacle or site.why, copy=written)
-
-
-def _hook_between(modules: Modules, norm: str, site: Site) -> str:
-    """Name the module whose hook sees, and may change, what passes from producer to norm, or its gradient."""
-    if site.producer is None:
-        return ""
-    watched = {path: hooks_on(modules[path]) for path in (site.producer, *site.between, norm)}
-    watched[site.producer] -= {"_forward_pre_hooks"}  # what a layer is given stays what it is
-    found = next((path for path, hooks in watched.items() if hooks), None)
-    if found is not None or any_global_hook():
-        return f"a hook on {found or 'every module'} sees what passes from {site.producer} to {norm}"
-    return ""
-
-
-def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
-    """Say why a layer and the norm behind it may be used apart, or return nothing if it is known that they are not."""
-    if site.producer is None or site.apart:
-        return site.apart
-    layer = modules[site.producer]
-    if {id(modules[path]) for path in (site.producer, *site.between, norm)} & apart.called:
-        return f"{site.producer} or {norm} may be called elsewhere too"
-    return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""
+    into = site.into if preserve and not written and may_be_absorbed(modules, name, site, apart) else None
+    return replace(edit, action=action, reason=obstacle or site.why, copy=written, into=into)
 
 
 def _why_unseen(traced: Trace) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_close, noise, randomise
-from readings import actions
+from readings import actions, plan_of
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
@@ -374,6 +374,16 @@ def test_branches_that_both_call_a_layer_let_it_fold() -> None:
     assert actions(hold(randomise(Parts()).double().eval(), lambda m, x: m(x), flagged)) == {"b": "fold"}
 
 
+class Before(nn.Module):
+    """A layer behind a norm."""
+
+    flag = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.after = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+
 class Optional(Net):
     """A part between convolution and norm that may be missing, and is."""
 
@@ -434,6 +444,35 @@ class OfTheClass(Net):
             return self(x)
         finally:
             type(self).part = None
+
+
+class Through(Before):
+    """An identity stands between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        x = self.part(x)
+        return self.after(x)
+
+
+class TwiceThrough(Through):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        y = self.part(x)
+        return self.after(y) + (x if self.flag else 0)
+
+
+@pytest.mark.parametrize(("kind", "into"), [(Through, "after"), (TwiceThrough, None)])
+def test_an_identity_between_is_nothing(kind: type[Before], into: str | None) -> None:
+    model = hold(randomise(kind()).double().eval(), lambda m, x: m(x), flagged)
+    fused = normfree.fuse(model)
+    assert plan_of(fused).norms[0].into == into
+    x = noise(2, 4, 6, 6, dtype=torch.float64)
+    assert_close(flagged(fused, x), flagged(model, x))
 
 
 def test_a_part_that_is_missing_decides_nothing() -> None:
