@@ -22,7 +22,7 @@ from normfree.proofs.reference import Reference
 
 __all__ = ["FORMAT", "Header", "read_header", "read_plan", "weights_in"]
 
-FORMAT, _OLDEST = 4, 3
+FORMAT, _OLDEST = 5, 3
 """1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with
 constants in place of gains that were trained; files of the earlier form are refused. 4: the means of filters in units
 of their own; files of format 3 learn on as they did."""

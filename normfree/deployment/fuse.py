@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FuseWarning(UserWarning):
-    """Some scalars stay multiplications, because no weight could absorb them."""
+    """Something stays an operation on activations, because no weight could absorb it."""
 
 
 def fuse(model: M) -> M:
@@ -56,7 +56,8 @@ def fuse(model: M) -> M:
         UsageError: Nothing in the model carries a gain or an alpha.
 
     Warns:
-        FuseWarning: A branch ends in something non-linear, so its alpha stays a multiplication; all are named.
+        FuseWarning: A branch ends in something non-linear, so its alpha stays a multiplication; or gain and bias of a
+            norm stay an operation, as no layer beside it takes them. All are named.
 
     Example:
         >>> import torch, torchvision, normfree
@@ -77,11 +78,12 @@ def fuse_(model: M) -> M:
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
     check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)
-    left = multiplying(model)
-    if left:
-        warnings.warn(
-            f"alpha stays a multiplication at {some(left)}: no weight ends that branch", FuseWarning, stacklevel=3
-        )
+    left, slots = multiplying(model), _slots_left(model)
+    problems = [f"alpha stays a multiplication at {some(left)}: no weight ends that branch"] if left else []
+    if slots:
+        problems.append(f"gain and bias stay an operation at {some(slots)}: no layer beside it takes them")
+    if problems:
+        warnings.warn("; ".join(problems), FuseWarning, stacklevel=3)
     return model
 
 
@@ -149,6 +151,12 @@ def _bake_affine(slot: ChannelAffine) -> None:
     slot._parameters["gain"] = nn.Parameter(gain, like.requires_grad)
     slot.bias = None if slot.bias is None else nn.Parameter(slot.bias * factor, like.requires_grad)
     slot.raw_alpha = None
+
+
+def _slots_left(model: nn.Module) -> list[str]:
+    plan, modules = plan_on(model), dict(model.named_modules(remove_duplicate=False))
+    removed = () if plan is None else plan.removed
+    return [e.name for e in removed if e.name in modules and modules[e.name]._parameters.get("gain") is not None]
 
 
 def multiplying(model: nn.Module) -> list[str]:

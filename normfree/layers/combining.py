@@ -6,13 +6,17 @@ With learnt ``V`` (the layer's ``weight``) and ``b`` (its ``bias``), with alpha,
 
     U = V - (1 - 1 / r) (mean V - m)        weight = alpha g U        bias = alpha (b / u + c) - weight mu
 
-so that ``conv(x; weight, bias) = alpha (g U (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. ``mean V``
-is the mean of each filter over its positions, and ``m`` what it was at the start, where ``U = V``. The constants are
-the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the output by ``g^2``,
-as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), no longer along the mean of the
-input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998, section 4.3), and ``r^2``
-less along the next steep one: neighbouring pixels are alike, so that a filter's mean meets more than the rest of it
-(covariances equalised, same section).
+so that ``conv(x; weight, bias) = alpha (g U (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. A layer
+without a bias stays one: what it meets along ``mu`` it does what it did at the start, and it learns across:
+
+    weight = alpha (g U - (g U mu - c) mu' / mu' mu)
+
+``mean V`` is the mean of each filter over its positions, and ``m`` what it was at the start, where ``U = V``. The
+constants are the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the
+output by ``g^2``, as behind a batch norm (equalised learning rate: Karras et al., ICLR 2018, section 4.1), no longer
+along the mean of the input, the steepest direction there is (centred inputs: LeCun, Bottou, Orr & Müller 1998,
+section 4.3), and ``r^2`` less along the next steep one: neighbouring pixels are alike, so that a filter's mean meets
+more than the rest of it (covariances equalised, same section).
 
 It is one autograd function: a layer costs a few operations forward and backward, which touch only parameters.
 """
@@ -94,22 +98,24 @@ def combine(
         channels: Range of output channels that alpha scales, or all of them.
         groups: Given for a transposed convolution, whose weight is ``(C_in, C / groups, *kernel)``.
     """
-    gain, center = constants.gain, constants.center
+    gain, center, fixed = constants.gain, constants.center, None if bias is not None else constants.offset
     if bias is not None and channels is None and groups is None and (gain, center, alpha) != (None, None, None):
         made: tuple[Tensor, Tensor] = _Combined.apply(weight, bias, alpha, *constants)
         return made
-    bias = constants.offset if bias is None else _added(bias, constants.offset, constants.bias_unit)
+    bias = None if bias is None else _added(bias, constants.offset, constants.bias_unit)
     if alpha is not None:
         features = weight.shape[0] if groups is None else weight.shape[1] * groups
         alpha = alpha_scale(alpha, channels, features)
         gain = alpha if gain is None else gain * alpha
-        bias = None if bias is None else bias * alpha
+        bias, fixed = (None if value is None else value * alpha for value in (bias, fixed))
     if groups is not None:
         return _transposed(weight, gain, groups), bias
     scaled = _times(constants.steadied(weight), gain)
-    if center is not None and bias is not None:
-        with _exactly(weight):
+    with _exactly(weight):
+        if center is not None and bias is not None:
             bias = _subtracted(bias, scaled, center)
+        elif center is not None and fixed is not None:
+            scaled = _across(scaled, fixed, center)
     return scaled, bias
 
 
@@ -211,6 +217,14 @@ def _subtracted(bias: Tensor, weight: Tensor, center: Tensor) -> Tensor:
     if weight.dim() > 2 and not weight.is_contiguous():  # channels last: its rows are views in another order
         filters, met = weight.movedim(1, -1).flatten(1), met.reshape(weight.shape[1:]).movedim(0, -1).flatten()
     return torch.addmv(bias, filters, met, alpha=-1)
+
+
+def _across(weight: Tensor, fixed: Tensor, center: Tensor) -> Tensor:
+    """Return the weight that makes ``fixed`` of ``mu``, and does across ``mu`` what ``weight`` does."""
+    groups, fan_in = center.shape
+    moved = (shift(weight, center) - fixed).reshape(groups, -1, 1)
+    along = center / center.square().sum(1, keepdim=True).clamp_min(torch.finfo(center.dtype).tiny)
+    return torch.addcmul(weight.reshape(groups, -1, fan_in), moved, along[:, None], value=-1).reshape(weight.shape)
 
 
 def _without_mean(grad_weight: Tensor, grad_bias: Tensor, center: Tensor) -> Tensor:

@@ -182,9 +182,7 @@ def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, ap
             continue
         own = id(layer) not in apart.read["weight"]
         head = path not in produced and path not in rescaled
-        # A layer without a bias would need one, which the original would not know when it comes back.
-        biased = path in produced or layer.bias is not None
-        centred = path in findings.known and biased and not getattr(layer, "transposed", False)
+        centred = path in findings.known and not getattr(layer, "transposed", False)
         if own or path in produced:
             unit, mean_unit = _units(layer) if own and not head else (1.0, 1.0)
             closed = path in produced and _is_closed(produced[path])

@@ -107,18 +107,23 @@ def _combined(held: weakref.ref[Any]) -> tuple[Tensor, Tensor | None]:
     width = weight.shape[1] * layer.groups if transposed else weight.shape[0]
     factor = torch.ones(width, dtype=weight.dtype, device=weight.device)
     bias = None if bias is None else bias / layer.bias_unit
-    if layer.offset is not None:
-        bias = layer.offset if bias is None else bias + layer.offset
+    if layer.offset is not None and bias is not None:
+        bias = bias + layer.offset
     if layer.raw_alpha is not None:
         factor = factor * alpha_scale(alpha_of(layer.raw_alpha, layer.alpha_unit), layer.alpha_channels, width)
         bias = None if bias is None else bias * factor
+    alpha = factor
     factor = factor if layer.gain is None else factor * layer.gain
     rest = (1,) * (weight.dim() - 2)
     if transposed:  # (C_in, C / groups, *kernel): output channel g * C / groups + j is in the rows of group g
         rows = factor.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
         return weight * rows.reshape(*weight.shape[:2], *rest), bias
     weight = weight * factor.reshape(-1, 1, *rest)
-    if layer.center is not None and bias is not None:
+    if layer.center is not None:
         met = layer.center.repeat_interleave(width // len(layer.center), 0)
-        bias = bias - (weight.flatten(1) * met).sum(1)
+        made = (weight.flatten(1) * met).sum(1)
+        if bias is not None:
+            return weight, bias - made
+        length = (met * met).sum(1).clamp_min(torch.finfo(met.dtype).tiny)
+        weight = weight - (((made - alpha * layer.offset) / length)[:, None] * met).reshape(weight.shape)
     return weight, bias

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from normfree.edits import Carried
 from normfree.errors import UsageError
-from normfree.layers import ScaledWeight, scaled_weight_class, shift
+from normfree.layers import ScaledWeight, mean_of, scaled_weight_class, shift
 from normfree.layers.carriers import Seen
+from normfree.layers.combining import combine
 from normfree.plans import Plan
 
 __all__ = ["centre_"]
@@ -106,8 +107,16 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
         ones = weight.new_ones(weight.shape[0])
         layer.__dict__.update(gain=ones, center=torch.zeros_like(center), offset=torch.zeros_like(ones))
         layer.__dict__.update(filter_mean=None, alpha_channels=None, alpha_unit=1.0, bias_unit=1.0, mean_unit=1.0)
-    scaled = layer.coordinates.steadied(weight) * layer.gain.reshape(-1, *(1,) * (weight.dim() - 1))
-    layer.offset = layer.offset + shift(scaled, center - layer.center)
+    rows = (-1, *(1,) * (weight.dim() - 1))
+    if layer.bias is None:  # what it makes of the old mean and of the new one are both in its weight
+        steadied = layer.coordinates.steadied(weight, exactly=True)
+        made, _ = combine(steadied, None, None, layer.coordinates._replace(filter_mean=None))
+        weight.copy_(made / layer.gain.reshape(rows))
+        layer.filter_mean = None if layer.filter_mean is None else mean_of(weight)
+        layer.offset = shift(weight * layer.gain.reshape(rows), center)
+    else:
+        scaled = layer.coordinates.steadied(weight) * layer.gain.reshape(rows)
+        layer.offset = layer.offset + shift(scaled, center - layer.center)
     layer.center = center
     if carried.head:
         unit = plan.units.of_head(math.sqrt(max(found.square - float(found.mean.square().sum()), 0.0)))

@@ -86,7 +86,7 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     [
         (
             {"format": 99, "versions": {"normfree": "9.8"}},
-            "format 99 of normfree 9.8, newer than the 4 known here; update normfree",
+            "format 99 of normfree 9.8, newer than the 5 known here; update normfree",
         ),
         ({"plan": {"init": "preserve"}}, "header cannot be read: plan: .*missing 4 required"),
         ({"plan": None}, "header cannot be read: plan is None, where init, .* are expected"),

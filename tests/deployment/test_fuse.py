@@ -110,7 +110,7 @@ def test_alpha_at_every_kind_of_end_is_fused(end: str) -> None:
 
 
 def test_bias_free_layer_that_only_carries_alpha_stays_bias_free() -> None:
-    model = set_alphas(normfree.convert(preactivated(2).double(), init="preserve"), 0.5).eval()
+    model = set_alphas(normfree.convert(preactivated(2).double(), init="skipinit"), 0.5).eval()
     fused = normfree.fuse(model)
     x = noise(2, 3, 32, 32, dtype=torch.float64)
     assert_close(fused(x), model(x))

@@ -13,6 +13,7 @@ from harness import assert_close, noise
 from torch import Tensor, nn
 
 from normfree.layers import is_carrier, scaled_weight_class
+from normfree.layers.carriers import Seen
 
 FEATURES = 6
 RANGE = (1, 4)
@@ -108,7 +109,10 @@ def carrying(layer: nn.Module, gain: bool, alpha: bool, channels: tuple[int, int
 
 
 def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``alpha * (gain * (layer(x) - layer(mean)) + bias / 2 + offset)``, step by step, with its leaves."""
+    """Return ``alpha * (gain * (layer(x) - layer(mean)) + bias / 2 + offset)``, step by step, with its leaves.
+
+    Without a bias the layer sees ``x`` without what is along ``mean``, and makes of that what it did.
+    """
     leaves = {name: p.detach().clone().requires_grad_() for name, p in carried.named_parameters()}
     plain.weight, plain.bias = nn.Parameter(leaves["weight"]), None
     leaves["weight"] = plain.weight
@@ -118,16 +122,19 @@ def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Ten
         plain.weight = leaves["weight"] - 3 / 4 * (mean - carried.filter_mean)
     dim = -1 if isinstance(plain, nn.Linear) else 1
     y = plain(x, **call).movedim(dim, -1)
+    along: Tensor | float = 1.0
     if carried.center is not None:
         groups = carried.center.shape[0]
-        y = (
-            y
-            - torch.einsum("god,gd->go", plain.weight.reshape(groups, FEATURES // groups, -1), carried.center).flatten()
-        )
+        if "bias" not in leaves:
+            unit = carried.center / carried.center.square().sum(1, keepdim=True)
+            filters = unit.repeat_interleave(FEATURES // groups, 0).reshape(plain.weight.shape)
+            along = type(plain).forward(Seen(plain, filters, None), x, **call).movedim(dim, -1)
+        met = torch.einsum("god,gd->go", plain.weight.reshape(groups, FEATURES // groups, -1), carried.center)
+        y = y - met.flatten() * along
     if carried.gain is not None:
         y = y * carried.gain
     if carried.offset is not None:
-        y = y + carried.offset
+        y = y + carried.offset * along
     if "bias" in leaves:
         y = y + leaves["bias"] / 2
     if "raw_alpha" in leaves:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from harness import assert_close, noise, randomise
+from harness import assert_close, noise, randomise, set_alphas
 from readings import plan_of
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +42,32 @@ def test_the_function_stays_and_inputs_are_centred(converted: nn.Module) -> None
     for path, layer in centred.items():
         assert_close(layer.center, mean_patch(layer, seen[path]), 1e-10)
     assert any(not torch.equal(layer.center, converted.get_submodule(path).center) for path, layer in centred.items())
+
+
+def test_the_function_stays_what_was_learnt(converted: nn.Module) -> None:
+    """A layer without a bias holds some of it across the mean that it has, and would lose it with another."""
+    model = set_alphas(copy.deepcopy(converted), 0.7)
+    with torch.no_grad():
+        for layer in plan_of(model).carried:
+            weight = model.get_submodule(layer.path).weight
+            weight.add_(noise(*weight.shape, dtype=torch.float64) * weight.abs().mean() / 4)
+    calibrated = normfree.calibrate(model, X)
+    assert_close(calibrated(X), model(X), 1e-10)
+
+
+def test_layers_without_a_bias_are_centred_and_stay_without_one() -> None:
+    """As those that end a branch of a pre-activation network: what they make of the mean they go on making."""
+    model = normfree.convert(randomise(timm.create_model("resnetv2_18")).double(), init="preserve")
+    ends = [model.get_submodule(layer.path) for layer in plan_of(model).carried if layer.path.endswith(".conv2")]
+    assert ends
+    for layer in ends:
+        assert layer.bias is None
+        assert bool(layer.center.any())
+        mean = layer.center.reshape(1, *layer.weight.shape[1:])
+        layer.weight.data.add_(noise(*layer.weight.shape, dtype=torch.float64))
+        weight, bias = layer.combined()
+        assert bias is None
+        assert_close((weight * mean).flatten(1).sum(1), layer.offset * layer.alpha, 1e-10)
 
 
 def test_the_mean_patch_is_the_mean_of_unfolded_patches() -> None:
