@@ -466,6 +466,7 @@ class TwiceThrough(Through):
         return self.after(y) + (x if self.flag else 0)
 
 
+@pytest.mark.filterwarnings("ignore::normfree.deployment.fuse.FuseWarning")
 @pytest.mark.parametrize(("kind", "into"), [(Through, "after"), (TwiceThrough, None)])
 def test_an_identity_between_is_nothing(kind: type[Before], into: str | None) -> None:
     model = hold(randomise(kind()).double().eval(), lambda m, x: m(x), flagged)
