@@ -65,9 +65,11 @@ columns are chosen on the validation images. Small networks are tested on 177 im
 A cell without a figure was not run, so an arm with few rates has no range yet. `growth` in the CSV: how many times its
 first root mean square an output behind a norm that went was at most in a hundred steps, up to 26 where a run learnt.
 
-`one unit` is the form of the last version, run there: whole filters in units of 2, and heads as large as 8.
+`one unit` is the form of the last version, run there: whole filters in units of 2, and heads as large as 8. It and
+`units 1` left layers without a bias as they were, of which pre-activation networks have some.
 
-Open: three seeds, batches of 2 and 64, clipped SGD, solar cells, kept heads, the last stage alone, other networks."""
+Open: three seeds of other networks, batches of 2 and 64, clipped SGD, solar cells, kept heads, the last stage alone,
+lite1 and 2."""
 
 
 @dataclass(frozen=True)
