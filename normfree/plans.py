@@ -106,7 +106,7 @@ class Plan:
         why = self.opaque[0][1] if self.opaque else f"the input {self.looked} does not reach {some(list(self.unseen))}"
         went = f"{len(self.unseen)} of {len(self.norms)} norms went unseen"
         return (
-            f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= with which the model runs"
+            f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= (--size) with which it runs"
         )
 
     def __str__(self) -> str:

@@ -84,6 +84,7 @@ def main() -> None:
             settings |= {"batch": options.batch, "dtype": "bf16" if options.bf16 else "fp32"}
             cells.append(Study(settings, partial(run, source, arm, options)))
     study(options.csv, cells, options.rates, options.seeds, options.workers)
+    print(page(rows(options.csv)))
 
 
 if __name__ == "__main__":

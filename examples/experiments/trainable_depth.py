@@ -166,6 +166,7 @@ def main() -> None:
                 settings |= {"epochs": options.epochs, "batch": options.batch}
                 cells.append(Study(settings, partial(run, kind, depth, name, data, options)))
     study(options.csv, cells, options.rates, options.seeds, options.workers)
+    print(page(rows(options.csv)))
 
 
 if __name__ == "__main__":

@@ -169,4 +169,4 @@ def example_input(model: nn.Module, batch: int = 2, size: int | None = None) -> 
                 return kwargs or (args[0] if len(args) == 1 else args)
             errors[f"{seen.looked}: {seen.unseen}"[:300]] = None
     tried = "; ".join(errors) or "no layer tells the shape"
-    raise UsageError(f"no input is known for {type(model).__name__}: pass inputs= ({tried})")
+    raise UsageError(f"no input is known for {type(model).__name__}: pass inputs= (--size) ({tried})")

@@ -166,6 +166,8 @@ def test_trainable_depth_writes_its_page_and_its_plot(run: Run, tmp_path: Path) 
     short = ("--depths", 8, "--arms", "bn", "skipinit", "sqrt2", "--rates", 0.125, "--seeds", 2, "--epochs", 1)
     lines = _grows_once(run, tmp_path, "trainable_depth.py", 12, *short)
     assert {line.rpartition(",")[2] for line in lines} == {"trained"}
+    said = run("trainable_depth.py", *short, "--csv", tmp_path / "table.csv")  # nothing is left to run
+    assert "| SkipInit, alpha = 0 |" in said
     run("trainable_depth.py", "--render", "--csv", tmp_path / "table.csv")
     page = (tmp_path / "table.md").read_text()
     assert len(re.findall(r"\| SkipInit, alpha = 0 \| [0-9.]+ ± [0-9.]+ \(2\^-3\) \|", page)) == 2
@@ -204,6 +206,8 @@ def test_train_from_scratch_on_photographs(run: Run, tmp_path: Path, monkeypatch
     short = ("--networks", "timm:test_resnet", "--size", 32, "--rates", 0.03125, "--seeds", 1, "--epochs", 1)
     lines = _grows_once(run, tmp_path, "train_from_scratch.py", 3, *short)
     assert all(0.5 < float(line.split(",")[8]) < 0.9 for line in lines), "the larger class is 69 %"
+    said = run("train_from_scratch.py", *short, "--csv", tmp_path / "table.csv")  # nothing is left to run
+    assert "| timm:test_resnet | 32 | 1 |" in said
     run("train_from_scratch.py", "--render", "--csv", tmp_path / "table.csv")
     assert "| timm:test_resnet | 32 | 1 |" in (tmp_path / "table.md").read_text()
 

@@ -38,7 +38,7 @@ def test_nothing_is_hidden_where_no_input_is_known(init: str) -> None:
     assert first.startswith("not seen: 3 of 3 norms went unseen, and residual branches around them have no scalar: ")
     assert "ValueError: seven weights, please" in first
     assert 'test_unseen.py:27: raise ValueError("seven weights, please")' in first
-    assert first.endswith("Pass inputs= with which the model runs")
+    assert first.endswith("Pass inputs= (--size) with which it runs")
     assert "alphas: 0 placed, an unknown number missing" in rest
     assert "declined" not in str(plan)
     assert plan.unseen == ("bn", "block.bn1", "block.bn2")
