@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from normfree import zoo
 from normfree.checkpoint.header import Header, read_header, weights_in
 from normfree.deployment.fuse import bake_
-from normfree.errors import CheckpointError, InternalError, UsageError
+from normfree.edits import UNSEEN
+from normfree.errors import CheckpointError, InternalError, NormfreeError, UsageError, some
 from normfree.files import check_fits, read_state_dict, take
-from normfree.plans import PLAN_ATTRIBUTE
+from normfree.options import Options
+from normfree.planning.plan import look
+from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
 from normfree.tracing.copying import meta_copy
@@ -30,7 +33,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
         num_classes: Width of another classifier than the stored one: it is drawn anew, all else comes from the file.
 
     Raises:
-        CheckpointError: The file is missing, damaged, not one of ours, or does not belong to the model.
+        CheckpointError: The file is missing, damaged, not one of ours, or does not belong to the model: names or shapes
+            differ, or the model is wired in another way, as far as it shows where it is run.
         UsageError: The file names no architecture and no ``model`` is given.
 
     Example:
@@ -49,6 +53,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
         source, classes = _architecture(header, path, num_classes)
         _fitting(applied_to_empty(header, path, source, classes), state, path, num_classes)
         model = build_original(header, path, num_classes=num_classes)
+    else:
+        _hold_to_plan(model, header.plan, path)
     _apply(model, header, path)
     floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(floating) == 1:
@@ -58,6 +64,33 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     if kept is not None and ORIGINALS_ATTRIBUTE in model.__dict__:
         model.__dict__[ORIGINALS_ATTRIBUTE].fill_(kept, str(path))
     return model
+
+
+def _hold_to_plan(model: nn.Module, stored: Plan, path: str | Path) -> None:
+    """Refuse an architecture with the same names that does something else with them; what cannot be run is not held.
+
+    Raises:
+        CheckpointError: A norm is fed by another layer, or a branch that has a scalar ends in no sum.
+    """
+    try:
+        anew, _ = look(model, Options(init=stored.init))
+    except NormfreeError:  # what is wrong with the model is told where the plan is applied
+        return
+    if anew.unseen or stored.unseen:
+        return
+    fed = {edit.name: edit.feed.partition(" (")[0] for edit in anew.norms if edit.feed != UNSEEN}
+    problems = [
+        f"{edit.name} is fed by {fed[edit.name]}, in the file by {edit.producer}"
+        for edit in stored.norms
+        if edit.producer is not None and fed.get(edit.name, edit.producer) != edit.producer
+    ]
+    adding = {total.name.rpartition(".")[0] for total in anew.sums}
+    owners = dict.fromkeys(total.name.rpartition(".")[0] for total in stored.sums if total.alphas)
+    problems += [f"{owner or 'its own forward'} adds nothing" for owner in owners if owner not in adding]
+    if problems:
+        raise CheckpointError(
+            f"{path}: was written of another architecture than this {type(model).__name__}: {some(problems)}"
+        )
 
 
 def build_original(

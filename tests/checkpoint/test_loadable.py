@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 import normfree
 from normfree.checkpoint import read_header
 from normfree.checkpoint.checking import SaveWarning
-from normfree.errors import SourceError, UsageError
+from normfree.errors import CheckpointError, SourceError, UsageError
 
 
 def test_source_and_classes_come_from_timms_configuration(tmp_path: Path) -> None:
@@ -82,3 +82,42 @@ def test_one_of_timms_classes_that_it_did_not_build(tmp_path: Path) -> None:
     with pytest.warns(SaveWarning, match="this ResNetV2: to load"):
         normfree.save(normfree.convert(preactivated(1)), tmp_path / "a.safetensors")
     assert read_header(tmp_path / "a.safetensors").source is None
+
+
+class Wired(nn.Module):
+    """Two layers with their norms, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(self.b(self.first(self.a(x)).relu()))
+
+
+class Crossed(Wired):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.first(self.b(self.second(self.a(x)).relu()))
+
+
+class Unsummed(Wired):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.b(self.first(self.a(x)).relu()))
+
+
+@pytest.mark.parametrize("init", ["preserve", "skipinit"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Crossed, "first is fed by b, in the file by a, second is fed by a"), (Unsummed, "its own forward adds nothing")],
+)
+def test_another_architecture_with_the_same_names_is_refused(
+    kind: type[Wired], message: str, init: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.warns(SaveWarning):
+        normfree.save(normfree.convert(randomise(Wired()), init=init), path)
+    with pytest.raises(CheckpointError, match=message):
+        normfree.load(path, model=kind())
+    x = noise(2, 3, 6, 6)
+    assert normfree.load(path, model=Wired()).eval()(x).shape == x.shape
