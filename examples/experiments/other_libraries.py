@@ -2,7 +2,8 @@
 
 Each is built as its library's own documentation builds it, small where that is an option, with random statistics; it is
 planned, converted from both starting points, and proven on white noise. None of these libraries is needed otherwise;
-what is not installed is left out, and keeps the rows that it has.
+what is not installed is left out, and keeps the rows that it has. Those of the four YOLOs were copied from the log of a
+run that ended before it wrote them. Rows are of different commits; a network is measured anew when it is named.
 
 Run: python examples/experiments/other_libraries.py [PART OF A NAME ...]  # writes examples/results/other_libraries.*
 """
