@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 import normfree
 from normfree.bench.arms import Subject, build_arms
+from normfree.deployment.fuse import FuseWarning
 from normfree.norms import find_norms
 
 NORMS = ("normfree", "fused", "bn", "frozen", "groupnorm")
@@ -18,7 +20,9 @@ def arm(norm: str, model: nn.Module, init: str = "preserve", alpha: float | None
     """Put something in the place of the norms of a model; return it with the norms that stay in eval mode."""
     if norm in CONVERTED:
         model = normfree.convert(model, init=init, alpha=alpha)
-        return normfree.fuse(model) if norm == "fused" else model, []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FuseWarning)  # the norms of a pre-activation network stay operations
+            return normfree.fuse(model) if norm == "fused" else model, []
     if norm == "groupnorm":  # as Opacus' ModuleValidator.fix does it, and in timm's norm-and-activation layers too
         return build_arms(Subject("timm", model, "preserve"), (norm,))[norm].model, []
     frozen = find_norms(model) if norm == "frozen" else ()
