@@ -8,6 +8,8 @@ first returned. What cannot be told is told no.
 from __future__ import annotations
 
 import dis
+import functools
+import sys
 from collections.abc import Sequence
 from types import CodeType, FunctionType
 
@@ -92,15 +94,22 @@ def _over_missing(place: Place, steps: Sequence[dis.Instruction]) -> int | None:
 
 
 def _is_missing(owner: nn.Module, name: str) -> bool:
-    """Whether a module has ``None`` under a name, and no method but the first puts something else there."""
+    """Whether a module has ``None`` under a name, and nothing in its file but what builds it puts something there."""
     if vars(owner).get(name, owner._modules.get(name, owner)) is not None:
         return False
     kinds = type(owner).__mro__[: type(owner).__mro__.index(nn.Module)]
     if any(name in vars(kind) or "__getattribute__" in vars(kind) for kind in kinds):
         return False
-    methods = [m for kind in kinds for key, m in vars(kind).items() if key != "__init__"]
-    codes = [m.__code__ for m in methods if isinstance(m, FunctionType)]
-    return not any(s.opname == "STORE_ATTR" and s.argval == name for code in codes for s in instructions(code))
+    return not any(name in _stored_in(kind.__module__) for kind in kinds)
+
+
+@functools.cache
+def _stored_in(module: str) -> frozenset[str]:
+    """Return the attributes that functions of a file assign, but for those that build a module."""
+    held = [value for value in vars(sys.modules[module]).values() if getattr(value, "__module__", None) == module]
+    own = [vars(value).items() if isinstance(value, type) else [("", value)] for value in held]
+    codes = [m.__code__ for items in own for key, m in items if key != "__init__" and isinstance(m, FunctionType)]
+    return frozenset(s.argval for code in codes for s in instructions(code) if s.opname == "STORE_ATTR")
 
 
 def _asks_for_called(steps: Sequence[dis.Instruction], jump: int) -> bool:

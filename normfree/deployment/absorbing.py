@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.layers import ChannelAffine
+from normfree.layers import ChannelAffine, is_carrier
+from normfree.layers.linearity import takes_affine
 from normfree.plans import Plan
 from normfree.rewriting.changing import become
 
@@ -25,20 +26,25 @@ def absorb_(model: nn.Module, plan: Plan) -> Plan:
     Returns:
         The plan, with the layers that have taken something: whoever hooks a module sees what passes there.
     """
-    edits = []
+    edits, modules = [], dict(model.named_modules(remove_duplicate=False))
     for edit in plan.norms:
-        if edit.into is not None and not _absorb(model.get_submodule(edit.name), model.get_submodule(edit.into)):
+        if edit.into is not None and not _absorb(modules.get(edit.name), modules.get(edit.into)):
             edit = replace(edit, into=None)
         edits.append(edit)
     return replace(plan, norms=tuple(edits))
 
 
-def _absorb(slot: nn.Module, layer: nn.Module) -> bool:
+def _absorb(slot: nn.Module | None, layer: nn.Module | None) -> bool:
+    if slot is None or layer is None or not (is_carrier(layer) and takes_affine(layer)):
+        return False  # somebody has put another layer there
     if isinstance(slot, nn.Identity):
         return True
     more = [getattr(slot, name, None) for name in ("act", "drop", "raw_alpha")]
     hooked = slot._forward_hooks or slot._forward_pre_hooks or layer._forward_pre_hooks
     if type(slot) is not ChannelAffine or slot.copy or hooked or any(part is not None for part in more):
+        return False
+    wide = {len(value) for value in (slot.gain, slot.bias) if value is not None}
+    if wide - {getattr(layer, "in_channels", None) or getattr(layer, "in_features", None)}:
         return False
     moved = _moved(layer, slot.gain, slot.bias)
     if moved is None:

@@ -111,12 +111,12 @@ def combine(
     if groups is not None:
         return _transposed(weight, gain, groups), bias
     scaled = _times(constants.steadied(weight), gain)
+    if center is None:
+        return scaled, bias
     with _exactly(weight):
-        if center is not None and bias is not None:
-            bias = _subtracted(bias, scaled, center)
-        elif center is not None and fixed is not None:
-            scaled = _across(scaled, fixed, center)
-    return scaled, bias
+        if bias is None:
+            return scaled if fixed is None else _across(scaled, fixed, center), None
+        return scaled, _subtracted(bias, scaled, center)
 
 
 torch.fx.wrap("combine")

@@ -162,6 +162,17 @@ def test_what_a_hook_sees_stays_what_it_is(where: str, when: str) -> None:
     assert plan_of(fused).norms[0].into is None
 
 
+@leaves
+@pytest.mark.parametrize("other", [nn.Sequential(nn.Conv2d(4, 2, 1)), nn.Conv2d(4, 2, 3, padding=1), nn.Identity()])
+def test_another_layer_that_was_put_there_is_left_alone(other: nn.Module) -> None:
+    model, x = made(Before, nn.Conv2d(4, 6, 1))
+    converted = normfree.convert(model, init="preserve", inputs=x, check=False)
+    converted.layer = other.double()
+    fused = normfree.fuse(converted)
+    assert_close(fused(x), converted(x))
+    assert plan_of(fused).norms[0].into is None
+
+
 def test_a_file_is_loaded_as_it_was_fused(tmp_path: Path) -> None:
     model, x = made(Before, nn.Conv2d(4, 6, 1, bias=False))
     fused, _ = left_in(model, x)
