@@ -30,7 +30,7 @@ __all__ = [
     "tell",
 ]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)  # which breaks no name
 
 
 def _say_version(asked: bool) -> None:
@@ -49,23 +49,19 @@ def _root(
 
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, or a bare name found in one of them.")
+    str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, or a bare name that one has.")
 ]
 OwnSourceArgument = Annotated[
     str,
-    typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, a bare name, or your package.module:function."),
+    typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, NAME, or your package.module:function."),
 ]
-CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar .ckpt", dir_okay=False)
-]
-KeyOption = Annotated[str | None, typer.Option(help="Entry of the checkpoint that holds them, as in ema.module.")]
-PrefixOption = Annotated[str, typer.Option(help="Take only names that begin so, and without it, as in backbone.")]
+CheckpointOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights to load first.", dir_okay=False)]
+KeyOption = Annotated[str | None, typer.Option(metavar="KEY", help="Entry that holds them, as in ema.module.")]
+PrefixOption = Annotated[str, typer.Option(metavar="TEXT", help="Take only names that begin so, as in backbone.")]
 PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the library's own weights first.")]
-ClassesOption = Annotated[int | None, typer.Option(min=1, help="Number of classes of the checkpoint's classifier.")]
-InitOption = Annotated[str, typer.Option(help="auto, skipinit (from scratch) or preserve (keep the function).")]
-SizeOption = Annotated[
-    int | None, typer.Option(min=1, help="Height and width of what the network is run on; found by default.")
-]
+ClassesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of classes of the classifier.")]
+InitOption = Annotated[str, typer.Option(metavar="INIT", help="auto, skipinit or preserve.")]
+SizeOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width; found by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

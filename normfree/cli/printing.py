@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +22,8 @@ if TYPE_CHECKING:
     from normfree.plans import Plan
     from normfree.proofs import Proof
 
-__all__ = ["Steps", "note", "plan_tables", "print_json", "print_out", "printable", "progress", "proof_table"]
-__all__ += ["reporting", "table"]
+__all__ = ["Steps", "Table", "note", "plan_tables", "print_json", "print_out", "print_table", "progress", "proof_table"]
+__all__ += ["reporting"]
 
 
 @contextlib.contextmanager
@@ -63,67 +67,95 @@ def progress(steps: int | None = None) -> Iterator[Steps]:
         yield Steps(progress, steps)
 
 
+class Table:
+    """Rows under titles: as columns where that breaks no name, else one below the other."""
+
+    def __init__(self, *titles: str) -> None:
+        self.titles = titles
+        self.rows: list[tuple[tuple[str, ...], str]] = []
+
+    def add(self, *cells: str, style: str = "") -> None:
+        """Add a row, in a style of rich's. Names may come from a file that anybody wrote."""
+        self.rows.append((tuple(map(_plain, cells)), style))
+
+    def lines(self, width: int) -> Iterator[tuple[str, str]]:
+        """Yield what is printed, with its style."""
+        rows = [(self.titles, ""), *self.rows]
+        columns = list(zip(*(cells for cells, _ in rows), strict=True))
+        widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+        least = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+        room = width - 2 * (len(columns) - 1)
+        while sum(widths) > room and widths != least:
+            spare = [(have - need and have, i) for i, (have, need) in enumerate(zip(widths, least, strict=True))]
+            widths[max(spare)[1]] -= 1
+        for cells, style in rows if sum(widths) <= room else ():
+            folded = [_folded(cell, wide) for cell, wide in zip(cells, widths, strict=True)]
+            for parts in itertools.zip_longest(*folded, fillvalue=""):
+                yield "  ".join(map(str.ljust, parts, widths)).rstrip(), style
+        indent = max(map(len, self.titles[1:]), default=0) + 4
+        for cells, style in self.rows if sum(widths) > room else ():
+            yield cells[0], style
+            for title, cell in zip(self.titles[1:], cells[1:], strict=True):
+                for i, part in enumerate(_folded(cell, max(width - indent, 1))):
+                    yield f"  {'' if i else title}".ljust(indent) + part, style
+
+
+def _folded(cell: str, width: int) -> list[str]:
+    """Break text at its blanks, never within a word: names can be copied."""
+    lines = (textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in cell.split("\n"))
+    return list(itertools.chain.from_iterable(lines))
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout."""
+    from rich.console import Console
+
+    # Piped into a file or a pager there is no terminal whose width a table should be squeezed into.
+    told = os.environ.get("COLUMNS", "")
+    width = int(told) if told.isdigit() else shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for line, style in table.lines(width):
+        console.print(line, style=style or None)
+
+
 def plan_tables(plan: Plan) -> None:
     """Show every norm and every sum of a plan."""
-    from rich.markup import escape
-
-    norms = table("norm", "type", "fed by", "becomes", "why")
+    norms = Table("norm", "type", "fed by", "becomes", "why")
     for edit in plan.norms:
-        norms.add_row(*map(escape, (edit.name, edit.type, edit.feed, edit.action, edit.reason)))
-    print_out(norms)
-    sums = table("sum", "kind", "alpha", "why")
+        norms.add(edit.name, edit.type, edit.feed, edit.action, edit.reason)
+    print_table(norms)
+    sums = Table("sum", "kind", "alpha", "why")
     for total in plan.sums:
         tails = [f"{a.path} ({a.place}{'' if a.channels is None else f' {a.channels}'})" for a in total.alphas]
         why = "\n".join((total.reason, *total.declined))
-        sums.add_row(*map(escape, (total.name, total.kind, "\n".join(tails) or "none", why)))
+        sums.add(total.name, total.kind, "\n".join(tails) or "none", why)
     if plan.sums:
-        print_out(sums)
+        print_table(sums)
 
 
 def proof_table(proofs: tuple[Proof, ...]) -> None:
     """Show the proofs with their figures."""
     if not proofs:
         return
-    from rich.markup import escape
-
     from normfree.proofs.verify import verdict
 
-    styles = {True: "[green]{}[/]", False: "[red]{}[/]", None: "{}"}
-    proven = table("", "proof", "", "figures")
+    proven = Table("", "proof", "verdict", "figures")
     for proof in proofs:
-        word = styles[proof.passed].format(verdict(proof))
-        proven.add_row(str(proof.number), proof.name, word, escape(proof.detail))
-    print_out(proven)
-
-
-def table(*columns: str) -> Any:
-    """Return an empty table with these columns, for :func:`print_out`."""
-    from rich.table import Table
-
-    made = Table(box=None, pad_edge=False)
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    return made
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey: names may come from a file that anybody wrote. Also rich's own markup."""
-    from rich.markup import escape
-
-    return escape(_plain(text))
+        style = {True: "green", False: "red"}.get(proof.passed, "")  # type: ignore[arg-type]  # None is in neither
+        proven.add(str(proof.number), proof.name, verdict(proof), proof.detail, style=style)
+    print_table(proven)
 
 
 def _plain(text: str) -> str:
+    """Escape what a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_out(what: Any) -> None:
-    """Print text or a table to stdout."""
+def print_out(text: str) -> None:
+    """Print text to stdout."""
     from rich.console import Console
 
-    # Piped into a file or a pager there is no terminal whose width a table should be squeezed into.
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, soft_wrap=isinstance(what, str), highlight=False, markup=not isinstance(what, str)).print(what)
+    Console(soft_wrap=True, highlight=False, markup=False).print(_plain(text))
 
 
 def note(text: str, style: str = "yellow") -> None:

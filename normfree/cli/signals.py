@@ -20,8 +20,9 @@ from normfree.cli.options import (
     PretrainedOption,
     app,
     build_original,
+    tell,
 )
-from normfree.cli.printing import print_json, print_out, progress, reporting
+from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
 from normfree.errors import require
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["signals"]
 
 
-@app.command()
+@app.command(short_help="Show the signal at every residual sum.")
 def signals(
     source: OwnSourceArgument,
     checkpoint: CheckpointOption = None,
@@ -39,9 +40,9 @@ def signals(
     pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     init: InitOption = "auto",
-    batch: Annotated[int, typer.Option(min=2, help="Images of white noise.")] = 16,
-    size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
+    batch: Annotated[int, typer.Option(min=2, metavar="N", help="Images of white noise.")] = 16,
+    size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width of an image.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how large skip path, residual branch and sum are at every residual sum, in train mode.
@@ -68,13 +69,19 @@ def signals(
             if plot is not None:
                 step("drawing")
                 propagation.plot(measured, plot, name)
+        if plot is not None:
+            tell(f"wrote {plot}")
         if as_json:
-            rows = {title: list(map(_flat, found.rows)) for title, found in measured.items()}
-            print_json({"ok": True, "source": name, "signals": rows})
+            flat = {title: list(map(_flat, found.rows)) for title, found in measured.items()}
+            print_json({"ok": True, "source": name, "signals": flat})
         else:
             for title, found in measured.items():
                 print_out(title)
-                print_out(str(found))
+                titles, *rows = propagation.cells(found)
+                shown = Table(*titles)
+                for row in rows:
+                    shown.add(*row)
+                print_table(shown)
 
 
 def _flat(row: Signal) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,11 @@ from normfree.tracing.inputs import Inputs, arguments
 from normfree.tracing.trace import example_input
 from normfree.training.initialization import draw_
 
-__all__ = ["Moments", "Signal", "Signals", "before_and_after", "plot", "signals"]
+__all__ = ["Moments", "Signal", "Signals", "before_and_after", "cells", "plot", "signals"]
+
+
+PARTS = {"skip": "skip", "branch": "branch", "total": "sum"}
+"""What is measured of a sum, with what people call it."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,7 @@ class Signals:
     rows: tuple[Signal, ...]
 
     def __str__(self) -> str:
-        titles = [f"{part} {moment}" for part in ("skip", "branch", "sum") for moment in ("x2", "mean2", "var")]
-        lines = [["sum", *titles, "share"]]
-        for row in self.rows:
-            moments = [n for m in (row.skip, row.branch, row.total) for n in (m.second, m.mean, m.variance)]
-            lines.append([row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}"])
+        lines = cells(self)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
         return "\n".join("  ".join(line).rstrip() for line in padded)
@@ -106,6 +106,16 @@ class Signals:
             UsageError: matplotlib is not installed.
         """
         plot({"": self}, path)
+
+
+def cells(measured: Signals) -> list[list[str]]:
+    """Return what a table shows, its titles first."""
+    titles = [f"{part} {moment}" for part in PARTS.values() for moment in ("x2", "mean2", "var")]
+    lines = [["sum", *titles, "share"]]
+    for row in measured.rows:
+        moments = [n for part in PARTS for n in asdict(getattr(row, part)).values()]
+        lines.append([row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}"])
+    return lines
 
 
 def signals(model: nn.Module, x: Inputs | None = None) -> Signals:

@@ -133,7 +133,9 @@ def test_a_model_that_wants_labels_in_train_mode_says_that_inputs_are_missing(in
     model = randomise(WantsLabels())
     given = {"x": X, "labels": torch.arange(4)}
     converted = normfree.convert(model, init=init, inputs=given)
-    with pytest.raises(UsageError, match=r"does not run in train mode \(it raises ValueError: labels .*\): give inputs="):
+    with pytest.raises(
+        UsageError, match=r"does not run in train mode \(it raises ValueError: labels .*\): give inputs="
+    ):
         normfree.verify(converted, model, X)
     report = normfree.verify(converted, model, given)
     assert report.ok, str(report)
