@@ -56,6 +56,7 @@ def signals(
         with progress(7) as step:
             step("importing torch")
             from normfree.tracing.trace import example_input
+            from normfree.training import drawing
             from normfree.training import signals as propagation
 
             name, model = build_original(
@@ -68,7 +69,7 @@ def signals(
                 measured[title] = propagation.signals(arm, x)
             if plot is not None:
                 step("drawing")
-                propagation.plot(measured, plot, name)
+                drawing.plot(measured, plot, name)
         if plot is not None:
             tell(f"wrote {plot}")
         if as_json:
@@ -77,7 +78,7 @@ def signals(
         else:
             for title, found in measured.items():
                 print_out(title)
-                titles, *rows = propagation.cells(found)
+                titles, *rows = drawing.cells(found)
                 shown = Table(*titles)
                 for row in rows:
                     shown.add(*row)

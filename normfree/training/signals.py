@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from normfree.analysis.flow import Flow
 from normfree.analysis.sums import find_sums
 from normfree.conversion import convert
 from normfree.edits import Init
-from normfree.errors import UsageError, require
+from normfree.errors import UsageError
 from normfree.norms import find_norms
 from normfree.planning.plan import plan as make_plan
 from normfree.plans import plan_on
@@ -22,13 +22,10 @@ from normfree.proofs.replaying import replay
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments
 from normfree.tracing.trace import example_input
+from normfree.training.drawing import cells, plot
 from normfree.training.initialization import draw_
 
-__all__ = ["Moments", "Signal", "Signals", "before_and_after", "cells", "plot", "signals"]
-
-
-PARTS = {"skip": "skip", "branch": "branch", "total": "sum"}
-"""What is measured of a sum, with what people call it."""
+__all__ = ["Moments", "Signal", "Signals", "before_and_after", "signals"]
 
 
 @dataclass(frozen=True)
@@ -106,16 +103,6 @@ class Signals:
             UsageError: matplotlib is not installed.
         """
         plot({"": self}, path)
-
-
-def cells(measured: Signals) -> list[list[str]]:
-    """Return what a table shows, its titles first."""
-    titles = [f"{part} {moment}" for part in PARTS.values() for moment in ("x2", "mean2", "var")]
-    lines = [["sum", *titles, "share"]]
-    for row in measured.rows:
-        moments = [n for part in PARTS for n in asdict(getattr(row, part)).values()]
-        lines.append([row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}"])
-    return lines
 
 
 def signals(model: nn.Module, x: Inputs | None = None) -> Signals:
@@ -213,30 +200,3 @@ class _Probe:
 def _together(branches: list[Moments]) -> Moments:
     """Add the moments of several branches, as if they were independent."""
     return Moments(*(sum(getattr(m, name) for m in branches) for name in ("second", "mean", "variance")))
-
-
-def plot(panels: Mapping[str, Signals], path: str | Path, title: str = "") -> None:
-    """Draw several measurements side by side, each under its own title.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    require("matplotlib", "plot")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(panels), 6), layout="constrained")
-    moments, shares = figure.subplots(2, len(panels), sharey="row", squeeze=False)
-    for name, measured, above, below in zip(panels, panels.values(), moments, shares, strict=True):
-        places = range(1, len(measured.rows) + 1)
-        for part in ("skip", "branch", "total"):
-            above.plot(places, [getattr(row, part).second for row in measured.rows], marker=".", label=part)
-        above.set_yscale("symlog", linthresh=1e-3)
-        above.set_title(name, fontsize=10)
-        below.plot(places, [row.share for row in measured.rows], marker=".", color="tab:red")
-        below.set_ylim(0, 1)
-    moments[0].set_ylabel("second moment")
-    moments[0].legend(fontsize=8)
-    shares[0].set_ylabel("share of the branch in the sum")
-    figure.suptitle(title)
-    figure.supxlabel("residual sum")
-    figure.savefig(str(path), dpi=150)
