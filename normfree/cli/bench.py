@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normfree.cli.options import ClassesOption, JsonOption, OwnSourceArgument, app, build_original, tell
+from normfree.cli.options import (
+    ClassesOption,
+    JsonOption,
+    OwnSourceArgument,
+    app,
+    build_original,
+    check_plot,
+    check_written,
+    tell,
+)
 from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
-from normfree.errors import require
 
 if TYPE_CHECKING:
     from normfree.bench import Result
@@ -47,8 +55,8 @@ def bench(
     `nf`: timm's nf_ model.
     """
     with reporting(as_json):
-        if plot is not None:
-            require("matplotlib", "plot")
+        check_plot(plot)
+        check_written(csv)
         with progress() as step:
             step("importing torch")
             from normfree.bench import Setting, arm_names, run

@@ -34,6 +34,7 @@ from normfree.cli.printing import (
     print_table,
     progress,
     proof_table,
+    quiet,
     reporting,
 )
 
@@ -195,7 +196,8 @@ def verify(
             header = files.read_header(file)
             step("loading")
             model = files.load(file)
-            structure = files.build_original(header, file, pretrained=pretrained)
+            with quiet():
+                structure = files.build_original(header, file, pretrained=pretrained)
             loaded = Loaded(checkpoint, key, prefix, pretrained)
             loaded.give(structure, loaded.read())
             done, x, original = [], example_input(model, size=size), structure if loaded else None

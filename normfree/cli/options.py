@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 import normfree
-from normfree.cli.printing import note
-from normfree.errors import UsageError
+from normfree.cli.printing import note, quiet
+from normfree.errors import UsageError, require
 
 __all__ = [
     "CheckpointOption",
@@ -26,6 +28,8 @@ __all__ = [
     "SourceArgument",
     "app",
     "build_original",
+    "check_plot",
+    "check_written",
     "parse_alpha",
     "tell",
 ]
@@ -118,8 +122,22 @@ def build_original(
     """
     from normfree import zoo
 
-    model = zoo.build_own(source, num_classes) if own else None
+    library = source.partition(":")[0]
+    if not own and ":" in source and library not in ("torchvision", "timm"):
+        raise UsageError(
+            f"{source} is no model of torchvision or timm, and a file must say what it is of. `inspect`, `signals` and "
+            "`bench` take package.module:function; in Python normfree.convert and normfree.save take any model"
+        )
+    if Path(source).is_file():
+        raise UsageError(
+            f"{source} is a file: name the architecture that it is of, and give the file by --checkpoint. `verify`, "
+            "`fuse`, `restore` and `export` read what normfree wrote"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # whatever it prints
+        model = zoo.build_own(source, num_classes) if own else None
     if model is not None:
+        if loaded.pretrained:
+            raise UsageError(f"--pretrained is for models of torchvision and timm; {source} brings its own weights")
         loaded.give(model, loaded.read())
         return source, model
     found = zoo.find(source)
@@ -127,9 +145,37 @@ def build_original(
     step(f"building {found}")
     # The checkpoint first: a file that cannot be read should not cost the time of building.
     state = loaded.read()
-    model = zoo.build(found, pretrained=loaded.pretrained and state is None, num_classes=num_classes)
+    with quiet():
+        model = zoo.build(found, pretrained=loaded.pretrained and state is None, num_classes=num_classes)
     loaded.give(model, state)
     return str(found), model
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a picture that could not be drawn, before anything is measured.
+
+    Raises:
+        UsageError: matplotlib is missing, knows no such ending, or the folder is not there.
+    """
+    if path is None:
+        return
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise UsageError(
+            f"--plot {path}: a picture ends in one of {' '.join(f'.{ending}' for ending in sorted(known))}"
+        )
+    check_written(path)
+
+
+def check_written(path: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    from normfree.files import check_output
+
+    if path is not None:
+        check_output(path, overwrite=True)
 
 
 def parse_alpha(text: str | None) -> float | str | None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
+import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
+import traceback
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from normfree.errors import AlreadyConvertedError, NoNormError, NormfreeError, UsageError
+from normfree.errors import AlreadyConvertedError, NoNormError, NormfreeError, UsageError, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,21 +28,60 @@ if TYPE_CHECKING:
     from normfree.proofs import Proof
 
 __all__ = ["Steps", "Table", "note", "plan_tables", "print_json", "print_out", "print_table", "progress", "proof_table"]
-__all__ += ["reporting"]
+__all__ += ["quiet", "reporting"]
 
 
 @contextlib.contextmanager
 def reporting(as_json: bool) -> Iterator[None]:
-    """Exit 2 for wrong usage, 1 for what cannot be converted or read, with the message and no traceback."""
+    """Exit 2 for wrong usage, 1 for what cannot be converted or read, with the message and no traceback.
+
+    That is also what becomes of an error in a model's own code; NORMFREE_TRACEBACK=1 shows where it was.
+    """
     try:
-        yield
-    except NormfreeError as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: note(f"warning: {_in_options(str(message))}")
+            yield
+    except Exception as error:
+        if isinstance(error, (typer.Exit, typer.Abort)) or os.environ.get("NORMFREE_TRACEBACK"):
+            raise
+        ours = isinstance(error, NormfreeError)
+        message = _in_options(str(error)) if ours else f"{one_line(error)} ({_place(error)})"
         if as_json:
-            print_json({"ok": False, "error": type(error).__name__, "message": str(error)})
+            print_json({"ok": False, "error": type(error).__name__, "message": message})
         else:
-            note(f"error: {error}", style="red")
+            note(f"error: {message}", style="red")
         wrong_usage = isinstance(error, UsageError) and not isinstance(error, (NoNormError, AlreadyConvertedError))
         raise typer.Exit(2 if wrong_usage else 1) from error
+
+
+def _place(error: Exception) -> str:
+    """Say where an error arose that is none of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}; NORMFREE_TRACEBACK=1 shows the way there" if frames else ""
+
+
+_OPTIONS = "alpha|arms|device|dtype|exclude|include|init|num_classes|scope|size"
+
+
+def _in_options(text: str) -> str:
+    """Name the options of the command line, where a message names the arguments of a function, or both."""
+    text = re.sub(r"\b\w+= \((--[a-z-]+)\)", r"\1", text).replace("--force (overwrite=True)", "--force")
+    text = re.sub(rf"\b({_OPTIONS})='?(\w+)'?", r"--\1 \2", text).replace(" (--init)", "")
+    text = re.sub(rf"^({_OPTIONS}) is ", r"--\1 is ", text)
+    return text.replace("include, exclude and scope leave", "--include, --exclude and --scope leave")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let the failure of a library that downloads be told once, by the error; its progress stays on stderr."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        hub.setLevel(before)
 
 
 class Steps:
@@ -155,7 +199,7 @@ def print_out(text: str) -> None:
     """Print text to stdout."""
     from rich.console import Console
 
-    Console(soft_wrap=True, highlight=False, markup=False).print(_plain(text))
+    Console(soft_wrap=True, highlight=False, markup=False).print(_plain(_in_options(text)))
 
 
 def note(text: str, style: str = "yellow") -> None:

@@ -20,10 +20,10 @@ from normfree.cli.options import (
     PretrainedOption,
     app,
     build_original,
+    check_plot,
     tell,
 )
 from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
-from normfree.errors import require
 
 if TYPE_CHECKING:
     from normfree.training.signals import Signal
@@ -51,8 +51,7 @@ def signals(
     have the same weights, as the conversion draws them.
     """
     with reporting(as_json):
-        if plot is not None:
-            require("matplotlib", "plot")
+        check_plot(plot)
         with progress(7) as step:
             step("importing torch")
             from normfree.tracing.trace import example_input
