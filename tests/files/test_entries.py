@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import datetime
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,10 +101,22 @@ def test_arguments_and_numpy_scalars_beside_the_weights(tmp_path: Path, old: boo
         "model": STATE,
         "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)),
         "best": [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(True)],
+        "out": [tmp_path, PureWindowsPath("C:/runs"), SimpleNamespace(when=datetime.datetime(2026, 1, 2))],
+        "took": [datetime.timedelta(seconds=3), datetime.date(2026, 1, 2)],
     }
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not old)
     assert files.read_state_dict(tmp_path / "c.pth").keys() == STATE.keys()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+class Settings:
+    """What only the training script knows."""
+
+
+def test_what_is_not_unpickled_is_named(tmp_path: Path) -> None:
+    torch.save({"model": STATE, "config": Settings()}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"refused \(found: [\w.]*test_entries\.Settings\)\. Save its state_dict"):
+        files.read_state_dict(tmp_path / "c.pth")
 
 
 def run(*arguments: object) -> Any:

@@ -89,7 +89,7 @@ FLOORS = (
     "deployment.fuse",
     "deployment.restore proofs",
     "checkpoint deployment.export",
-    "bench proofs.verify training.signals",
+    "bench proofs.verify training.drawing training.signals",
     "cli",
 )
 """What may import what: a file imports from the floors above it in this list. A folder stands for all of its files that
