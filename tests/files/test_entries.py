@@ -157,3 +157,12 @@ def test_the_command_line_says_and_asks(tmp_path: Path) -> None:
     convert_file("timm:test_resnet", path, tmp_path / "b.safetensors", num_classes=3, choice=Choice(prefix="net."))
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
     assert run("verify", tmp_path / "out.safetensors", "--checkpoint", path, "--prefix", "net.").exit_code == 0
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+def test_another_number_of_classes_is_named_with_the_option(tmp_path: Path, prefix: str) -> None:
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    torch.save({"state_dict": {prefix + key: value for key, value in state.items()}}, tmp_path / "c.pth")
+    done = run("inspect", "timm:test_resnet", "--checkpoint", tmp_path / "c.pth")
+    assert done.exit_code == 1
+    assert done.stderr.strip().endswith("if only the classifier differs, give --num-classes 5")
