@@ -71,8 +71,8 @@ class Setting:
             raise UsageError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.init not in ("skipinit", "preserve"):
             raise UsageError(f"init is {self.init!r}; it must be skipinit or preserve")
-        if self.batch < 2 or self.runs < 0:
-            raise UsageError("a benchmark needs a batch of at least 2, for BatchNorm's sake, and no fewer than 0 runs")
+        if self.batch < 1 or self.runs < 0:
+            raise UsageError("a benchmark needs a batch of at least 1, and no fewer than 0 runs")
 
     def about(self, source: str) -> dict[str, Any]:
         """Return what the rows of a run have in common."""
@@ -111,7 +111,7 @@ def run(
         images: What to run on, ``(N, C, *)``; by default white noise of three channels.
 
     Raises:
-        UsageError: The setting makes no sense here, or no arm exists for this model.
+        UsageError: The setting makes no sense here, no arm exists for this model, or batch norm refuses one image.
     """
     setting.check()
     arms = build_arms(Subject(source, model, setting.init), setting.arms)
@@ -130,7 +130,14 @@ def run(
             step(f"counting {name}")
             counted[name] = _count(_move(arm, device, layout), trained[name], x, setting)
             arm.model.cpu()
-        times = _times(arms, trained, x, setting, layout, step) if setting.runs else {}
+        try:
+            times = _times(arms, trained, x, setting, layout, step) if setting.runs else {}
+        except ValueError as error:
+            if setting.batch > 1:
+                raise
+            raise UsageError(
+                f"batch norm refuses a batch of one here ({error}): larger images, or without bn"
+            ) from error
     return tuple(_result(name, arms, counted[name], times) for name in arms)
 
 
@@ -150,8 +157,9 @@ def _compiled(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def _count(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> _Counted:
-    saved = saved_bytes(arm.model, x[:2], DTYPES[setting.dtype])
-    counted = operators(_step(arm.model, setting), x[:2])
+    two = torch.cat([x, x])[:2]  # batch norm may refuse one image
+    saved = saved_bytes(arm.model, two, DTYPES[setting.dtype])
+    counted = operators(_step(arm.model, setting), two)
     step = _step(trained, setting)
     peak, launched = peak_memory(step, x), kernels(step, x)
     searched = setting.largest and x.device.type == "cuda" and not setting.compiled  # or every size would compile anew

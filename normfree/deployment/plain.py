@@ -23,7 +23,7 @@ def plain_(module: nn.Module) -> None:
 
 def learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
     """Return what a layer multiplies and adds, without alpha, for a weight that is ``unit`` times smaller."""
-    gain, weight = cast(Tensor, layer.gain), layer.coordinates.steadied(layer.weight, exactly=True)
+    gain, weight = cast(Tensor, layer.gain), layer.coordinates.steadied(layer.weight)
     shifted = torch.zeros_like(gain).double() if layer.bias is None else layer.bias.double() / layer.bias_unit
     if layer.center is not None and layer.offset is not None:
         met = shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), layer.center)
@@ -34,7 +34,7 @@ def learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
 def without_norm_(module: nn.Module, bias: nn.Parameter | None, unit: float) -> None:
     """Make a layer plain whose norm takes back gain, bias and alpha: with its old bias, and its weight in old units."""
     weight = cast(nn.Parameter, module._parameters["weight"])
-    weight.data = cast(ScaledWeight, module).coordinates.steadied(weight.data, exactly=True) / unit
+    weight.data = cast(ScaledWeight, module).coordinates.steadied(weight.data) / unit
     module._parameters["bias"] = bias
     if bias is not None:
         bias.data = bias.to(weight)

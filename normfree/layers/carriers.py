@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
-from normfree.layers.combining import Constants, combine
+from normfree.layers.combining import Constants, apart, combine
 from normfree.layers.held import HasAlpha, HasConstants, alpha_of
 from normfree.layers.reparametrized import settled
 from normfree.layers.slots import Channels
@@ -97,21 +98,50 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
             held = tuple(None if value is None else value.to("meta") for value in held)  # type: ignore[assignment]
         return Constants(*held, self.bias_unit, self.mean_unit)
 
-    def combined(self, exactly: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias that the layer computes with, differentiably; see :class:`Constants`."""
+    def _own_weight(self) -> Tensor:
         if self.mean_unit != 1.0 and self._parameters.get("weight") is None:
             self.mean_unit = settled(cast(nn.Module, self), self.coordinates)
-        groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
-        alpha = alpha_of(self.raw_alpha, self.alpha_unit)
-        weight, constants = self.weight, self.coordinates
+        return cast(Tensor, self.weight)
+
+    def combined(self, exactly: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias that the layer computes with, differentiably; see :class:`Constants`."""
+        weight, constants = self._own_weight(), self.coordinates
         if exactly:
-            weight, constants = constants.steadied(weight, exactly), constants._replace(filter_mean=None)
+            weight, constants = constants.steadied(weight), constants._replace(filter_mean=None)
+        alpha = alpha_of(self.raw_alpha, self.alpha_unit)
+        groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
         return combine(weight, self.bias, alpha, constants, self.alpha_channels, groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the original class does with the combined weight and bias."""
-        seen = Seen(cast(nn.Module, self), *self.combined())
-        return cast(Tensor, cast(Any, self._normfree_original).forward(seen, *args, **kwargs))
+        layer, forward = cast(nn.Module, self), cast(Any, self._normfree_original).forward
+        if kwargs or not self._narrow(*args):
+            return cast(Tensor, forward(Seen(layer, *self.combined()), *args, **kwargs))
+        # As combined, in another order: alpha and gain come last.
+        weight, bias = apart(self._own_weight(), self.bias, self.coordinates)
+        if self.gain is None:
+            out = forward(Seen(layer, weight, bias), *args)
+        else:
+            places = (-1, *(1,) * (weight.dim() - 2))  # channels come before the places of one image
+            out = forward(Seen(layer, weight, None), *args) * self.gain.reshape(places)
+            out = out if bias is None else out + bias.reshape(places)
+        alpha = alpha_of(self.raw_alpha, self.alpha_unit)
+        return cast(Tensor, out if alpha is None else out * alpha.reshape(()))
+
+    def _narrow(self, *args: Any) -> bool:
+        """Whether an input has fewer places than a filter has entries, where that says what is cheaper.
+
+        On a processor. Elsewhere an operation costs more than the numbers that it passes over, compilers fold factors
+        into the weight by themselves, and autocast would round what comes out twice.
+        """
+        if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].device.type != "cpu":
+            return False
+        if self.alpha_channels is not None or getattr(self, "transposed", False):
+            return False
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        channels = self.weight.shape[1] * getattr(self, "groups", 1)
+        return bool(args[0].numel() < channels * self.weight[0].numel())
 
     def extra_repr(self) -> str:
         """Say what is carried."""

@@ -80,7 +80,7 @@ def settled(layer: nn.Module, coordinates: Constants) -> float:
         kept = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]  # a ModuleDict
     if kept is not None:
         with torch.no_grad():
-            kept.copy_(coordinates.steadied(kept, exactly=True))
+            kept.copy_(coordinates.steadied(kept))
         for hook in _hooks(layer):  # they have run already, on what it was
             hook(layer, ())
     elif not torch.allclose(mean_of(cast(Tensor, layer.weight)), cast(Tensor, coordinates.filter_mean)):

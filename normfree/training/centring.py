@@ -109,7 +109,7 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
         layer.__dict__.update(filter_mean=None, alpha_channels=None, alpha_unit=1.0, bias_unit=1.0, mean_unit=1.0)
     rows = (-1, *(1,) * (weight.dim() - 1))
     if layer.bias is None:  # what it makes of the old mean and of the new one are both in its weight
-        steadied = layer.coordinates.steadied(weight, exactly=True)
+        steadied = layer.coordinates.steadied(weight)
         made, _ = combine(steadied, None, None, layer.coordinates._replace(filter_mean=None))
         weight.copy_(made / layer.gain.reshape(rows))
         layer.filter_mean = None if layer.filter_mean is None else mean_of(weight)

@@ -119,7 +119,8 @@ def test_without_rounds_only_what_does_not_depend_on_the_clock_is_counted() -> N
     assert done.exit_code == 0, done.output
     ours, bare = json.loads(done.stdout)["rows"]
     assert ours["step_ms"] is ours["to_bare"] is None
-    assert ours["saved_mib_per_image"] == bare["saved_mib_per_image"] > 0
+    # Where there are few places the scalar multiplies what comes out, and keeps it for its gradient.
+    assert bare["saved_mib_per_image"] <= ours["saved_mib_per_image"] < 1.2 * bare["saved_mib_per_image"]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.broad)])
@@ -166,7 +167,7 @@ def test_spread_is_median_and_quartiles() -> None:
         ({"device": "tpu"}, "it must be cpu or cuda"),
         ({"dtype": "fp8"}, "it must be one of fp32, bf16, fp16"),
         ({"init": "auto"}, "it must be skipinit or preserve"),
-        ({"batch": 1}, "a batch of at least 2"),
+        ({"batch": 0}, "a batch of at least 1"),
         ({"runs": -1}, "no fewer than 0 runs"),
     ],
 )
@@ -191,7 +192,7 @@ def test_command_line_writes_table_csv_json_and_plot(tmp_path: Path) -> None:
         table = list(csv.DictReader(file))
     assert [row["arm"] for row in table] == [row["arm"] for row in body["rows"]] == ["bn", "normfree", "bare"]
     assert list(table[0]) == COLUMNS
-    assert table[1]["saved_mib_per_image"] == table[2]["saved_mib_per_image"]
+    assert float(table[1]["saved_mib_per_image"]) < float(table[0]["saved_mib_per_image"])
     assert body["step_to"]["normfree"]["bare"] == pytest.approx(float(table[1]["to_bare"]))
     assert plot.read_bytes().startswith(b"\x89PNG")
     shown = bench(*short)
@@ -200,9 +201,18 @@ def test_command_line_writes_table_csv_json_and_plot(tmp_path: Path) -> None:
     assert "saved MiB/image" in shown.stdout
 
 
+def test_a_batch_of_one_is_measured_where_batch_norm_takes_it() -> None:
+    arms = ("bn", "normfree", "bare")
+    results = run(SUBJECT.source, SUBJECT.model, Setting(batch=1, size=16, runs=1, arms=arms))
+    assert all(result.step_ms is not None for result in results)
+    narrow = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten())
+    with pytest.raises(UsageError, match="batch norm refuses"):
+        run("narrow", narrow, Setting(batch=1, size=3, runs=1, arms=arms))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(("--arms", "wrong"), 2), (("--device", "cuda", "--batch", "1"), 2), (("--runs", "-1"), 2), (("nothing",), 2)],
+    [(("--arms", "wrong"), 2), (("--device", "cuda", "--batch", "0"), 2), (("--runs", "-1"), 2), (("nothing",), 2)],
 )
 def test_command_line_refuses_wrong_usage(arguments: tuple[str, ...], code: int) -> None:
     assert bench(*(() if arguments == ("nothing",) else ("torchvision:resnet18",)), *arguments).exit_code == code

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from endings import X, converted, ends, make
-from harness import assert_close, both, noise, set_alphas
+from harness import assert_close, both, noise, randomise, set_alphas
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -82,6 +82,21 @@ def test_resnet_computes_and_learns_as_with_plain_weights(name: str, dtype: torc
         assert_close(parameter.grad, plain.get_parameter(name).grad if followed is None else followed, 1e-6)
         checked += followed is not None
     assert checked >= 3 * branches >= 12  # weight, bias and alpha of every branch at least
+
+
+@both
+@pytest.mark.parametrize("name", ["test_resnet", "resnetv2_18"])
+def test_compiled_it_computes_in_half_precision_what_it_does_without(name: str, init: str) -> None:
+    original = randomise(timm.create_model(name, num_classes=10))
+    model = set_alphas(normfree.convert(original, init=init).train(), 0.5)
+    free = [m for m in model.modules() if isinstance(m, ScaledWeight) and m.bias is None]
+    assert bool(free) == (name == "resnetv2_18"), "layers without a bias are centred in another way"
+    torch._dynamo.reset()
+    compiled, x = torch.compile(model, backend="aot_eager"), noise(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled(x), model(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert_close(found.float(), expected.float(), 2e-2)
 
 
 @both

@@ -11,8 +11,10 @@ import pytest
 import torch
 from harness import assert_close, noise
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from normfree.layers import is_carrier, scaled_weight_class
+from normfree.layers import ScaledWeight, is_carrier, scaled_weight_class
 from normfree.layers.carriers import Seen
 
 FEATURES = 6
@@ -147,8 +149,13 @@ def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Ten
 @every_layer
 @pytest.mark.parametrize("carried", CARRIED)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_on_the_weight_as_on_the_activation(name: str, carried: str, bias: bool) -> None:
+@pytest.mark.parametrize("narrow", [True, False], ids=["last", "first"])
+def test_on_the_weight_as_on_the_activation(
+    name: str, carried: str, bias: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = LAYERS[name]
+    if CARRIED[carried][2] is None and not name.startswith("transposed"):
+        monkeypatch.setattr(ScaledWeight, "_narrow", lambda *_: narrow)
     plain = layer.build(bias)
     assert is_carrier(plain)
     scaled = carrying(plain, *CARRIED[carried])
@@ -164,6 +171,35 @@ def test_on_the_weight_as_on_the_activation(name: str, carried: str, bias: bool)
     assert parameters.keys() == leaves.keys()
     for key, parameter in parameters.items():
         assert_close(parameter.grad, leaves[key].grad, 1e-12)
+
+
+def copies(layer: nn.Module, x: Tensor) -> int:
+    """Return how many tensors of the size of its weight a layer makes, forward and backward, beside the gradient."""
+    made = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            result = func(*args, **(kwargs or {}))
+            tensors = [it for it in tree_leaves(result) if isinstance(it, Tensor)]
+            made += 0 if func.is_view else sum(it.numel() == layer.weight.numel() for it in tensors)
+            return result
+
+    layer.zero_grad()
+    with Count():
+        layer(x).sum().backward()
+    return made - 1
+
+
+@pytest.mark.parametrize("alpha", [True, False])
+def test_a_layer_with_few_places_makes_fewer_copies_of_its_weight(alpha: bool) -> None:
+    plain = nn.Conv2d(40, FEATURES, 1, bias=True).double()
+    assert copies(plain, noise(1, 40, 3, 13, dtype=torch.float64)) == 0
+    layer = carrying(plain, True, alpha, None)
+    layer.filter_mean = None
+    assert copies(layer, noise(1, 40, 3, 13, dtype=torch.float64)) == 1, "its gradient without the mean"
+    assert copies(layer, noise(1, 40, 5, 10, dtype=torch.float64)) == 3 + alpha, "the weight, and twice its gradient"
+    assert copies(carrying(plain, False, True, None), noise(1, 40, 3, 13, dtype=torch.float64)) == 0
 
 
 FIRST = {layer.make: name for name, layer in reversed(LAYERS.items())}
