@@ -195,6 +195,11 @@ class WasNorm(nn.Identity):
     Who asks politely (``hasattr``, ``getattr`` with a default) is answered as by any identity.
     """
 
+    __module__ = nn.Identity.__module__  # torch.fx looks there for what it takes as a whole, as feature extractors do
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _was_norm, (), self.__dict__  # pickle looks there too
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -205,6 +210,10 @@ class WasNorm(nn.Identity):
                 f"normfree has converted the norm that had this {name!r}; what merges branches or reads norms wants "
                 "normfree.fuse(model) first, which merges them"
             ) from error
+
+
+def _was_norm() -> WasNorm:
+    return WasNorm.__new__(WasNorm)
 
 
 _OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "num_features", "momentum", "affine")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +20,7 @@ from timm.models.byobnet import MobileOneBlock
 from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import normfree
 from normfree.deployment.fuse import FuseWarning
@@ -80,6 +83,11 @@ def test_what_was_a_norm_is_an_identity_to_everybody_else() -> None:
     with pytest.raises(AttributeError, match="object has no attribute 'widht'"):
         _ = slot.widht
     assert type(normfree.fuse(model)[1]) is nn.Identity
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  # our own
+        assert type(again[1]) is type(slot)
+        assert again[1].training == slot.training
+    extractor = create_feature_extractor(model, return_nodes=["1"])
+    assert extractor(noise(2, 3, 5, 5))["1"].shape == (2, 4, 5, 5)
     assert torch.compile(model, backend="eager", fullgraph=True)(noise(2, 3, 5, 5)).shape == (2, 4, 5, 5)
 
 
