@@ -66,7 +66,7 @@ _OPTIONS = "alpha|arms|device|dtype|exclude|include|init|num_classes|scope|size"
 def _in_options(text: str) -> str:
     """Name the options of the command line, where a message names the arguments of a function, or both."""
     text = re.sub(r"\b\w+= \((--[a-z-]+(?: \d+)?)\)", r"\1", text).replace("--force (overwrite=True)", "--force")
-    text = re.sub(rf"\b({_OPTIONS})='?(\w+)'?", r"--\1 \2", text).replace(" (--init)", "")
+    text = re.sub(rf"\b({_OPTIONS})='(\w+)'", r"--\1 \2", text).replace(" (--init)", "")
     text = re.sub(rf"^({_OPTIONS}) is ", r"--\1 is ", text)
     return text.replace("include, exclude and scope leave", "--include, --exclude and --scope leave")
 
