@@ -21,7 +21,7 @@ from normfree.layers import (
     ScaledOutput,
     ScaledWeight,
     SkipInit,
-    WasNorm,
+    Vacant,
     alpha_of,
     alpha_scale,
     is_normfree,
@@ -123,7 +123,7 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     for module in list(model.modules()):
         if isinstance(module, (ChannelAffine, SkipInit, Copy)):
             become(module, in_torch_alone(module))
-        elif isinstance(module, WasNorm):
+        elif isinstance(module, Vacant):
             become(module, nn.Identity().train(module.training))
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
     no_hint_(model)

@@ -17,7 +17,7 @@ __all__ = [
     "HasAlpha",
     "HasConstants",
     "SkipInit",
-    "WasNorm",
+    "Vacant",
     "affine",
     "alpha_scale",
     "scale",
@@ -189,7 +189,7 @@ class Copy(nn.Module):
         return input.clone()
 
 
-class WasNorm(nn.Identity):
+class Vacant(nn.Identity):
     """Stands where a norm was of which nothing is left here, and tells so whoever reads the norm that it was.
 
     Who asks politely (``hasattr``, ``getattr`` with a default) is answered as by any identity.
@@ -198,7 +198,7 @@ class WasNorm(nn.Identity):
     __module__ = nn.Identity.__module__  # torch.fx looks there for what it takes as a whole, as feature extractors do
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _was_norm, (), self.__dict__  # pickle looks there too
+        return _vacant, (), self.__dict__  # pickle looks there too
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -212,8 +212,8 @@ class WasNorm(nn.Identity):
             ) from error
 
 
-def _was_norm() -> WasNorm:
-    return WasNorm.__new__(WasNorm)
+def _vacant() -> Vacant:
+    return Vacant.__new__(Vacant)
 
 
 _OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "num_features", "momentum", "affine")
