@@ -112,7 +112,7 @@ def _activation(subject: Subject) -> Arm:
             gain = bias = None
             if name in folded and layer.gain is not None:
                 gain, bias = nn.Parameter(layer.gain.clone()), nn.Parameter(layer.bias.detach() / layer.bias_unit)
-                layer.gain = layer.center = layer.offset = layer.bias = None
+                layer.gain = layer.center = layer.at_center = layer.bias = None
             raw, layer.raw_alpha = layer.raw_alpha, None
             affine = ChannelAffine(gain, bias, raw, layer.alpha_channels, unit=layer.alpha_unit)
             slots[name] = nn.Sequential(fuse_(nn.Sequential(layer))[0], affine)

@@ -22,10 +22,11 @@ from normfree.proofs.reference import Reference
 
 __all__ = ["FORMAT", "Header", "read_header", "read_plan", "weights_in"]
 
-FORMAT, _OLDEST = 5, 3
+FORMAT, _OLDEST = 6, 3
 """1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with
 constants in place of gains that were trained; files of the earlier form are refused. 4: the means of filters in units
-of their own; files of format 3 learn on as they did."""
+of their own; files of format 3 learn on as they did. 5: layers without a bias are centred. 6: what is made of a mean is
+kept without the gain, and called `at_center`, not `offset`."""
 _KEY, _NORMS = "normfree", "normfree.norms"
 WEIGHTS = "model.safetensors"
 """Their name in a folder, by the convention of the Hugging Face Hub."""

@@ -25,7 +25,7 @@ from normfree.options import Asked, Options
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
-from normfree.rewriting.units import offset_of
+from normfree.rewriting.units import made_of
 from normfree.tracing.trace import example_input
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 
@@ -101,7 +101,7 @@ def convert_file(
 def _scaled(
     model: nn.Module, made: Plan, streamed: Mapping[int, str], open_again: Callable[[], Read]
 ) -> dict[int, float]:
-    """Give carried layers units and offsets; return the factor of each weight that is a placeholder, by its id."""
+    """Give carried layers units and constants; return the factor of each weight that is a placeholder, by its id."""
     factors = dict[int, float]()
     for carried in made.carried:
         layer: Any = model.get_submodule(carried.path)
@@ -111,7 +111,7 @@ def _scaled(
         if layer.filter_mean is not None:
             layer.filter_mean = mean_of(weight * unit)
         if layer.center is not None:
-            layer.offset = offset_of(weight, layer.gain * unit, layer.center)
+            layer.at_center = made_of(weight * unit, layer.gain, layer.center)
         if key is None:
             layer.weight.mul_(unit)
         else:

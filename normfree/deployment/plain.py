@@ -25,9 +25,9 @@ def learnt(layer: ScaledWeight, unit: float) -> tuple[Tensor, Tensor]:
     """Return what a layer multiplies and adds, without alpha, for a weight that is ``unit`` times smaller."""
     gain, weight = cast(Tensor, layer.gain), layer.coordinates.steadied(layer.weight)
     shifted = torch.zeros_like(gain).double() if layer.bias is None else layer.bias.double() / layer.bias_unit
-    if layer.center is not None and layer.offset is not None:
-        met = shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), layer.center)
-        shifted = shifted + (layer.offset.double() - met.double())
+    if layer.center is not None and layer.at_center is not None:
+        met = shift(weight, layer.center)
+        shifted = shifted + gain.double() * (layer.at_center.double() - met.double())
     return gain * unit, shifted
 
 

@@ -76,13 +76,13 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
 
     Attributes:
         raw_alpha: What is learnt of alpha, ``(1,)``: alpha times :attr:`alpha_unit`; or ``None``.
-        gain, center, offset, filter_mean, bias_unit, mean_unit: See :class:`normfree.layers.Constants`.
+        gain, center, at_center, filter_mean, bias_unit, mean_unit: See :class:`normfree.layers.Constants`.
         alpha_channels: Range of output channels that alpha scales, or all of them.
     """
 
     gain: Tensor | None
     center: Tensor | None
-    offset: Tensor | None
+    at_center: Tensor | None
     filter_mean: Tensor | None
     bias_unit: float
     mean_unit: float
@@ -93,7 +93,7 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
     @property
     def coordinates(self) -> Constants:
         """The constants of the layer, where its weight is: they have memory on the meta device too."""
-        held = (self.gain, self.center, self.offset, self.filter_mean)
+        held = (self.gain, self.center, self.at_center, self.filter_mean)
         if self.weight.is_meta:
             held = tuple(None if value is None else value.to("meta") for value in held)  # type: ignore[assignment]
         return Constants(*held, self.bias_unit, self.mean_unit)

@@ -1,15 +1,15 @@
 """The weight and the bias that a carrier computes with, from what it learns and from its constants.
 
 With learnt ``V`` (the layer's ``weight``) and ``b`` (its ``bias``), with alpha, and with the constants ``g``
-(``gain``), ``mu`` (``center``), ``c`` (``offset``), ``m`` (``filter_mean``), ``r`` (``mean_unit``) and ``u``
+(``gain``), ``mu`` (``center``), ``s`` (``at_center``), ``m`` (``filter_mean``), ``r`` (``mean_unit``) and ``u``
 (``bias_unit``):
 
-    U = V - (1 - 1 / r) (mean V - m)        weight = alpha g U        bias = alpha (b / u + c) - weight mu
+    U = V - (1 - 1 / r) (mean V - m)        weight = alpha g U        bias = alpha (b / u + g (s - U mu))
 
-so that ``conv(x; weight, bias) = alpha (g U (x - mu) + b / u + c)`` wherever no padding stands in for ``x``. A layer
-without a bias stays one: what it meets along ``mu`` it does what it did at the start, and it learns across:
+so that ``conv(x; weight, bias) = alpha (g (U (x - mu) + s) + b / u)`` wherever no padding stands in for ``x``; ``s`` is
+what ``U mu`` was at the start. A layer without a bias stays one: it makes ``s`` of ``mu`` for ever, and learns across:
 
-    weight = alpha (g U - (g U mu - c) mu' / mu' mu)
+    weight = alpha g (U - (U mu - s) mu' / mu' mu)
 
 ``mean V`` is the mean of each filter over its positions, and ``m`` what it was at the start, where ``U = V``. The
 constants are the coordinates in which the layer learns, and none changes with training. A step of ``V`` moves the
@@ -49,7 +49,7 @@ class Constants(NamedTuple):
     Attributes:
         gain: ``(C,)``, or ``None`` for ones. It learns only where a gamma was zero.
         center: ``(groups, C_in / groups * kernel)``, or ``None`` for zeros.
-        offset: ``(C,)``, given with ``center``.
+        at_center: ``(C,)``, given with ``center``: what the weight made of it at the start.
         filter_mean: ``(C, C_in / groups, 1, ...)``, or ``None`` for a weight whose mean is as free as the rest of it.
         bias_unit: ``bias`` is that many times what it stands for.
         mean_unit: Given with ``filter_mean``: how many times less than the rest of a filter its mean moves.
@@ -57,7 +57,7 @@ class Constants(NamedTuple):
 
     gain: Tensor | None
     center: Tensor | None
-    offset: Tensor | None
+    at_center: Tensor | None
     filter_mean: Tensor | None
     bias_unit: float = 1.0
     mean_unit: float = 1.0
@@ -116,10 +116,9 @@ def apart(weight: Tensor, bias: Tensor | None, constants: Constants) -> tuple[Te
     """
     gain, center = constants.gain, constants.center
     if bias is not None and center is not None and _learns(gain):
-        alone = constants._replace(gain=None, offset=None, bias_unit=1.0)
-        weight, less = combined(weight, torch.zeros_like(bias), None, alone, apart=True)
-        added = torch.add(cast(Tensor, constants.offset), bias, alpha=1 / constants.bias_unit)
-        return weight, torch.addcmul(added, cast(Tensor, gain), cast(Tensor, less))
+        alone = constants._replace(gain=None, bias_unit=1.0)
+        weight, centred = combined(weight, torch.zeros_like(bias), None, alone, apart=True)
+        return weight, torch.addcmul(bias / constants.bias_unit, cast(Tensor, gain), cast(Tensor, centred))
     return combined(weight, bias, None, constants, apart=True) if constants.any else (weight, bias)
 
 

@@ -45,7 +45,7 @@ class _Combined(Function):
         alpha: Tensor | None,
         gain: Tensor | None,
         center: Tensor | None,
-        offset: Tensor | None,
+        at_center: Tensor | None,
         filter_mean: Tensor | None,
         bias_unit: float,
         mean_unit: float,
@@ -55,21 +55,18 @@ class _Combined(Function):
         if filter_mean is not None:
             made = torch.sub(weight, _mean(weight) - filter_mean, alpha=1 - 1 / mean_unit)
         if center is not None and bias is None:
-            made = _less(made, shift(made, center) - _fixed(offset, gain), _along(center))
-        if not apart:
-            factor = alpha if gain is None else gain if alpha is None else gain * alpha
-            made = made if factor is None else made * rows(factor, made)
+            made = _less(made, shift(made, center) - cast(Tensor, at_center), _along(center))
+        factor = alpha if gain is None else gain if alpha is None else gain * alpha
+        weights = made if apart or factor is None else made * rows(factor, made)
         # Autograd wants outputs that are none of the inputs.
-        weights = made.view_as(made) if made is weight else made
+        weights = weights.view_as(weights) if weights is weight else weights
         if bias is None:
             return (weights,)
-        added = _added(bias, offset, bias_unit)
+        added = bias if bias_unit == 1.0 else bias / bias_unit
         added = added if alpha is None else added * alpha
-        if center is not None:
-            if apart and gain is not None:
-                added = torch.addcmul(added, gain, shift(made, center), value=-1)
-            else:
-                added = shift(made, center, added)
+        if center is not None:  # at the start nothing, bit for bit
+            centred = shift(made, center, at_center)
+            added = added + centred if factor is None else torch.addcmul(added, factor, centred)
         return weights, added.view_as(added) if added is bias else added
 
     @staticmethod
@@ -79,7 +76,8 @@ class _Combined(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, bias, alpha, gain, center, offset, filter_mean = ctx.saved_tensors
+        saved = ctx.saved_tensors  # asked for once: checkpoints compute them anew
+        _, bias, alpha, gain, center, _, filter_mean = saved
         for_bias = for_alpha = column = None
         given = grad
         if center is not None and bias is not None and not ctx.apart:
@@ -97,20 +95,28 @@ class _Combined(Function):
             met = met if filter_mean is None else _steadied(met, ctx.mean_unit)
             grad = _less(grad, column, met, in_place=grad is not given)
         if alpha is not None:  # of what it multiplies, so before it does
-            for_alpha = _inner(grad, weight)
-            if filter_mean is not None:
-                unit = (ctx.mean_unit - 1) * weight[0, 0].numel()
-                for_alpha = torch.add(for_alpha, _inner(_mean(grad), filter_mean), alpha=unit)
-            if bias is not None:
-                for_alpha = for_alpha + _inner(grads[0], _added(bias, offset, ctx.bias_unit))
-            elif column is not None:
-                for_alpha = for_alpha + _inner(column, _fixed(offset, gain))
-            for_alpha = for_alpha.reshape(alpha.shape)
+            for_alpha = _of_alpha(ctx, saved, grad, grads, column).reshape(alpha.shape)
             grad = grad * alpha.reshape(())
         if bias is not None:
             for_bias = grads[0] if alpha is None else grads[0] * alpha
             for_bias = for_bias if ctx.bias_unit == 1.0 else for_bias / ctx.bias_unit
         return grad, for_bias, for_alpha, *(None,) * 7
+
+
+def _of_alpha(ctx: Any, saved: Any, grad: Tensor, grads: tuple[Tensor, ...], column: Tensor | None) -> Tensor:
+    """Return the gradient of alpha, from that of ``V`` before alpha multiplies it."""
+    weight, bias, _, gain, _, at_center, filter_mean = saved
+    found = _inner(grad, weight)
+    if filter_mean is not None:
+        unit = (ctx.mean_unit - 1) * weight[0, 0].numel()
+        found = torch.add(found, _inner(_mean(grad), filter_mean), alpha=unit)
+    if bias is None:
+        return found if column is None else found + _inner(column, at_center)
+    if at_center is not None and gain is not None:
+        bias = torch.addcmul(bias, gain, at_center, value=ctx.bias_unit)
+    elif at_center is not None:
+        bias = torch.add(bias, at_center, alpha=ctx.bias_unit)
+    return torch.add(found, _inner(grads[0], bias), alpha=1 / ctx.bias_unit)
 
 
 def rows(values: Tensor, weight: Tensor) -> Tensor:
@@ -181,19 +187,6 @@ def _multiplied(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.numel() <= 1 << 14 or torch.compiler.is_compiling():
         return False
     return weight.is_contiguous() and weight.dtype in (torch.float32, torch.float64)
-
-
-def _fixed(offset: Tensor | None, gain: Tensor | None) -> Tensor:
-    """Return what ``U`` makes of ``mu`` for ever, where no bias takes it along."""
-    fixed = cast(Tensor, offset)
-    return fixed if gain is None else fixed / gain
-
-
-def _added(bias: Tensor, offset: Tensor | None, unit: float) -> Tensor:
-    """Return what a layer adds, without alpha and before its input is centred."""
-    if offset is not None:
-        return torch.add(offset, bias, alpha=1 / unit)
-    return bias if unit == 1.0 else bias / unit
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

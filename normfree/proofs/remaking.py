@@ -97,7 +97,7 @@ def _take(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def _combined(held: weakref.ref[Any]) -> tuple[Tensor, Tensor | None]:
-    """Return ``alpha g U`` and ``alpha (b / u + c) - weight mu``: the formulas of :mod:`normfree.layers.combining`."""
+    """Return ``alpha g U`` and ``alpha (b / u + g (s - U mu))``: the formulas of :mod:`normfree.layers.combining`."""
     layer: Any = held()
     weight, bias = layer.weight, layer.bias
     if layer.filter_mean is not None:
@@ -107,23 +107,20 @@ def _combined(held: weakref.ref[Any]) -> tuple[Tensor, Tensor | None]:
     width = weight.shape[1] * layer.groups if transposed else weight.shape[0]
     factor = torch.ones(width, dtype=weight.dtype, device=weight.device)
     bias = None if bias is None else bias / layer.bias_unit
-    if layer.offset is not None and bias is not None:
-        bias = bias + layer.offset
     if layer.raw_alpha is not None:
         factor = factor * alpha_scale(alpha_of(layer.raw_alpha, layer.alpha_unit), layer.alpha_channels, width)
         bias = None if bias is None else bias * factor
-    alpha = factor
     factor = factor if layer.gain is None else factor * layer.gain
     rest = (1,) * (weight.dim() - 2)
     if transposed:  # (C_in, C / groups, *kernel): output channel g * C / groups + j is in the rows of group g
         rows = factor.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
         return weight * rows.reshape(*weight.shape[:2], *rest), bias
-    weight = weight * factor.reshape(-1, 1, *rest)
     if layer.center is not None:
         met = layer.center.repeat_interleave(width // len(layer.center), 0)
-        made = (weight.flatten(1) * met).sum(1)
+        moved = (weight.flatten(1) * met).sum(1) - layer.at_center
         if bias is not None:
-            return weight, bias - made
-        length = (met * met).sum(1).clamp_min(torch.finfo(met.dtype).tiny)
-        weight = weight - (((made - alpha * layer.offset) / length)[:, None] * met).reshape(weight.shape)
-    return weight, bias
+            bias = bias - factor * moved
+        else:
+            length = (met * met).sum(1).clamp_min(torch.finfo(met.dtype).tiny)
+            weight = weight - ((moved / length)[:, None] * met).reshape(weight.shape)
+    return weight * factor.reshape(-1, 1, *rest), bias

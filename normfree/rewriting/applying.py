@@ -149,7 +149,7 @@ def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Cha
         layer.__dict__["gain"] = carrier.gain
     layer.__dict__.update(
         center=carrier.center,
-        offset=carrier.offset,
+        at_center=carrier.at_center,
         alpha_channels=carrier.channels,
         alpha_unit=carrier.alpha_unit,
         bias_unit=carrier.bias_unit,

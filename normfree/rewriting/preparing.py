@@ -100,7 +100,7 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
         UnsupportedModelError: A gain or a bias would be infinite; all layers are named.
     """
     made: dict[str, tuple[Tensor | None, ...]]
-    made = {path: (c.gain, c.bias, c.offset) for path, c in writes.carriers.items()}
+    made = {path: (c.gain, c.bias, c.at_center) for path, c in writes.carriers.items()}
     made |= {path: (slot.gain, slot.bias) for path, slot in writes.slots.items() if isinstance(slot, ChannelAffine)}
     problems = [
         f"{path} ({type(modules[path]).__name__}): what the norm amounts to overflows "

@@ -14,7 +14,7 @@ from normfree.edits import Carried, Units
 from normfree.errors import InternalError
 from normfree.layers import Channels, mean_of, shift
 
-__all__ = ["Carrier", "carry", "features_of", "offset_of", "weight_of"]
+__all__ = ["Carrier", "carry", "features_of", "made_of", "weight_of"]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Carrier:
     raw_alpha: nn.Parameter | None = None
     channels: Channels = None
     center: Tensor | None = None
-    offset: Tensor | None = None
+    at_center: Tensor | None = None
     filter_mean: Tensor | None = None
     bias_unit: float = 1.0
     mean_unit: float = 1.0
@@ -62,12 +62,13 @@ def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Map
     if carried.learns_gain:
         carrier.gain = nn.Parameter(carrier.gain, carrier.gain_learns)
     if carrier.center is not None:
-        carrier.offset = offset_of(weight, carrier.gain.detach() * unit, carrier.center)
+        carrier.at_center = made_of(weight * unit, carrier.gain.detach(), carrier.center)
 
 
-def offset_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:
-    """Return what a layer makes of its mean input, ``(C,)``: added again, so that the function stays what it was."""
-    return shift(weight * gain.reshape(-1, *(1,) * (weight.dim() - 1)), center)
+def made_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:
+    """Return what a layer makes of its mean input, ``(C,)``; nothing where a gain that is zero has yet to learn."""
+    made = shift(weight, center)
+    return torch.where(gain == 0, torch.zeros_like(made), made)
 
 
 def centred_at(layer: Any, mean: Tensor | None) -> Tensor:

@@ -98,14 +98,14 @@ def mean_patch(layer: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
-    """Move a layer to other coordinates: ``offset`` and ``gain`` undo what ``center`` and the weight do."""
+    """Move a layer to other coordinates: ``at_center`` and ``gain`` undo what ``center`` and the weight do."""
     weight: Tensor = layer.weight
     center = found.mean.to(weight)
     if not isinstance(layer, ScaledWeight):  # a head that was put on since
         layer.__class__ = scaled_weight_class(type(layer))
         layer._parameters["raw_alpha"] = None
         ones = weight.new_ones(weight.shape[0])
-        layer.__dict__.update(gain=ones, center=torch.zeros_like(center), offset=torch.zeros_like(ones))
+        layer.__dict__.update(gain=ones, center=torch.zeros_like(center), at_center=torch.zeros_like(ones))
         layer.__dict__.update(filter_mean=None, alpha_channels=None, alpha_unit=1.0, bias_unit=1.0, mean_unit=1.0)
     rows = (-1, *(1,) * (weight.dim() - 1))
     if layer.bias is None:  # what it makes of the old mean and of the new one are both in its weight
@@ -113,12 +113,12 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
         made, _ = combine(steadied, None, None, layer.coordinates._replace(filter_mean=None))
         weight.copy_(made / layer.gain.reshape(rows))
         layer.filter_mean = None if layer.filter_mean is None else mean_of(weight)
-        layer.offset = shift(weight * layer.gain.reshape(rows), center)
+        layer.at_center = shift(weight, center)
     else:
-        scaled = layer.coordinates.steadied(weight) * layer.gain.reshape(rows)
-        layer.offset = layer.offset + shift(scaled, center - layer.center)
+        layer.at_center = layer.at_center + shift(layer.coordinates.steadied(weight), center - layer.center)
     layer.center = center
     if carried.head:
         unit = plan.units.of_head(math.sqrt(max(found.square - float(found.mean.square().sum()), 0.0)))
+        layer.at_center.mul_(unit * layer.gain[0])
         weight.mul_(unit * layer.gain[0])
         layer.gain = torch.full_like(layer.gain, 1 / unit)

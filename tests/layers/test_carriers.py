@@ -99,7 +99,7 @@ def carrying(layer: nn.Module, gain: bool, alpha: bool, channels: tuple[int, int
     centred = gain and not getattr(layer, "transposed", False)
     shape = getattr(layer, "groups", 1), layer.weight[0].numel()
     carried.center = noise(*shape, dtype=torch.float64) / 2 + 0.1 if centred else None
-    carried.offset = noise(FEATURES, dtype=torch.float64) if centred else None
+    carried.at_center = noise(FEATURES, dtype=torch.float64) if centred else None
     positions = tuple(range(2, carried.weight.dim()))
     mean = carried.weight.detach().mean(positions, keepdim=True)
     carried.filter_mean = mean + noise(*mean.shape, dtype=torch.float64) if centred and positions else None
@@ -111,7 +111,7 @@ def carrying(layer: nn.Module, gain: bool, alpha: bool, channels: tuple[int, int
 
 
 def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``alpha * (gain * (layer(x) - layer(mean)) + bias / 2 + offset)``, step by step, with its leaves.
+    """Return ``alpha * (gain * (layer(x) - layer(mean) + at_center) + bias / 2)``, step by step, with its leaves.
 
     Without a bias the layer sees ``x`` without what is along ``mean``, and makes of that what it did.
     """
@@ -132,11 +132,9 @@ def on_activation(plain: Any, carried: Any, x: Tensor, **call: Any) -> tuple[Ten
             filters = unit.repeat_interleave(FEATURES // groups, 0).reshape(plain.weight.shape)
             along = type(plain).forward(Seen(plain, filters, None), x, **call).movedim(dim, -1)
         met = torch.einsum("god,gd->go", plain.weight.reshape(groups, FEATURES // groups, -1), carried.center)
-        y = y - met.flatten() * along
+        y = y + (carried.at_center - met.flatten()) * along
     if carried.gain is not None:
         y = y * carried.gain
-    if carried.offset is not None:
-        y = y + carried.offset * along
     if "bias" in leaves:
         y = y + leaves["bias"] / 2
     if "raw_alpha" in leaves:
@@ -237,7 +235,7 @@ def test_the_pretrained_weight_keeps_its_key_and_its_values(name: str) -> None:
     scaled = carrying(plain, True, True, None)
     scaled(layer.input()).sum().backward()
     assert isinstance(scaled, type(plain))
-    constants = {"gain"} if getattr(plain, "transposed", False) else {"gain", "center", "offset"}
+    constants = {"gain"} if getattr(plain, "transposed", False) else {"gain", "center", "at_center"}
     constants |= {"filter_mean"} if len(constants) > 1 and layer.shape[2:] else set()
     assert set(scaled.state_dict()) == {"weight", "bias", "raw_alpha", *constants}
     assert torch.equal(scaled.state_dict()["weight"], plain.weight)

@@ -110,7 +110,7 @@ def test_conversion_before_and_after_another_head_is_the_same(name: str, init: s
     assert plan_of(before) == plan_of(after)
     assert before.num_classes == after.num_classes == 3
     heads = ("fc", "classifier", "head.fc")
-    constants = {f"{head}.{leaf}" for head in heads for leaf in ("gain", "center", "offset")}
+    constants = {f"{head}.{leaf}" for head in heads for leaf in ("gain", "center", "at_center")}
     assert after.state_dict().keys() - constants == before.state_dict().keys()
     x = noise(2, 3, 32, 32)
     with torch.no_grad():

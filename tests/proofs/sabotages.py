@@ -598,15 +598,15 @@ def mean_wrong_and_made_good(m: Any) -> None:
     conv = m.post.conv1
     before = conv.combined()[1].detach()
     conv.center = conv.center + 0.3
-    conv.offset = conv.offset + before - conv.combined()[1].detach()
+    conv.at_center = conv.at_center + (before - conv.combined()[1].detach()) / conv.gain
 
 
 @sabotage(*PRESERVE)
 def mean_left_out_and_made_good(m: Any) -> None:
     conv = m.post.conv1
     before = conv.combined()[1].detach()
-    conv.center = None
-    conv.offset = conv.offset + before - conv.combined()[1].detach()
+    conv.center = conv.at_center = None
+    conv.bias.data += (before - conv.combined()[1].detach()) * conv.bias_unit
 
 
 @sabotage(*SKIPINIT)

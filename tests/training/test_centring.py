@@ -67,7 +67,7 @@ def test_layers_without_a_bias_are_centred_and_stay_without_one() -> None:
         layer.weight.data.add_(noise(*layer.weight.shape, dtype=torch.float64))
         weight, bias = layer.combined()
         assert bias is None
-        assert_close((weight * mean).flatten(1).sum(1), layer.offset * layer.alpha, 1e-10)
+        assert_close((weight * mean).flatten(1).sum(1), layer.at_center * layer.gain * layer.alpha, 1e-10)
 
 
 def test_the_mean_patch_is_the_mean_of_unfolded_patches() -> None:
@@ -128,12 +128,11 @@ def test_a_head_that_was_put_on_afterwards_travels_in_a_file(tmp_path) -> None:
         assert isinstance(loaded.fc, ScaledWeight) == (name == "taken")
 
 
-def test_offsets_undo_centres(converted: nn.Module) -> None:
+def test_what_is_made_of_centres_is_added_again(converted: nn.Module) -> None:
     for layer in plan_of(converted).carried:
         module = converted.get_submodule(layer.path)
         if layer.centred:
-            scaled = module.weight * module.gain.reshape(-1, *(1,) * (module.weight.dim() - 1))
-            assert torch.equal(module.offset, shift(scaled, module.center))
+            assert torch.equal(module.at_center, shift(module.weight, module.center))
 
 
 def test_what_cannot_be_calibrated_says_so() -> None:
