@@ -33,11 +33,11 @@ def main() -> None:
     }
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     signal, share = figure.subplots(1, 2)
-    for name, model in arms.items():
+    for width, (name, model) in zip((3, 2, 1), arms.items(), strict=True):  # where lines coincide, all are seen
         rows = normfree.signals(model, x).rows
         places = range(1, len(rows) + 1)
-        signal.plot(places, [row.total.second for row in rows], marker=".", label=name)
-        share.plot(places, [row.share for row in rows], marker=".")
+        signal.plot(places, [row.total.second for row in rows], marker=".", linewidth=width, label=name)
+        share.plot(places, [row.share for row in rows], marker=".", linewidth=width)
         print(f"{name:15} second moment of the last sum {rows[-1].total.second:10.3g}")
     for axis in (signal, share):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 import random
@@ -61,7 +62,11 @@ class Varied(Dataset[tuple[Tensor, int]]):
 
 def network(options: Namespace, classes: int) -> nn.Module:
     """Build the model with its weights and a new head."""
-    model = timm.create_model(options.model, options.pretrained, drop_rate=options.drop)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of every retry
+    try:
+        model = timm.create_model(options.model, options.pretrained, drop_rate=options.drop)
+    except (OSError, RuntimeError) as error:  # no connection, or no such model
+        raise SystemExit(f"{options.model} cannot be had: {str(error).strip().splitlines()[0]}") from None
     if options.checkpoint is not None:
         state = timm.models.load_state_dict(options.checkpoint, weights_only=True)
         model.reset_classifier(len(state[f"{model.pretrained_cfg['classifier']}.weight"]))  # its own classes first
@@ -220,7 +225,10 @@ def main() -> None:
     accelerator = Accelerator(cpu=options.cpu, dataloader_config=config, gradient_accumulation_steps=options.accumulate)
     settle(options, accelerator)
     set_seed(options.seed)
-    images = ImageFolder(str(options.images)) if options.images else FakeData(96, (3, 64, 64), 2)
+    try:
+        images = ImageFolder(str(options.images)) if options.images else FakeData(96, (3, 64, 64), 2)
+    except FileNotFoundError as error:
+        raise SystemExit(f"--images {options.images}: {str(error).splitlines()[0]}") from None
     classes = len(images.classes) if options.images else 2
     model = network(options, classes)
     sets = loaders(options, images, model, accelerator)

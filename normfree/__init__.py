@@ -1,4 +1,18 @@
-"""normfree: any PyTorch model with BatchNorm, without it; the same class, the same methods."""
+"""normfree: any PyTorch model with BatchNorm, without it; the same class, the same methods.
+
+    convert, convert_      take the norms out of a model: a copy, or in place
+    plan, Plan             the dry run: what becomes of every norm and every sum, and why
+    verify, Report         six proofs of a conversion
+    calibrate, watch       before training: constants from a few images, and a warning of a rate that is too high
+    param_groups, clip_grad, SkipInit    for training: groups for an optimizer, clipping, the scalar as a module
+    signals, Signals       how large the signal is along a network
+    save, load             a converted model as a file, and back
+    fuse, restore, export  afterwards: plain layers, the norms again, a program for other runtimes
+    register_norm, Norm    a norm type of your own
+    errors                 what is raised, sorted by who must act
+
+`normfree --help` is the command line. Start with `help(normfree.convert)`.
+"""
 
 import importlib
 from typing import Any

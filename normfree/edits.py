@@ -36,6 +36,7 @@ class NormEdit:
         reason: Why.
         copy: The slot copies, because somebody writes into it in place.
         into: The layer that alone reads what stays in the slot, and takes it when the model is fused.
+        through: Identities between the two, and what only one of them stands in: a hook there sees what passes.
     """
 
     name: str
@@ -47,6 +48,7 @@ class NormEdit:
     reason: str
     copy: bool = False
     into: str | None = None
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

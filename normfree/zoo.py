@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.errors import SourceError
+from normfree.errors import CheckpointError, SourceError, one_line
 
 __all__ = ["Source", "build", "build_own", "find", "own_shape", "skeleton"]
 
@@ -61,11 +61,11 @@ def find(text: str) -> Source:
     if library == "torchvision":
         if name in _torchvision_names():
             return Source("torchvision", name)
-        raise SourceError(f"torchvision has no model {name!r}{_nearest(name)}")
+        raise SourceError(f"torchvision has no model {name!r}{_nearest(name, library)}")
     if library == "timm":
         if _in_timm(name):
             return Source("timm", name)
-        raise SourceError(f"timm has no model {name!r}{_nearest(name)}")
+        raise SourceError(f"timm has no model {name!r}{_nearest(name, library)}")
     raise SourceError(f"unknown library {library!r}: write torchvision:NAME or timm:NAME")
 
 
@@ -81,12 +81,21 @@ def _in_timm(name: str) -> bool:
     return bool(timm.is_model(name))
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, asked: str = "") -> str:
+    """Say which names are alike: of the library that was asked, if that was said, or that the other has this one."""
     import timm
 
-    names = [*_torchvision_names(), *timm.list_models()]
-    close = difflib.get_close_matches(name.partition(".")[0], names, n=3)
+    names = {"torchvision": _torchvision_names(), "timm": list(timm.list_models())}
+    other = next((library for library in names if library != asked and _has(library, name)), None)
+    if other is not None:
+        return f"; {other} has: write {other}:{name}"
+    known = names[asked] if asked else [*names["torchvision"], *names["timm"]]
+    close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
     return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+
+
+def _has(library: str, name: str) -> bool:
+    return name in _torchvision_names() if library == "torchvision" else _in_timm(name)
 
 
 def build(source: Source, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
@@ -98,7 +107,8 @@ def build(source: Source, *, pretrained: bool = False, num_classes: int | None =
         num_classes: Width of the classifier; the library's default if ``None``.
 
     Raises:
-        SourceError: The library refuses these arguments, or the weights cannot be had.
+        SourceError: The library refuses these arguments.
+        CheckpointError: The weights cannot be had.
     """
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
@@ -114,7 +124,10 @@ def build(source: Source, *, pretrained: bool = False, num_classes: int | None =
         built: nn.Module = builder(weights="DEFAULT" if pretrained else None, **options)
         return built
     except Exception as error:  # hub, cache and constructor errors of two libraries
-        raise SourceError(f"{source} cannot be built: {type(error).__name__}: {error}") from error
+        said = one_line(error).partition(". ")[0]
+        if pretrained and isinstance(error, OSError):  # as those of a hub and of a connection are
+            raise CheckpointError(f"the pretrained weights of {source} cannot be had: {said}") from error
+        raise SourceError(f"{source} cannot be built: {said}") from error
 
 
 def build_own(source: str, num_classes: int | None = None) -> nn.Module | None:

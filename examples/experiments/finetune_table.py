@@ -26,7 +26,8 @@ import lite0
 import timm
 import torch
 from arms import arm
-from experiment import Row, Study, by_rate, markdown, matching, parser, rows, study, summary, usable
+from drawing import limits, line, style
+from experiment import Row, Study, accuracy, by_rate, markdown, matching, parser, rows, study, summary, usable
 from images import Data, folder, solar_cells
 from recipe import FINE_TUNING, RECIPE, fit, outcome
 from steps import gradients
@@ -176,23 +177,26 @@ def plot(table: list[Row], path: Path) -> None:
     batches = batch_sizes(table)
     figure = Figure(figsize=(3.4 * (1 + len(batches)), 3.6), layout="constrained")
     first, *others = figure.subplots(1, 1 + len(batches), sharey=True)
-    for color, (name, title) in enumerate(ARMS.items()):
+    first.set_ylim(limits([accuracy(row, "validation") or math.nan for row in table], 0, 100))
+    for number, (name, title) in enumerate(ARMS.items()):
+        look = style(number, len(ARMS))
         found = {batch: summary(table, {"arm": name, "batch": batch}) for batch in batches}
-        best = {batch: it.test for batch, it in found.items() if it is not None and it.test}
+        best = {batch: it.test for batch, it in found.items() if it is not None}
         if best:
             spread = [statistics.stdev(test) if len(test) > 1 else 0.0 for test in best.values()]
-            means = [statistics.mean(test) for test in best.values()]
-            first.errorbar(list(best), means, spread, marker="o", capsize=3, color=f"C{color}", label=title)
+            means = {batch: statistics.mean(test) if test else math.nan for batch, test in best.items()}
+            first.errorbar(list(means), list(means.values()), spread, capsize=3, fmt="none", ecolor=look["color"])
+            line(first, means, look, title, best="high")
         for ax, batch in zip(others, batches, strict=True):
             rates = by_rate(table, {"arm": name, "batch": batch})
-            ax.plot(list(rates), list(rates.values()), marker="o", color=f"C{color}")
+            line(ax, {lr: value or math.nan for lr, value in rates.items()}, look, best="high")
             ax.set_title(f"batch {batch}")
             ax.set_xlabel("learning rate")
             ax.set_xscale("log", base=2)
     first.set_xscale("log", base=2)
     first.set_xlabel("batch size")
     first.set_ylabel("test (left) and validation accuracy, %")
-    first.legend(fontsize=7)
+    figure.legend(loc="outside upper center", ncols=len(ARMS), fontsize=8)
     figure.savefig(path, dpi=120)
 
 

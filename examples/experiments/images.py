@@ -83,7 +83,10 @@ def folder(path: Path, size: int) -> Data:
     from torchvision.transforms import v2
 
     steps = [v2.ToImage(), v2.Resize((size, size), antialias=True), v2.ToDtype(torch.float32, scale=True)]
-    images = list(ImageFolder(str(path), v2.Compose(steps)))
+    try:
+        images = list(ImageFolder(str(path), v2.Compose(steps)))
+    except FileNotFoundError as error:
+        raise SystemExit(f"--images {path}: {str(error).splitlines()[0]}") from None
     return split(torch.stack([x for x, _ in images]), torch.tensor([y for _, y in images]))
 
 

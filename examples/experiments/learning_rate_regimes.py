@@ -9,13 +9,15 @@ Run: python examples/experiments/learning_rate_regimes.py [--workers 2]
 
 from __future__ import annotations
 
+import math
 import statistics
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import torch
-from experiment import Row, Study, markdown, parser, rows, study, summary, usable
+from drawing import limits, line, style
+from experiment import Row, Study, Summary, markdown, parser, rows, study, summary, usable
 from images import Data, digits
 from recipe import Outcome, train
 from trainable_depth import KINDS, RECIPES, arm, network
@@ -55,16 +57,25 @@ def plot(table: list[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for kind, style in zip(KINDS, ("-", "--"), strict=True):
+    found: dict[str, dict[float, Summary]] = {}
+    for kind in KINDS:
         for name, title in ARMS.items():
-            found = {size: summary(table, {"network": kind, "arm": name, "batch": size}) for size in BATCHES}
-            best = {size: it for size, it in found.items() if it is not None and it.test}
-            label = f"{title}, {kind}" if best else None
-            left.plot(list(best), [it.lr for it in best.values()], style, marker="o", label=label)
-            right.plot(list(best), [statistics.mean(it.test) for it in best.values()], style, marker="o", label=label)
-    left.set_xscale("log", base=2)
+            cells = {size: summary(table, {"network": kind, "arm": name, "batch": size}) for size in BATCHES}
+            found[f"{title}, {kind}"] = {size: it for size, it in cells.items() if it is not None}
+    found = {title: cells for title, cells in found.items() if cells}
+    tests = {
+        title: {size: statistics.mean(it.test) if it.test else math.nan for size, it in cells.items()}
+        for title, cells in found.items()
+    }
+    right.set_ylim(limits([value for cells in tests.values() for value in cells.values()], 0, 100))
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
     left.set_yscale("log", base=2)
-    right.set_xscale("log", base=2)
+    for number, (title, cells) in enumerate(found.items()):
+        look = style(number, len(found))
+        rates = {size: it.lr for size, it in cells.items() if it.test}
+        left.plot(list(rates), list(rates.values()), **look)
+        line(right, tests[title], look, title, best="high")
     left.set_ylabel("best learning rate")
     right.set_ylabel("test accuracy, %")
     right.legend(fontsize=7)

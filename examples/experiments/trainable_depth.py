@@ -9,12 +9,14 @@ Run: python examples/experiments/trainable_depth.py [--workers 2] [--device cuda
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from drawing import line, style
 from experiment import Row, Study, markdown, parser, rows, study, summary
 from images import Data, digits, folder
 from recipe import BN_RECIPE, RECIPE, Outcome, train
@@ -117,23 +119,32 @@ def page(table: list[Row]) -> str:
 def plot(table: list[Row], path: Path) -> None:
     """Draw the training curve of every cell at its best learning rate, seed 0."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     depths = sorted({int(row["depth"]) for row in table})
-    figure = Figure(figsize=(3.5 * len(depths), 6), layout="constrained")
-    grid = figure.subplots(len(KINDS), len(depths), sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(3.5 * len(depths), 6.5), layout="constrained")
+    grid = figure.subplots(len(KINDS), len(depths), sharex="col", sharey=True, squeeze=False)
     for axes, kind in zip(grid, KINDS, strict=True):
         for ax, depth in zip(axes, depths, strict=True):
             ax.set_title(f"{kind}, {depth} layers", fontsize=9)
             ax.set_yscale("log")
-            ax.set_ylim(5e-4, 10)  # what was deleted starts with losses of hundreds
-            for color, (name, title) in enumerate(ARMS.items()):
+            ax.set_ylim(2e-4, 10)  # what was deleted starts with losses of hundreds
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            for number, (name, title) in enumerate(ARMS.items()):
+                look = style(number, len(ARMS)) | {"markersize": 0}
                 best = summary(table, {"network": kind, "depth": depth, "arm": name})
                 for row in table:
                     key = (row["network"], row["depth"], row["arm"], row["lr"], row["seed"])
                     if best and key == (kind, str(depth), name, str(best.lr), "0"):
-                        ax.plot([float(loss) for loss in row["curve"].split()], f"C{color}", label=title)
-    grid[0][0].legend(fontsize=7)
-    figure.supxlabel("epoch")
+                        curve = enumerate(map(float, row["curve"].split()), start=1)
+                        points = {epoch: min(max(loss, 2e-4), 10) for epoch, loss in curve}
+                        if row["status"] == "diverged":  # one cross for all of them, beside each other
+                            points = {epoch: loss for epoch, loss in points.items() if math.isfinite(loss)}
+                            ax.plot([0.9 - 0.06 * number], [0.95], "X", color=f"C{number}", transform=ax.transAxes)
+                        line(ax, points, look, title, best="low")
+    handles = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=8)
+    figure.supxlabel("epoch (a cross above: that arm diverges at every rate)")
     figure.supylabel("training loss")
     figure.savefig(path, dpi=120)
 

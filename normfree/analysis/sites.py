@@ -30,6 +30,7 @@ class Site:
         between: Modules whose forward only one of the two is called in.
         into: The layer that alone reads its output, at once and without zero padding, and is always called with it.
         behind: Modules whose forward only one of these two is called in.
+        through: Identities that stand between these two.
         feeds: Convolutions and linears that its output reaches through activations.
         biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
             that we cannot give one, or neither fed by any nor feeding any.
@@ -48,6 +49,7 @@ class Site:
     between: tuple[str, ...]
     into: str | None
     behind: tuple[str, ...]
+    through: tuple[str, ...]
     feeds: tuple[str, ...]
     biasless: bool
     scaleless: bool
@@ -62,7 +64,7 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
     source = flow.inputs[node][0]
     producer, why = _producer(flow, node, source)
     apart, between = ("", ()) if producer is None else _together(flow, producer, str(node.target))
-    into, behind = _into(flow, node)
+    into, behind, through = _into(flow, node)
     writers, unsafe = writers_of(flow, node)
     feeds = tuple(dict.fromkeys(_feeds(flow, node)))
     alone = not feeds and not _is_weighted(flow, source)
@@ -75,6 +77,7 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
         between=between,
         into=into,
         behind=behind,
+        through=through,
         feeds=feeds,
         biasless=_is_biasless(flow, source) or alone,
         scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
@@ -123,23 +126,24 @@ def _together(flow: Flow, first: str, second: str) -> tuple[str, tuple[str, ...]
     return "" if always_together(one, other) else apart, between
 
 
-def _into(flow: Flow, node: fx.Node) -> tuple[str | None, tuple[str, ...]]:
-    """Return the layer whose weight can take what the norm multiplies and adds, and what stands between the two."""
-    users, given, module = flow.users[node], node, None
+def _into(flow: Flow, node: fx.Node) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """Return the layer whose weight can take what the norm multiplies and adds, and what stands around and between."""
+    users, given, module, through = flow.users[node], node, None, list[str]()
     while len(users) == 1 and type(flow.module(users[0])) is nn.Identity:
         users, given = flow.users[users[0]], users[0]
+        through.append(str(given.target))
     if len(users) == 1 and flow.called_once(node) and flow.activation_in(node) is None:
         module = flow.module(users[0]) if flow.carries(users[0]) and flow.called_once(users[0]) else None
     if module is None or not takes_affine(module) or list(flow.inputs[users[0]]) != [given]:
-        return None, ()
+        return None, (), ()
     width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
     if width != describe(flow.modules[str(node.target)]).features:
-        return None, ()
+        return None, (), ()
     if isinstance(module, nn.Linear) and len(flow.shape(node) or ()) != 2:
-        return None, ()
+        return None, (), ()
     into = str(users[0].target)
     apart, behind = _together(flow, str(node.target), into)
-    return (None, ()) if apart else (into, behind)
+    return (None, (), ()) if apart else (into, behind, tuple(through))
 
 
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
@@ -203,6 +207,7 @@ def agree(known: Site | None, site: Site) -> Site:
         between=tuple(dict.fromkeys(known.between + site.between)),
         into=known.into if known.into == site.into else None,
         behind=tuple(dict.fromkeys(known.behind + site.behind)),
+        through=tuple(dict.fromkeys(known.through + site.through)),
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
         feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
         biasless=known.biasless or site.biasless,

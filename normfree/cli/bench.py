@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normfree.cli.options import ClassesOption, JsonOption, OwnSourceArgument, app, build_original
-from normfree.cli.printing import print_json, print_out, progress, reporting, table
-from normfree.errors import require
+from normfree.cli.options import (
+    ClassesOption,
+    JsonOption,
+    OwnSourceArgument,
+    app,
+    build_original,
+    check_plot,
+    check_written,
+    tell,
+)
+from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
 
 if TYPE_CHECKING:
     from normfree.bench import Result
@@ -17,24 +25,26 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
-@app.command()
+@app.command(short_help="Measure a training step, with norms or none.")
 def bench(
     source: OwnSourceArgument,
     num_classes: ClassesOption = None,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 16,
-    size: Annotated[int, typer.Option(help="Height and width of an image.")] = 224,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="fp32, or what autocast computes in: bf16, fp16.")] = "fp32",
+    batch: Annotated[int, typer.Option(metavar="N", help="Images a step.")] = 16,
+    size: Annotated[int, typer.Option(metavar="N", help="Height and width of an image.")] = 224,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="fp32, or autocast's: bf16, fp16.")] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile", help="Run every arm under torch.compile.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of models and images.")] = False,
-    arms: Annotated[str, typer.Option(help="Which arms, separated by commas.")] = (
-        "bn,frozen,groupnorm,activation,normfree,bare,nf"
-    ),
-    init: Annotated[str, typer.Option(help="Starting point of the converted arms: skipinit or preserve.")] = "skipinit",
-    largest: Annotated[bool, typer.Option(help="On a GPU, look for the largest batch that fits.")] = True,
-    runs: Annotated[int, typer.Option(help="Rounds against the clock; 0 only counts.")] = 10,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows there.", dir_okay=False)] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time and memory: .png, .svg, .pdf", dir_okay=False)] = None,
+    arms: Annotated[
+        str, typer.Option(metavar="ARMS", show_default=False, help="Which arms, by commas; all but biases by default.")
+    ] = "bn,frozen,groupnorm,activation,normfree,bare,nf",
+    init: Annotated[str, typer.Option(metavar="INIT", help="skipinit or preserve.")] = "skipinit",
+    largest: Annotated[
+        bool, typer.Option(show_default=False, help="On a GPU, look for the largest batch (default).")
+    ] = True,
+    runs: Annotated[int, typer.Option(metavar="N", help="Rounds by the clock; 0 only counts.")] = 10,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows there.", dir_okay=False)] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a training step with its norms, without them, and with what others put in their place.
@@ -45,8 +55,8 @@ def bench(
     `nf`: timm's nf_ model.
     """
     with reporting(as_json):
-        if plot is not None:
-            require("matplotlib", "plot")
+        check_plot(plot)
+        check_written(csv)
         with progress() as step:
             step("importing torch")
             from normfree.bench import Setting, arm_names, run
@@ -63,8 +73,10 @@ def bench(
         rows = [flat(result, setting.about(name)) for result in results]
         if csv is not None:
             write_csv(rows, csv)
+            tell(f"wrote {csv}")
         if plot is not None:
             write_plot(results, f"{name}, batch {batch}, {size} px, {rows[0]['device']}, {dtype}", plot)
+            tell(f"wrote {plot}")
         if as_json:
             print_json({"ok": True, "rows": rows, "step_to": {r.arm: _medians(r) for r in results}})
         else:
@@ -79,10 +91,10 @@ def _print(results: tuple[Result, ...], about: dict[str, Any]) -> None:
     said = ("model", "init", "batch", "size", "device", "dtype", "runs", "threads", "versions")
     print_out(", ".join(f"{key} {about[key]}" for key in said))
     columns = ("arm", "step ms", "images/s", "to bn", "to bare", "forward ms", "fused ms")
-    shown = table(*columns, "saved MiB/image", "constant", "operators", "on activations", "kernels", "peak MiB", "fits")
+    shown = Table(*columns, "saved MiB/image", "constant", "operators", "on activations", "kernels", "peak MiB", "fits")
     for result in results:
         image, constant = (f"{n / 2**20:.1f}" for n in (result.saved_per_image, result.saved_constant))
-        shown.add_row(
+        shown.add(
             result.arm,
             "" if result.step_ms is None else f"{result.step_ms:.0f}",
             "" if result.step_ms is None else f"{1e3 * about['batch'] / result.step_ms.median:.1f}",
@@ -94,7 +106,7 @@ def _print(results: tuple[Result, ...], about: dict[str, Any]) -> None:
             str(result.activation_operators),
             *(_or_blank(figure) for figure in (result.kernels, _mib(result.peak_bytes), result.largest_batch)),
         )
-    print_out(shown)
+    print_table(shown)
 
 
 def _mib(size: int | None) -> int | None:

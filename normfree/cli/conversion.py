@@ -27,31 +27,38 @@ from normfree.cli.options import (
     parse_alpha,
 )
 from normfree.cli.printing import (
+    Table,
     plan_tables,
     print_json,
     print_out,
-    printable,
+    print_table,
     progress,
     proof_table,
+    quiet,
     reporting,
-    table,
 )
 
 __all__ = ["convert", "inspect", "verify"]
 
-AlphaOption = Annotated[str | None, typer.Option(help="Start of every scalar: a number or rsqrt_depth.")]
-IncludeOption = Annotated[list[str] | None, typer.Option(help="Convert only norms that match (repeatable).")]
-ExcludeOption = Annotated[list[str] | None, typer.Option(help="Leave norms or sums that match (repeatable).")]
-ScopeOption = Annotated[str, typer.Option(help="all, or residual: only norms inside residual branches.")]
+AlphaOption = Annotated[str | None, typer.Option(metavar="START", help="Start of scalars: a number or rsqrt_depth.")]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAMES", help="Convert only norms that match (repeatable).")
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAMES", help="Leave norms or sums that match (repeatable).")
+]
+ScopeOption = Annotated[
+    str, typer.Option(metavar="SCOPE", show_default=False, help="all (default), or residual: only in branches.")
+]
 
 
-@app.command()
+@app.command(short_help="Convert a model, prove it, and write it.")
 def convert(
     source: SourceArgument,
-    out: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file, or the folder, to write.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="File (.safetensors) or folder.")],
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar .ckpt, or a folder of such files."),
+        typer.Option(metavar="FILE", help="Weights to load first, or a folder of such files."),
     ] = None,
     key: KeyOption = None,
     prefix: PrefixOption = "",
@@ -62,32 +69,34 @@ def convert(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
-    reset: Annotated[bool, typer.Option("--reset/--no-reset", help="skipinit: draw rescaled weights anew.")] = True,
-    inplace: Annotated[
-        bool,
-        typer.Option("--inplace-activations/--no-inplace-activations", help="no: for what hooks layers (Opacus)."),
-    ] = True,
+    reset: Annotated[bool, typer.Option("--reset/--no-reset", help="skipinit: draw weights anew.")] = True,
+    hooked: Annotated[
+        bool, typer.Option("--no-inplace-activations", help="For what hooks layers, as Opacus does.")
+    ] = False,
     size: SizeOption = None,
-    seed: Annotated[int, typer.Option(help="skipinit: seed of the weights that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="skipinit: seed of the draws.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     proofs: Annotated[
         bool,
         typer.Option(
             "--verify/--no-verify",
-            help="Prove the conversion before writing, with the model in memory; without, a checkpoint is streamed "
-            "from file to file, at the speed of the disk and in a fraction of its size.",
+            show_default=False,
+            help="Prove before writing (default); no: stream files.",
         ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model, prove it, and write it with its plan; or every checkpoint of a folder.
 
-    A file OUT must end in .safetensors; any other name is a folder for model.safetensors and timm's config.json. A
-    folder of checkpoints is converted file by file; one that fails does not stop the rest, and the exit code is 1.
+    A file OUT must end in .safetensors; any other name is a folder for model.safetensors and timm's config.json.
+
+    Checkpoints end in .safetensors .pth .pt .bin .tar or .ckpt. A folder of them is converted file by file; one that
+    fails does not stop the rest, and the exit code is 1. With --no-verify a checkpoint is streamed from file to file,
+    at the speed of the disk and in a fraction of its size in memory.
     """
     with reporting(as_json):
         options: dict[str, Any] = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
-        options |= {"include": include or (), "exclude": exclude or (), "inplace_activations": inplace}
+        options |= {"include": include or (), "exclude": exclude or (), "inplace_activations": not hooked}
         loaded = Loaded(checkpoint, key, prefix, pretrained)
         job = Job(source, out, loaded, num_classes, options, force, proofs, seed, size)
         many = checkpoint is not None and checkpoint.is_dir()
@@ -115,14 +124,14 @@ def _say_all(rows: list[tuple[Path, Path, str | None]], ok: bool, as_json: bool)
         files = [{"checkpoint": str(a), "output": None if why else str(b), "error": why} for a, b, why in rows]
         print_json({"ok": ok, "files": files})
         return
-    shown = table("checkpoint", "", "")
+    shown = Table("checkpoint", "result", "file or problem")
     for path, written, problem in rows:
-        shown.add_row(*map(printable, (path.name, "FAILED" if problem else "wrote", problem or str(written))))
-    print_out(shown)
+        shown.add(path.name, "FAILED" if problem else "wrote", problem or str(written), style="red" if problem else "")
+    print_table(shown)
     print_out(f"{sum(problem is None for *_, problem in rows)} of {len(rows)} converted")
 
 
-@app.command()
+@app.command(short_help="Show what a conversion would do, and why.")
 def inspect(
     source: OwnSourceArgument,
     checkpoint: CheckpointOption = None,
@@ -162,9 +171,9 @@ def inspect(
             print_out(str(made))
 
 
-@app.command()
+@app.command(short_help="Prove a converted file.")
 def verify(
-    file: Annotated[Path, typer.Argument(help="A file that normfree convert wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that normfree convert wrote.")],
     checkpoint: CheckpointOption = None,
     key: KeyOption = None,
     prefix: PrefixOption = "",
@@ -187,7 +196,8 @@ def verify(
             header = files.read_header(file)
             step("loading")
             model = files.load(file)
-            structure = files.build_original(header, file, pretrained=pretrained)
+            with quiet():
+                structure = files.build_original(header, file, pretrained=pretrained)
             loaded = Loaded(checkpoint, key, prefix, pretrained)
             loaded.give(structure, loaded.read())
             done, x, original = [], example_input(model, size=size), structure if loaded else None

@@ -13,14 +13,12 @@ from normfree.cli.printing import note, print_json, print_out, progress, reporti
 
 __all__ = ["export", "fuse", "restore"]
 
-FileArgument = Annotated[Path, typer.Argument(help="A file, or its folder, that normfree convert wrote.")]
-OutOption = Annotated[
-    Path, typer.Option("-o", "--output", help="A .safetensors file, or a folder for model.safetensors and config.json.")
-]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A file, or its folder, that normfree wrote.")]
+OutOption = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="File (.safetensors) or folder.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 
 
-@app.command()
+@app.command(short_help="Bake gain and alpha into plain layers.")
 def fuse(file: FileArgument, out: OutOption, force: ForceOption = False, as_json: JsonOption = False) -> None:
     """Bake gain and alpha into plain layers, for inference: the same outputs, and nothing is multiplied any more."""
     with reporting(as_json):
@@ -34,7 +32,7 @@ def fuse(file: FileArgument, out: OutOption, force: ForceOption = False, as_json
         _say(as_json, out, left)
 
 
-@app.command()
+@app.command(short_help="Give a converted file its batch norms back.")
 def restore(file: FileArgument, out: OutOption, force: ForceOption = False, as_json: JsonOption = False) -> None:
     """Give a file that was converted with `preserve` its batch norms back, for tools that expect them.
 
@@ -51,12 +49,16 @@ def restore(file: FileArgument, out: OutOption, force: ForceOption = False, as_j
         _say(as_json, out, left)
 
 
-@app.command()
+@app.command(short_help="Write a program: torch.export or ONNX.")
 def export(
     file: FileArgument,
-    out: Annotated[Path, typer.Option("-o", "--output", help="A .pt2 or .onnx file.")],
-    format: Annotated[str | None, typer.Option(help="pt2 or onnx; by default what OUT ends in.")] = None,
-    size: Annotated[int | None, typer.Option(help="Height and width; by default the network's own.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="A .pt2 or .onnx file.")],
+    format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="pt2 or onnx; by default what OUT ends in.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Height and width; by default the network's.")
+    ] = None,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take any height and width.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 import normfree
-from normfree.cli.printing import note
-from normfree.errors import UsageError
+from normfree.cli.printing import note, quiet
+from normfree.errors import UsageError, require
 
 __all__ = [
     "CheckpointOption",
@@ -26,11 +28,13 @@ __all__ = [
     "SourceArgument",
     "app",
     "build_original",
+    "check_plot",
+    "check_written",
     "parse_alpha",
     "tell",
 ]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)  # which breaks no name
 
 
 def _say_version(asked: bool) -> None:
@@ -49,23 +53,19 @@ def _root(
 
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, or a bare name found in one of them.")
+    str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, or a bare name that one has.")
 ]
 OwnSourceArgument = Annotated[
     str,
-    typer.Argument(help="torchvision:resnet50, timm:resnet50.a1_in1k, a bare name, or your package.module:function."),
+    typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, NAME, or your package.module:function."),
 ]
-CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights to load first: .safetensors .pth .pt .bin .tar .ckpt", dir_okay=False)
-]
-KeyOption = Annotated[str | None, typer.Option(help="Entry of the checkpoint that holds them, as in ema.module.")]
-PrefixOption = Annotated[str, typer.Option(help="Take only names that begin so, and without it, as in backbone.")]
+CheckpointOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights to load first.", dir_okay=False)]
+KeyOption = Annotated[str | None, typer.Option(metavar="KEY", help="Entry that holds them, as in ema.module.")]
+PrefixOption = Annotated[str, typer.Option(metavar="TEXT", help="Take only names that begin so, as in backbone.")]
 PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the library's own weights first.")]
-ClassesOption = Annotated[int | None, typer.Option(min=1, help="Number of classes of the checkpoint's classifier.")]
-InitOption = Annotated[str, typer.Option(help="auto, skipinit (from scratch) or preserve (keep the function).")]
-SizeOption = Annotated[
-    int | None, typer.Option(min=1, help="Height and width of what the network is run on; found by default.")
-]
+ClassesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of classes of the classifier.")]
+InitOption = Annotated[str, typer.Option(metavar="INIT", help="auto, skipinit or preserve.")]
+SizeOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width; found by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -122,8 +122,22 @@ def build_original(
     """
     from normfree import zoo
 
-    model = zoo.build_own(source, num_classes) if own else None
+    library = source.partition(":")[0]
+    if not own and ":" in source and library not in ("torchvision", "timm"):
+        raise UsageError(
+            f"{source} is no model of torchvision or timm, and a file must say what it is of. `inspect`, `signals` and "
+            "`bench` take package.module:function; in Python normfree.convert and normfree.save take any model"
+        )
+    if Path(source).is_file():
+        raise UsageError(
+            f"{source} is a file: name the architecture that it is of, and give the file by --checkpoint. `verify`, "
+            "`fuse`, `restore` and `export` read what normfree wrote"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # whatever it prints
+        model = zoo.build_own(source, num_classes) if own else None
     if model is not None:
+        if loaded.pretrained:
+            raise UsageError(f"--pretrained is for models of torchvision and timm; {source} brings its own weights")
         loaded.give(model, loaded.read())
         return source, model
     found = zoo.find(source)
@@ -131,9 +145,37 @@ def build_original(
     step(f"building {found}")
     # The checkpoint first: a file that cannot be read should not cost the time of building.
     state = loaded.read()
-    model = zoo.build(found, pretrained=loaded.pretrained and state is None, num_classes=num_classes)
+    with quiet():
+        model = zoo.build(found, pretrained=loaded.pretrained and state is None, num_classes=num_classes)
     loaded.give(model, state)
     return str(found), model
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a picture that could not be drawn, before anything is measured.
+
+    Raises:
+        UsageError: matplotlib is missing, knows no such ending, or the folder is not there.
+    """
+    if path is None:
+        return
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise UsageError(
+            f"--plot {path}: a picture ends in one of {' '.join(f'.{ending}' for ending in sorted(known))}"
+        )
+    check_written(path)
+
+
+def check_written(path: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    from normfree.files import check_output
+
+    if path is not None:
+        check_output(path, overwrite=True)
 
 
 def parse_alpha(text: str | None) -> float | str | None:

@@ -20,9 +20,10 @@ from normfree.cli.options import (
     PretrainedOption,
     app,
     build_original,
+    check_plot,
+    tell,
 )
-from normfree.cli.printing import print_json, print_out, progress, reporting
-from normfree.errors import require
+from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
 
 if TYPE_CHECKING:
     from normfree.training.signals import Signal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["signals"]
 
 
-@app.command()
+@app.command(short_help="Show the signal at every residual sum.")
 def signals(
     source: OwnSourceArgument,
     checkpoint: CheckpointOption = None,
@@ -39,9 +40,9 @@ def signals(
     pretrained: PretrainedOption = False,
     num_classes: ClassesOption = None,
     init: InitOption = "auto",
-    batch: Annotated[int, typer.Option(min=2, help="Images of white noise.")] = 16,
-    size: Annotated[int | None, typer.Option(help="Height and width of an image.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
+    batch: Annotated[int, typer.Option(min=2, metavar="N", help="Images of white noise.")] = 16,
+    size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width of an image.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how large skip path, residual branch and sum are at every residual sum, in train mode.
@@ -50,11 +51,11 @@ def signals(
     have the same weights, as the conversion draws them.
     """
     with reporting(as_json):
-        if plot is not None:
-            require("matplotlib", "plot")
+        check_plot(plot)
         with progress(7) as step:
             step("importing torch")
             from normfree.tracing.trace import example_input
+            from normfree.training import drawing
             from normfree.training import signals as propagation
 
             name, model = build_original(
@@ -67,14 +68,20 @@ def signals(
                 measured[title] = propagation.signals(arm, x)
             if plot is not None:
                 step("drawing")
-                propagation.plot(measured, plot, name)
+                drawing.plot(measured, plot, name)
+        if plot is not None:
+            tell(f"wrote {plot}")
         if as_json:
-            rows = {title: list(map(_flat, found.rows)) for title, found in measured.items()}
-            print_json({"ok": True, "source": name, "signals": rows})
+            flat = {title: list(map(_flat, found.rows)) for title, found in measured.items()}
+            print_json({"ok": True, "source": name, "signals": flat})
         else:
             for title, found in measured.items():
                 print_out(title)
-                print_out(str(found))
+                titles, *rows = drawing.cells(found)
+                shown = Table(*titles)
+                for row in rows:
+                    shown.add(*row)
+                print_table(shown)
 
 
 def _flat(row: Signal) -> dict[str, Any]:

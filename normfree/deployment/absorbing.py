@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normfree.layers import ChannelAffine, is_carrier
 from normfree.layers.linearity import takes_affine
+from normfree.planning.hooks import hooks_on
 from normfree.plans import Plan
 from normfree.rewriting.changing import become
 
@@ -28,8 +29,16 @@ def absorb_(model: nn.Module, plan: Plan) -> Plan:
     """
     edits, modules = [], dict(model.named_modules(remove_duplicate=False))
     for edit in plan.norms:
-        if edit.into is not None and not _absorb(modules.get(edit.name), modules.get(edit.into)):
-            edit = replace(edit, into=None)
+        if edit.into is not None:
+            ends = edit.name, edit.into
+            between = {path: modules.get(path) for path in edit.through}
+            passing = all(
+                type(module) is nn.Identity or any(end.startswith(f"{path}.") for end in ends)
+                for path, module in between.items()
+            )
+            seen = any(module is not None and hooks_on(module) for module in between.values())
+            if seen or not passing or not _absorb(*map(modules.get, ends)):
+                edit = replace(edit, into=None)
         edits.append(edit)
     return replace(plan, norms=tuple(edits))
 
@@ -40,7 +49,7 @@ def _absorb(slot: nn.Module | None, layer: nn.Module | None) -> bool:
     if isinstance(slot, nn.Identity):
         return True
     more = [getattr(slot, name, None) for name in ("act", "drop", "raw_alpha")]
-    hooked = slot._forward_hooks or slot._forward_pre_hooks or layer._forward_pre_hooks
+    hooked = hooks_on(slot) or hooks_on(layer) - {"_forward_hooks"}
     if type(slot) is not ChannelAffine or slot.copy or hooked or any(part is not None for part in more):
         return False
     wide = {len(value) for value in (slot.gain, slot.bias) if value is not None}

@@ -21,6 +21,7 @@ from normfree.layers import (
     ScaledOutput,
     ScaledWeight,
     SkipInit,
+    Vacant,
     alpha_of,
     alpha_scale,
     is_normfree,
@@ -122,6 +123,8 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     for module in list(model.modules()):
         if isinstance(module, (ChannelAffine, SkipInit, Copy)):
             become(module, in_torch_alone(module))
+        elif isinstance(module, Vacant):
+            become(module, nn.Identity().train(module.training))
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
     no_hint_(model)
 

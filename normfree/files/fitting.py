@@ -81,10 +81,13 @@ def prefix_of(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     own = model.state_dict(keep_vars=True)
     prefix = shared_prefix(own, state)
     where = f"{path}: the checkpoint is not one of this {type(model).__name__}"
-    hints = ["if only the classifier differs, give its num_classes (--num-classes)"]
-    partly = shared_prefix(own, state, by_all=False)
-    hints += [f"the model's names are there behind {partly!r}: --prefix {partly}"] if partly else []
-    check_fits(own, {key.removeprefix(prefix): value for key, value in state.items()}, where, hints[-1])
+    found = {key.removeprefix(prefix): value for key, value in state.items()}
+    wide = {found[k].shape[:1] for k in own.keys() & found.keys() if own[k].shape != found[k].shape}
+    classes = f" {wide.pop()[0]}" if len(wide) == 1 and next(iter(wide)) else ""
+    hint = f"if only the classifier differs, give num_classes= (--num-classes{classes})"
+    partly = "" if prefix else shared_prefix(own, state, by_all=False)
+    hint = f"the model's names are there behind {partly!r}: --prefix {partly}" if partly else hint
+    check_fits(own, found, where, hint)
     return prefix
 
 

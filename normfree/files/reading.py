@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import pathlib
 import pickle
+import re
 import threading
+import types
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,9 +109,11 @@ def _read_pickle(path: Path, size: int) -> Any:
         raise
     except pickle.UnpicklingError as error:
         if any(sign in str(error) for sign in _FOREIGN):
+            named = re.search(r"(?:GLOBAL|global:?|class) `?([\w.]+\.[\w.]+)", str(error))
             raise CheckpointError(
-                f"{path}: reading this file would unpickle arbitrary objects, which can run any code; refused. "
-                "Save its state_dict alone: torch.save(model.state_dict(), ...)"
+                f"{path}: reading this file would unpickle arbitrary objects, which can run any code; refused"
+                f"{f' (found: {named[1]})' if named else ''}. Save its state_dict alone: "
+                "torch.save(model.state_dict(), ...)"
             ) from error
         raise CheckpointError(f"{path}: not a checkpoint, or damaged: {error}") from error
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
@@ -118,13 +124,18 @@ _ALLOWING = threading.Lock()  # what may be unpickled is a setting of the whole 
 
 
 def _harmless() -> list[Any]:
-    """Return what training scripts leave beside the weights and holds values only: arguments and numpy's scalars."""
+    """Return what training scripts leave beside the weights and holds values only: arguments, paths, dates, numbers."""
     import numpy as np
 
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
     rebuild = np.float64(0).__reduce__()[0]
     names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]  # before numpy 2, and since
-    return [argparse.Namespace, np.dtype, *kinds, *((rebuild, name) for name in names)]
+    paths: list[Any] = []
+    for kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath):  # of any system, wherever it is read
+        for module in ("pathlib", "pathlib._local"):  # before Python 3.13, and since
+            paths += [(kind, f"{module}.{name}") for name in (kind.__name__, kind.__name__.removeprefix("Pure"))]
+    plain = [argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.date, datetime.timedelta]
+    return [*plain, *paths, np.dtype, *kinds, *((rebuild, name) for name in names)]
 
 
 def _check_archive(path: Path, size: int) -> None:

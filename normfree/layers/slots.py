@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -17,6 +17,7 @@ __all__ = [
     "HasAlpha",
     "HasConstants",
     "SkipInit",
+    "Vacant",
     "affine",
     "alpha_scale",
     "scale",
@@ -186,3 +187,33 @@ class Copy(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return a copy of ``input``."""
         return input.clone()
+
+
+class Vacant(nn.Identity):
+    """Stands where a norm was of which nothing is left here, and tells so whoever reads the norm that it was.
+
+    Who asks politely (``hasattr``, ``getattr`` with a default) is answered as by any identity.
+    """
+
+    __module__ = nn.Identity.__module__  # torch.fx looks there for what it takes as a whole, as feature extractors do
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _vacant, (), self.__dict__  # pickle looks there too
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in _OF_NORMS:
+                raise
+            raise AttributeError(
+                f"normfree has converted the norm that had this {name!r}; what merges branches or reads norms wants "
+                "normfree.fuse(model) first, which merges them"
+            ) from error
+
+
+def _vacant() -> Vacant:
+    return Vacant.__new__(Vacant)
+
+
+_OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "num_features", "momentum", "affine")

@@ -21,6 +21,7 @@ from normfree.layers import (
     Copy,
     ScaledOutput,
     SkipInit,
+    Vacant,
     scaled_output_class,
     skipinit_name,
 )
@@ -149,7 +150,7 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
     if not rest and gain is None and bias is None:
         if alpha is not None and scalar is not None:
             return _skipinit(plan, scalar, alpha.channels)
-        return Copy() if edit.copy else nn.Identity()
+        return Copy() if edit.copy else Vacant()
     hooked = gain is not None or bias is not None or scalar is not None
     cls = CopiedAffine if edit.copy and hooked and not plan.inplace_activations else ChannelAffine
     copy = edit.copy and edit.action in ("fold", "delete")

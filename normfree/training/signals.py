@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from normfree.analysis.flow import Flow
 from normfree.analysis.sums import find_sums
 from normfree.conversion import convert
 from normfree.edits import Init
-from normfree.errors import UsageError, require
+from normfree.errors import UsageError
 from normfree.norms import find_norms
 from normfree.planning.plan import plan as make_plan
 from normfree.plans import plan_on
@@ -22,9 +22,10 @@ from normfree.proofs.replaying import replay
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments
 from normfree.tracing.trace import example_input
+from normfree.training.drawing import cells, plot
 from normfree.training.initialization import draw_
 
-__all__ = ["Moments", "Signal", "Signals", "before_and_after", "plot", "signals"]
+__all__ = ["Moments", "Signal", "Signals", "before_and_after", "signals"]
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,7 @@ class Signals:
     rows: tuple[Signal, ...]
 
     def __str__(self) -> str:
-        titles = [f"{part} {moment}" for part in ("skip", "branch", "sum") for moment in ("x2", "mean2", "var")]
-        lines = [["sum", *titles, "share"]]
-        for row in self.rows:
-            moments = [n for m in (row.skip, row.branch, row.total) for n in (m.second, m.mean, m.variance)]
-            lines.append([row.name, *(f"{n:.3g}" for n in moments), f"{row.share:.3f}"])
+        lines = cells(self)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
         return "\n".join("  ".join(line).rstrip() for line in padded)
@@ -203,30 +200,3 @@ class _Probe:
 def _together(branches: list[Moments]) -> Moments:
     """Add the moments of several branches, as if they were independent."""
     return Moments(*(sum(getattr(m, name) for m in branches) for name in ("second", "mean", "variance")))
-
-
-def plot(panels: Mapping[str, Signals], path: str | Path, title: str = "") -> None:
-    """Draw several measurements side by side, each under its own title.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    require("matplotlib", "plot")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(panels), 6), layout="constrained")
-    moments, shares = figure.subplots(2, len(panels), sharey="row", squeeze=False)
-    for name, measured, above, below in zip(panels, panels.values(), moments, shares, strict=True):
-        places = range(1, len(measured.rows) + 1)
-        for part in ("skip", "branch", "total"):
-            above.plot(places, [getattr(row, part).second for row in measured.rows], marker=".", label=part)
-        above.set_yscale("symlog", linthresh=1e-3)
-        above.set_title(name, fontsize=10)
-        below.plot(places, [row.share for row in measured.rows], marker=".", color="tab:red")
-        below.set_ylim(0, 1)
-    moments[0].set_ylabel("second moment")
-    moments[0].legend(fontsize=8)
-    shares[0].set_ylabel("share of the branch in the sum")
-    figure.suptitle(title)
-    figure.supxlabel("residual sum")
-    figure.savefig(str(path), dpi=150)

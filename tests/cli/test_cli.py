@@ -136,7 +136,7 @@ def test_the_size_of_what_is_looked_at_may_be_given(tmp_path: Path, checkpoint: 
 
 def test_a_size_that_the_network_does_not_take_is_wrong_usage() -> None:
     done = run("inspect", "torchvision:vit_b_16", "--size", 32)
-    assert (done.exit_code, "pass inputs= (--size)" in done.stderr) == (2, True)
+    assert (done.exit_code, "pass --size" in done.stderr) == (2, True)
 
 
 def test_a_name_in_both_libraries_is_torchvisions() -> None:

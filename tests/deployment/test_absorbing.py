@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from normfree.deployment.fuse import FuseWarning
 from normfree.layers import ChannelAffine
 
 pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+M = TypeVar("M", bound=nn.Module)
 leaves = pytest.mark.filterwarnings("ignore::normfree.deployment.fuse.FuseWarning")
 
 
@@ -42,7 +44,7 @@ class Before(nn.Module):
         return self.layer(self.norm(x + x.tanh()))
 
 
-def made(kind: Callable[[nn.Module], Before], layer: nn.Module) -> tuple[Before, Tensor]:
+def made(kind: Callable[[nn.Module], M], layer: nn.Module) -> tuple[M, Tensor]:
     model = randomise(kind(layer)).double().eval()
     dims = 0 if isinstance(layer, nn.Linear) else layer.weight.dim() - 2
     return model, noise(2, 4, *(7,) * dims, dtype=torch.float64)
@@ -160,6 +162,59 @@ def test_what_a_hook_sees_stays_what_it_is(where: str, when: str) -> None:
     assert_close(fused(x), expected)
     assert_close(seen[0], first)
     assert plan_of(fused).norms[0].into is None
+
+
+class Through(nn.Module):
+    """Identities between the two, and a block around each."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.front, self.gap, self.rest = nn.Sequential(nn.BatchNorm2d(4)), nn.Identity(), nn.Sequential(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x + x.tanh())
+        x = self.gap(x)
+        return self.rest(x)
+
+
+def test_an_identity_between_the_two_lets_everything_pass() -> None:
+    model, x = made(Through, nn.Conv2d(4, 6, 1))
+    fused = normfree.fuse(normfree.convert(model, init="preserve", inputs=x, check=False))
+    assert plan_of(fused).norms[0].into == "rest.0"
+    assert_close(fused(x), model(x))
+
+
+@leaves
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("where", ["gap", "front"])
+def test_what_a_hook_between_the_two_sees_stays_what_it_is(where: str, when: str) -> None:
+    model, x = made(Through, nn.Conv2d(4, 6, 1))
+    seen = list[Tensor]()
+
+    def hang(on: nn.Module) -> None:
+        on.get_submodule(where).register_forward_hook(lambda _, given, returned: seen.append(returned.clone()))
+
+    hang(model)
+    expected = model(x)
+    if when == "after":
+        model.get_submodule(where)._forward_hooks.clear()
+    converted = normfree.convert(model, init="preserve", inputs=x, check=False)
+    if when == "after":
+        hang(converted)
+    seen[1:] = []
+    fused = normfree.fuse(converted)
+    assert_close(fused(x), expected)
+    assert_close(seen[-1], seen[0])
+    assert plan_of(fused).norms[0].into is None
+
+
+@leaves
+def test_what_has_taken_the_place_of_an_identity_is_left_alone() -> None:
+    model, x = made(Through, nn.Conv2d(4, 6, 1))
+    converted = normfree.convert(model, init="preserve", inputs=x, check=False)
+    converted.gap = nn.Tanh()
+    fused = normfree.fuse(converted)
+    assert_close(fused(x), converted(x))
 
 
 @leaves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +19,8 @@ from structures import levit, rep
 from timm.models.byobnet import MobileOneBlock
 from timm.utils.model import reparameterize_model
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import normfree
 from normfree.deployment.fuse import FuseWarning
@@ -58,6 +62,33 @@ def test_branches_are_merged_exactly_and_timm_finds_nothing_left(name: str, init
     normfree.save(fused, tmp_path / "fused.safetensors")
     loaded = normfree.load(tmp_path / "fused.safetensors", model=build()).eval()
     assert torch.equal(loaded(x), fused(x))
+
+
+@both
+@pytest.mark.parametrize("name", NETWORKS)
+def test_timm_is_told_to_fuse_before_it_merges(name: str, init: str) -> None:
+    build = BLOCKS.get(name) or partial(timm.create_model, name, num_classes=3)
+    model = normfree.convert(randomise(build()), init=init)
+    with pytest.raises(AttributeError, match=r"wants normfree\.fuse\(model\) first, which merges them$"):
+        reparameterize_model(model)
+
+
+def test_what_was_a_norm_is_an_identity_to_everybody_else() -> None:
+    model = normfree.convert(randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))))
+    slot = model[1]
+    assert isinstance(slot, nn.Identity)
+    assert (hasattr(slot, "running_mean"), getattr(slot, "weight", None)) == (False, None)
+    with pytest.raises(AttributeError, match="wants normfree.fuse"):
+        fuse_conv_bn_eval(model.eval()[0], slot)  # type: ignore[type-var]  # torch's own, of what no longer is a norm
+    with pytest.raises(AttributeError, match="object has no attribute 'widht'"):
+        _ = slot.widht
+    assert type(normfree.fuse(model)[1]) is nn.Identity
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  # our own
+        assert type(again[1]) is type(slot)
+        assert again[1].training == slot.training
+    extractor = create_feature_extractor(model, return_nodes=["1"])
+    assert extractor(noise(2, 3, 5, 5))["1"].shape == (2, 4, 5, 5)
+    assert torch.compile(model, backend="eager", fullgraph=True)(noise(2, 3, 5, 5)).shape == (2, 4, 5, 5)
 
 
 @both

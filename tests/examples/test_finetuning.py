@@ -249,3 +249,23 @@ def test_draws_depend_on_seed_epoch_and_image_alone() -> None:
     one.epoch = 1
     drawn.append(one[0][0])
     assert len({tuple(x.tolist()) for x in drawn}) == 5
+
+
+def test_images_and_weights_that_are_not_there_are_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("nowhere", tmp_path / "empty"):
+        with pytest.raises(SystemExit, match=f"^--images {folder}: .*{Path(folder).name}[^\n]*$"):
+            run_here("finetune_timm.py", *SHORT, "--images", folder, "--out", tmp_path / "out")
+        with pytest.raises(SystemExit, match=f"^--images {folder}: "):
+            run_here("trainable_depth.py", "--images", folder, "--csv", tmp_path / "table.csv")
+    with pytest.raises(SystemExit, match=r"^no_such_model cannot be had: Unknown model \(no_such_model\)$"):
+        run_here("finetune_timm.py", "--model", "no_such_model", "--images", images, "--out", tmp_path / "out2")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no connection\nand more")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(SystemExit, match="^test_resnet cannot be had: no connection$"):
+        run_here("finetune_timm.py", *SHORT, "--images", images, "--out", tmp_path / "out3", "--pretrained")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import datetime
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,10 +101,22 @@ def test_arguments_and_numpy_scalars_beside_the_weights(tmp_path: Path, old: boo
         "model": STATE,
         "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)),
         "best": [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(True)],
+        "out": [tmp_path, PureWindowsPath("C:/runs"), SimpleNamespace(when=datetime.datetime(2026, 1, 2))],
+        "took": [datetime.timedelta(seconds=3), datetime.date(2026, 1, 2)],
     }
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not old)
     assert files.read_state_dict(tmp_path / "c.pth").keys() == STATE.keys()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+class Settings:
+    """What only the training script knows."""
+
+
+def test_what_is_not_unpickled_is_named(tmp_path: Path) -> None:
+    torch.save({"model": STATE, "config": Settings()}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"refused \(found: [\w.]*test_entries\.Settings\)\. Save its state_dict"):
+        files.read_state_dict(tmp_path / "c.pth")
 
 
 def run(*arguments: object) -> Any:
@@ -143,3 +157,12 @@ def test_the_command_line_says_and_asks(tmp_path: Path) -> None:
     convert_file("timm:test_resnet", path, tmp_path / "b.safetensors", num_classes=3, choice=Choice(prefix="net."))
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
     assert run("verify", tmp_path / "out.safetensors", "--checkpoint", path, "--prefix", "net.").exit_code == 0
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+def test_another_number_of_classes_is_named_with_the_option(tmp_path: Path, prefix: str) -> None:
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    torch.save({"state_dict": {prefix + key: value for key, value in state.items()}}, tmp_path / "c.pth")
+    done = run("inspect", "timm:test_resnet", "--checkpoint", tmp_path / "c.pth")
+    assert done.exit_code == 1
+    assert done.stderr.strip().endswith("if only the classifier differs, give --num-classes 5")

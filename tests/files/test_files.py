@@ -117,7 +117,7 @@ def test_another_architecture_is_named_by_its_first_differences(tmp_path: Path) 
     assert "missing: head.bias" in text
     assert "unexpected: stranger" in text
     assert "conv.weight is (9, 4, 3, 3), the model wants (4, 4, 3, 3)" in text
-    assert "give its num_classes" in text
+    assert "give num_classes= (--num-classes 9)" in text
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +89,7 @@ FLOORS = (
     "deployment.fuse",
     "deployment.restore proofs",
     "checkpoint deployment.export",
-    "bench proofs.verify training.signals",
+    "bench proofs.verify training.drawing training.signals",
     "cli",
 )
 """What may import what: a file imports from the floors above it in this list. A folder stands for all of its files that
@@ -110,3 +112,10 @@ def test_dependencies_point_downwards_only() -> None:
                 same = module.split(".")[0] == other.split(".")[0] and _floor(other) == _floor(module)
                 assert _floor(other) > -1, f"{other} has no floor"
                 assert same or _floor(other) < _floor(module), f"{module} imports {other}"
+
+
+def test_the_docstring_of_the_package_is_an_index() -> None:
+    text = normfree.__doc__ or ""
+    assert [name for name in normfree.__all__ if not re.search(rf"^    (\w+, )*{name}\b", text, re.MULTILINE)] == []
+    shown = pydoc.render_doc(normfree, renderer=pydoc.plaintext)
+    assert "PACKAGE CONTENTS" not in shown.partition("six proofs of a conversion")[0], "the index comes first"

@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import normfree
 from normfree.errors import UnsupportedModelError
-from normfree.layers import ChannelAffine, scaled_weight_class
+from normfree.layers import ChannelAffine, Vacant, scaled_weight_class
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
     "act": lambda: tl.BatchNormAct2d(4),
@@ -121,7 +121,7 @@ def test_sync_norm_converts_on_cpu(init: str) -> None:
     x = noise(2, 3, 6, 6)
     converted = prove(model, x, init=init)
     assert actions(converted) == {"1": "fold"}
-    assert type(converted[1]) is nn.Identity
+    assert isinstance(converted[1], nn.Identity)
     assert_preserved(model, x)
 
 
@@ -191,7 +191,7 @@ def test_per_sample_norms_stay_as_they_are(init: str) -> None:
     assert actions(converted) == {"1": "fold"}
     assert [type(m) for m in converted] == [
         scaled_weight_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
-        nn.Identity,
+        Vacant,
         nn.InstanceNorm2d,
         nn.GroupNorm,
         nn.LayerNorm,

@@ -44,7 +44,7 @@ def test_norm_folds_into_every_kind_of_convolution(kind: str, init: str) -> None
     x = noise(2, 4, *size)
     converted = prove(model, x, init=init)
     assert actions(converted) == {"1": "fold"}
-    assert type(converted[1]) is nn.Identity
+    assert isinstance(converted[1], nn.Identity)
     assert isinstance(converted[0], type(conv))
     assert converted[0].bias.shape == (conv.out_channels,)
     assert (getattr(converted[0], "gain", None) is not None) == (init == "preserve")
@@ -103,7 +103,7 @@ def test_every_form_of_norm_stays_in_its_slot(kind: str, init: str) -> None:
     if init == "preserve":
         assert isinstance(converted[1], ChannelAffine)
     else:
-        assert type(converted[1]) is nn.Identity
+        assert isinstance(converted[1], nn.Identity)
         assert torch.equal(converted[3].bias, torch.zeros(2))
 
 

@@ -18,7 +18,8 @@ from normfree.cli import app
 from normfree.cli.signals import _flat
 from normfree.errors import UsageError
 from normfree.tracing.copying import deep_copy
-from normfree.training.signals import Moments, Signal, before_and_after, plot
+from normfree.training.drawing import figure, plot
+from normfree.training.signals import Moments, Signal, before_and_after
 
 STAGES = (3, 4, 6, 3)
 
@@ -120,6 +121,27 @@ def test_table_and_plot(measured: dict[str, normfree.Signals], tmp_path: Path) -
     plot(measured, tmp_path / "three.svg", "timm:resnetv2_50")
     one, three = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "three"))
     assert three.count('id="axes_') == 3 * one.count('id="axes_') == 6
+
+
+def test_a_picture_counts_in_whole_numbers_and_tells_its_lines_apart(measured: dict[str, normfree.Signals]) -> None:
+    nothing, some, tiny = (Moments(size, 0.0, size) for size in (0.0, 2.0, 1e-12))
+    lost = Moments(float("inf"), 0.0, 0.0)
+    rows = (Signal("a", some, nothing, some), Signal("b", some, tiny, some), Signal("c", lost, some, tiny))
+    made = figure({"few": normfree.Signals(rows), "many": measured["norms deleted"]})
+    made.draw_without_rendering()
+    above, _, below, _ = made.axes
+    for axis in made.axes:
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
+    assert above.get_legend_handles_labels()[1] == ["sum", "skip", "branch"]
+    assert len({(line.get_linewidth(), line.get_linestyle()) for line in above.lines[:9:3]}) == 3
+    low, high = above.get_ylim()
+    assert low < 0 < 1e3 < high, "of both panels"
+    shown = above.transData.transform([(1, 0.0), (1, 2.0)])[:, 1]
+    assert shown[1] - shown[0] > 0.15 * above.bbox.height, "a value that is nearly zero leaves the others room"
+    lost_at = [line for line in above.lines if line.get_marker() == "X" and len(line.get_xdata())]
+    assert [(line.get_xdata(), line.get_color()) for line in lost_at] == [([3], "tab:blue")]
+    assert below.get_ylim() == (-0.03, 1.03), "zero is not on the axis, and a share of 2e12 does not squeeze the rest"
+    assert [list(line.get_xdata()) for line in below.lines if line.get_marker() == "^"] == [[3]]
 
 
 def test_a_sum_of_zero_has_no_share_in_json() -> None:
