@@ -201,7 +201,7 @@ class Flow:
         A difference, or a mean of two with weights, is a sum if layers stand in only one of the ways to it: ``x`` less
         its own mean is none.
         """
-        operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.inputs]
+        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in self.inputs]
         if len(operands) == 2:
             if role is Role.ADD and name_of(node) not in ("add", "iadd", "add_") and not self._differ(*operands):
                 return Role.OTHER
@@ -221,8 +221,8 @@ class Flow:
 
 
 def _stack_summed_by(node: fx.Node) -> fx.Node | None:
-    """Return the stack of tensors of which a node is the sum, if nothing else becomes of it."""
-    stack = node.args[0] if node.args and name_of(node) == "sum" else None
+    """Return the stack of tensors of which a node is the sum or the mean, if nothing else becomes of it."""
+    stack = node.args[0] if node.args and name_of(node) in ("sum", "mean") else None
     if not isinstance(stack, fx.Node) or name_of(stack) != "stack" or len(stack.users) != 1:
         return None
     dims = [n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else start) for n, start in ((stack, 0), (node, None))]

@@ -72,7 +72,9 @@ def find_sums(flow: Flow) -> tuple[SumNode, ...]:
             continue
         total = _classify(flow, node, flow.operands(node), found)
         taken = "lerp" in name_of(node) or total.skip is flow.operands(node)[0]
-        if total.kind == "residual" and taken:
+        if len(flow.inputs[node]) > 2:
+            found[node] = SumNode(node, "merge", "the input decides how much of each goes into it")
+        elif total.kind == "residual" and taken:
             found[node] = total
     return tuple(found.values())
 

@@ -72,6 +72,9 @@ SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "an identity of one's own": lambda self, x: self.mine(x) + self.f(x),
     "built-in sum": lambda self, x: sum([x, self.f(x)]),
     "stack": lambda self, x: torch.stack([x, self.f(x)]).sum(0),
+    "sum by keyword": lambda self, x: torch.add(self.f(x), other=x),
+    "sum with a product": lambda self, x: torch.addcmul(x, torch.ones(4, 1, 1), self.f(x)),
+    "sum with a product in place": lambda self, x: x.clone().addcmul_(self.f(x), torch.ones(1), value=0.5),
     "stack by keyword": lambda self, x: torch.stack([x, self.f(x)], dim=1).sum(dim=1),
 }
 
@@ -113,6 +116,32 @@ def test_mean_with_weights_is_a_residual_sum(init: str) -> None:
     assert [(total.name, total.kind) for total in plan_of(converted).sums] == [("1.lerp", "residual")]
     set_alphas(converted, 0.0).eval()
     assert torch.allclose(converted(X), torch.relu(0.75 * converted[0](X)))
+
+
+@both
+def test_mean_of_a_stack_is_a_residual_sum(init: str) -> None:
+    converted = prove(net(Written(lambda self, x: torch.stack([x, self.f(x)]).mean(0))), X, init=init)
+    assert (kinds(converted), alphas(converted)) == (["residual"], ["1.f.3"])
+    set_alphas(converted, 0.0).eval()
+    assert torch.equal(converted(X), torch.relu(converted[0](X) / 2))
+
+
+@both
+def test_sum_with_a_product_of_matrices_is_a_residual_sum(init: str) -> None:
+    mixed = torch.eye(64).repeat(2, 1, 1)
+    rows = Written(lambda self, x: torch.baddbmm(x.flatten(2), self.f(x).flatten(2), mixed.to(x)))
+    converted = prove(net(rows), X, init=init)
+    assert kinds(converted) == ["residual"]
+    assert "which no module of its own returns" in plan_of(converted).declined[0]
+
+
+@both
+def test_mean_whose_weights_the_input_sets_is_listed(init: str) -> None:
+    gated = Written(lambda self, x: torch.lerp(x, self.f(x), torch.sigmoid(x.mean((2, 3), keepdim=True))))
+    plan = plan_of(prove(net(gated), X, init=init))
+    assert [(total.kind, total.reason) for total in plan.sums] == [
+        ("merge", "the input decides how much of each goes into it")
+    ]
 
 
 @both
