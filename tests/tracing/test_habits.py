@@ -267,6 +267,17 @@ def test_a_users_hooks_do_not_run_and_stay() -> None:
     assert len(model[1]._forward_hooks) == 1
 
 
+@both
+def test_hooks_that_may_add_are_named(init: str) -> None:
+    model = net(Branch(), nn.Sequential(Branch(), nn.ReLU()))
+    model[1].register_forward_hook(lambda _, given, out: out + given[0])
+    model[2].register_forward_pre_hook(lambda _, __: None)
+    plan = plan_of(prove(model, X, init=init))
+    assert plan.sums == ()
+    assert plan.opaque == (("1", "a hook on 1 is not run; sums that it makes get no scalar"),)
+    assert "not seen: a hook on 1 is not run" in str(plan)
+
+
 class Keeping(nn.Module):
     """Keeps its activations in a list and in a dict."""
 
