@@ -135,6 +135,27 @@ def test_sum_with_a_product_of_matrices_is_a_residual_sum(init: str) -> None:
     assert "which no module of its own returns" in plan_of(converted).declined[0]
 
 
+class Part(nn.Module):
+    """Adds to a part of the channels, which it takes twice, or adds one part to what comes of the other."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.f, self.start = Branch(2), 2 if other else 0
+        self.f[0] = nn.Conv2d(2, 2, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :2] + self.f(x[:, self.start : self.start + 2]), x[:, 2:]], 1)
+
+
+@both
+@pytest.mark.parametrize("other", [False, True], ids=["same part", "other part"])
+def test_sum_of_a_part_is_residual_where_the_branch_takes_the_same(other: bool, init: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Part(other), nn.ReLU())
+    converted = prove(randomise(model), X, init=init)
+    assert kinds(converted) == ["merge" if other else "residual"]
+    assert alphas(converted) == ([] if other else ["2.f.3"])
+
+
 @both
 def test_mean_whose_weights_the_input_sets_is_listed(init: str) -> None:
     gated = Written(lambda self, x: torch.lerp(x, self.f(x), torch.sigmoid(x.mean((2, 3), keepdim=True))))
