@@ -169,17 +169,19 @@ def _splits(flow: Flow, position: _Position, other: fx.Node) -> bool:
         return False
     if position.sliced is None:
         return True
-    return _is_read_whole(flow, base, set(flow.between(base, other)), position.sliced)
+    path = set(flow.between(base, other))
+    layers = any(flow.roles[node] is Role.CONV for node in path)  # else it is arithmetic, as with the sides of a box
+    return _is_read_whole(flow, base, path, position.sliced if layers else None)
 
 
-def _is_read_whole(flow: Flow, node: fx.Node, path: set[fx.Node], part: fx.Node) -> bool:
+def _is_read_whole(flow: Flow, node: fx.Node, path: set[fx.Node], part: fx.Node | None) -> bool:
     """Whether the path takes more of ``node`` than other slices than ``part``, dropout and the like aside."""
     users = [user for user in flow.users[node] if user in path and not _is_other_part(flow, user, part)]
     return any(flow.roles[user] is not Role.PASS or _is_read_whole(flow, user, path, part) for user in users)
 
 
-def _is_other_part(flow: Flow, node: fx.Node, part: fx.Node) -> bool:
-    one, other = flow.graph.values.get(node), flow.graph.values.get(part)
+def _is_other_part(flow: Flow, node: fx.Node, part: fx.Node | None) -> bool:
+    one, other = flow.graph.values.get(node), flow.graph.values.get(part) if part is not None else None
     return flow.roles[node] is Role.SLICE and (one is None or other is None or not one.covers(other))
 
 
