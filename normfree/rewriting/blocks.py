@@ -46,12 +46,14 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
     if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
         return "its forward takes optional arguments whose defaults cannot be written down"
     try:
-        graphs = [own_graph(mode) for mode in _modes(meta_copy(block))]
+        copied = meta_copy(block)
+        graphs = [own_graph(mode) for mode in _modes(copied)]
         if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
             return "it looks at what it is given, and a forward must hold for whatever that is"
         if writes and not all(_only_its_result_goes_on(block, graph, addition) for graph in graphs):
             return "it adds in place, and goes on with another name of what it has added to"
-        scaled_block_class(block, ((addition, operand),))
+        for graph in graphs:
+            _generate(copied, graph, ((addition, operand),))
     except LostError as error:
         return str(error)
     except Exception as error:  # whatever the block's forward raises when it meets a symbol
@@ -89,7 +91,7 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    evaluate, train = (_generate(mode, places) for mode in _modes(meta_copy(block)))
+    evaluate, train = (_generate(mode, own_graph(mode), places) for mode in _modes(meta_copy(block)))
     members = {
         "__module__": original.__module__,
         "_places": places,
@@ -140,8 +142,7 @@ def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
     return Flow(Graph(graph), dict(block.named_modules(remove_duplicate=False)), ())
 
 
-def _generate(block: nn.Module, places: Places) -> Any:
-    graph = own_graph(block)
+def _generate(block: nn.Module, graph: fx.Graph, places: Places) -> Any:
     flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
     if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
