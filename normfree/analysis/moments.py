@@ -88,7 +88,7 @@ def _rule(flow: Flow, node: fx.Node) -> Rule | None:
     rule = _RULES.get(flow.roles[node])
     if rule is not None:
         constant = flow.roles[node] is Role.PASS and name_of(node) in ("mul", "imul", "mul_", "truediv", "div", "div_")
-        return None if constant else rule  # a factor that the graph does not tell
+        return None if constant or "lerp" in name_of(node) else rule  # a factor that the graph does not tell
     if name_of(node) == "mean":
         return _same
     return _activated if as_activation(flow, node) is not None else None
