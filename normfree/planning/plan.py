@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.options import Asked, Options, takes_options
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_model, is_lazy, module_problems
+from normfree.planning.hooks import hooks_left_out
 from normfree.planning.kinds import asked, asked_unseen
 from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
@@ -99,6 +101,7 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         if not norms:
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
         made = _unnoticed(copied, traced, request, decide(request, traced, findings))
+        made = replace(made, opaque=(*made.opaque, *hooks_left_out(modules, copied)))
     return made, lambda: _met(copied, traced, sites, described, made)
 
 

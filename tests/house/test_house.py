@@ -71,7 +71,7 @@ FLOORS = (
     "code.branching code.using code.straight",
     "tracing.notes code.reach",
     "tracing.recorder code.naming",
-    "tracing.running",
+    "tracing.running rewriting.symbols",
     "tracing.trace analysis.flow",
     "analysis.activations analysis.additions analysis.decoders analysis.writing rewriting.blocks rewriting.hints",
     "analysis.sums analysis.moments",
