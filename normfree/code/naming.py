@@ -11,31 +11,42 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from dis import Instruction
-from types import CodeType
+from types import CodeType, FunctionType
 
+import torch.nn.functional as F
 from torch import nn
 
-from normfree.code.bytecode import index_of, instructions, is_plain, loads_method
-from normfree.code.holding import held
-from normfree.code.reach import Function, functions_of
+from normfree.code.bytecode import index_of, instructions, is_plain
+from normfree.code.chains import Chain
+from normfree.code.chains import chains as chains_of
+from normfree.code.holding import Held
+from normfree.code.reach import Function, functions_of, is_foreign, named_by
 from normfree.code.straight import is_dead
-from normfree.code.using import calls_variable, is_used, part_of
+from normfree.code.using import calls_result, calls_variable, is_called, is_handed_out, is_used, part_of, takes_some
 from normfree.tracing.callers import Call
 
 __all__ = ["Named", "find_named"]
 
-_ALL = {
-    "_modules",
-    "children",
-    "named_children",
-    "modules",
-    "named_modules",
-    "get_submodule",
-    "__dict__",
-    "__getattr__",
-}
-_ALL |= {"values", "items", "forward", "__call__", "_conv_forward", "__iter__", "__getitem__"}
-"""Attributes by which one comes to anything that a module holds, or calls it by another way."""
+_ALL = {"_modules", "children", "named_children", "__dict__", "values", "items", "forward", "__call__", "_conv_forward"}
+_ALL |= {"__iter__", "__getitem__"}
+"""Attributes by which one comes to what a module holds, or calls it by another way."""
+_DEEP = {"modules", "named_modules", "get_submodule", "apply"}
+"""Those by which one comes to what is held by that, too."""
+_READ = {"parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}
+"""Those by which one comes to a weight and a bias."""
+_ANY_ATTRIBUTE = frozenset({"attrgetter", "methodcaller", "__getattr__", "__getattribute__"})
+_ANY_GLOBAL = frozenset({"eval", "exec"})
+"""Names by which a text may become any attribute."""
+_FRAMES = frozenset({"locals", "vars", "dir", "_getframe", "currentframe"})
+"""Names by which one comes to the variables of a function."""
+_ABOUT = {(name,) for name in ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda")}
+"""What can be asked of a weight without its values."""
+_CHANGING = frozenset({"pop", "append", "insert", "extend", "__delitem__", "__setitem__", "add_module", "update"})
+"""By these a sequence comes to hold something else."""
+_HARMLESS = frozenset({"train", "eval", "requires_grad_", "to", "type", "float", "half", "double", "zero_grad"})
+_FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
+"""By these a weight works."""
+_KEEPERS = ("builtins", "functools", "collections", "types")
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_FORWARD_IF_NONE", "POP_JUMP_FORWARD_IF_NOT_NONE")
 
 
@@ -47,17 +58,6 @@ class Named:
     read: dict[str, set[int]] = field(default_factory=lambda: {"weight": set(), "bias": set()})
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """``base.a.b.c`` in some bytecode, from one instruction to another; it ends in a call or is taken as a value."""
-
-    start: int
-    end: int
-    base: str | None
-    names: tuple[str, ...]
-    calls: bool
-
-
 def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]) -> Named:
     """Return what a model's code and what it holds name.
 
@@ -67,22 +67,41 @@ def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: 
         pairs: The identity of each layer, and of what returns what it does, with those of the norm that would go into
             it and of what begins with that.
     """
-    reading = _Reading(model, called, pairs)
-    for function in functions_of(model, reading.found_functions):
+    held, met = Held(model), -1
+    while met < len(held.functions):
+        met, functions = len(held.functions), list(functions_of(model, held.functions))
+        whole = {function.whole for function in functions}
+        held.follow(value for function in whole for value in named_by(function) if _may_hold(value))
+        held.follow(value for function in whole for value in (*(function.__closure__ or ()), *(function.__defaults__ or ())))
+    reading = _Reading(model, called, pairs, Named(held.called, held.read))
+    for function in functions:
         reading.read(function)
     reading.finish()
     return reading.named
+
+
+def _may_hold(value: object) -> bool:
+    """Whether a value of a file may hold a layer, or come to one: a list, a partial, an object of somebody's class."""
+    kind = type(value)
+    return not isinstance(value, (nn.Module, FunctionType)) and (kind.__module__ in _KEEPERS or not is_foreign(kind))
 
 
 class _Reading:
     """Reads one function after another."""
 
     def __init__(
-        self, model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]
+        self,
+        model: nn.Module,
+        called: Mapping[int, tuple[Call, ...]],
+        pairs: Mapping[int, frozenset[int]],
+        named: Named,
     ) -> None:
-        called_elsewhere, read_elsewhere, self.found_functions = held(model)
-        self.named = Named(called_elsewhere, read_elsewhere)
+        self.model, self.named = model, named
         self.called, self.pairs = called, pairs
+        self.backs: dict[int, set[int]] = defaultdict(set)
+        for front, backs in pairs.items():
+            for back in backs:
+                self.backs[back].add(front)
         self.instances: dict[type, list[nn.Module]] = defaultdict(list)
         self.by_name: dict[str, list[nn.Module]] = defaultdict(list)
         for module in model.modules():
@@ -94,12 +113,14 @@ class _Reading:
         self.opened: Counter[tuple[int, CodeType]] = Counter()
         self.mentioned: Counter[tuple[int, CodeType]] = Counter()
         self.loose = False  # some forward reads the weight of what it was handed
+        self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
+        self.names: Counter[str] = Counter()
         self.holders: dict[int, nn.Module] = {}
         self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
-        steps, chains = instructions(function.code), _chains(function.code)
+        steps, chains = instructions(function.code), chains_of(function.code)
         passed: set[tuple[int, int]] = set()  # calls of a norm right behind its layer
         keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
@@ -115,27 +136,73 @@ class _Reading:
                 behind = _passes_on(function.code, chain, norms, ends)
                 if behind is not None:
                     passed |= {(chain.end, id(module)), behind}
+        put = {id(module) for chain, module, rest in uses if chain.puts and not rest}
         for chain, module, rest in uses:
             if rest:
-                if rest[0] in ("weight", "bias") and function.forward:
-                    self.named.read[rest[0]].add(id(module))
-                elif rest[0] in _ALL and function.forward:
-                    self._open(module, function.code)
+                self._read_attribute(chain, module, rest, function)
+            elif chain.puts:  # something else comes in its place, and not in that of what goes with it
+                around = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
+                self.named.called |= set() if function.broken or put >= around else {id(module)}
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
             elif chain.start and steps[chain.start - 1].argval == "checkpoint":
                 pass  # torch's, which calls it whole
-            elif not _is_test(steps, chain.end + 1) and (
-                function.forward or (keeps and is_used(steps, chain.end, hasattr(type(module), "__iter__")))
-            ):
+            elif not _is_test(steps, chain.end + 1):
+                if not function.forward and not (keeps and is_used(steps, chain.end, _holds(module))):
+                    if not function.broken and is_handed_out(steps, chain.end):
+                        self.handed[function.code.co_name].add(id(module))
+                    continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
                     self.named.called.add(id(module))
-                if hasattr(type(module), "__iter__"):
+                if _holds(module):
                     self._open(module, function.code, part)
+                    if function.forward and takes_some(steps, chain.end):
+                        self.named.called.update(map(id, module._modules.values()))
+        self.names.update(set(function.code.co_names))
+        self._read_texts(function)
 
-    def _uses(self, chain: _Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
+        """Note what an attribute of a module, or of what it holds, leads to."""
+        name, steps = rest[0], instructions(function.code)
+        works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(function.code.co_names))
+        if name in ("weight", "bias"):
+            if works and not chain.puts and rest[1:2] not in _ABOUT:
+                self.named.read[name].add(id(module))
+        elif name in _READ:
+            about = [step for step in steps[chain.end + 1 : chain.end + 8] if step.opname.startswith("LOAD_")][:1]
+            if function.forward and not (about and (about[0].argval,) in _ABOUT):
+                for below in module.modules():
+                    self.named.read["weight"].add(id(below))
+                    self.named.read["bias"].add(id(below))
+        elif name.startswith("register_") and name.endswith("hook"):
+            self.named.called.add(id(module))
+        elif name in _DEEP and (function.forward or calls_variable(function.code) or calls_result(function.code)):
+            for below in module.modules():
+                self._open(below, function.code)
+        elif name in _CHANGING and _holds(module) and not function.broken:
+            self.named.called.update(map(id, module._modules.values()))
+        elif name in _ALL and function.forward:
+            self._open(module, function.code)
+        elif function.forward and not module._modules and name not in _HARMLESS:
+            method = getattr(type(module), name, None)
+            self.named.called |= {id(module)} if isinstance(method, FunctionType) else set()
+
+    def _read_texts(self, function: Function) -> None:
+        """Note what a text may lead to, or whoever looks at the variables of a function."""
+        steps = instructions(function.code)
+        loaded = {i: s.argval for i, s in enumerate(steps) if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        names = _ANY_ATTRIBUTE.intersection(function.code.co_names) | _ANY_GLOBAL.intersection(loaded.values())
+        if names or any(name == "getattr" and not is_called(steps, i) for i, name in loaded.items()):
+            starts = self.instances.get(function.owner, []) if function.owner else [self.model]
+            self.named.called.update(id(below) for start in starts for below in start.modules())
+        if _FRAMES.intersection(function.code.co_names):
+            for module, calls in self.called.items():
+                if any(place.code is function.code for call in calls for place in call.places):
+                    self.named.called.add(module)
+
+    def _uses(self, chain: Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         """Yield the modules that a chain of names may end at, each with the names that are left."""
         if chain.base is not None and chain.base == function.owner_name:
             starts, names = self.instances.get(function.owner, []) if function.owner else [], chain.names
@@ -148,10 +215,10 @@ class _Reading:
             module, rest = start, names
             while rest and module._modules.get(rest[0]) is not None:
                 module, rest = module._modules[rest[0]], rest[1:]  # type: ignore[assignment]  # it is no None
-            if rest != chain.names or (rest[:1] and rest[0] in _ALL):
+            if rest != chain.names or (rest[:1] and rest[0] in _ALL | _DEEP | _READ):
                 yield module, rest
 
-    def _was_seen(self, module: nn.Module, code: CodeType, chain: _Chain, chains: list[_Chain]) -> bool:
+    def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: list[Chain]) -> bool:
         """Whether the call that a chain ends in is the one that was seen."""
         for call in self.called.get(id(module), ()):
             for place in call.places:
@@ -169,6 +236,8 @@ class _Reading:
 
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
+        for name, modules in self.handed.items():
+            self.named.called |= modules if self.names[name] else set()
         for (holder, code), count in self.opened.items():
             for child in self.holders[holder]._modules.values():
                 if id(child) not in self.parts[holder, code] and count == self.mentioned[holder, code]:
@@ -182,30 +251,8 @@ class _Reading:
                 read.update(self.named.called)
 
 
-def _chains(code: CodeType) -> list[_Chain]:
-    steps, found, i = instructions(code), list[_Chain](), 0
-    while i < len(steps):
-        start, base = i, None
-        if steps[i].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(steps[i].argval, str):
-            base, i = steps[i].argval, i + 1
-        names: list[str] = []
-        calls = False
-        while i < len(steps) and steps[i].opname in ("LOAD_ATTR", "LOAD_METHOD") and not calls:
-            names.append(steps[i].argval)
-            calls = loads_method(steps[i])
-            i += 1
-        if start and steps[start - 1].argval == "getattr" and base is not None and not calls:
-            text = steps[i].argval if steps[i].opname == "LOAD_CONST" else "__dict__"  # any of them
-            names, i = [*names, str(text)], i + 1
-        if names:
-            found.append(_Chain(start, i - 1, base, tuple(names), calls))
-        else:
-            i = start + 1
-    return found
-
-
 def _passes_on(
-    code: CodeType, chain: _Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], _Chain]
+    code: CodeType, chain: Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], Chain]
 ) -> tuple[int, int] | None:
     """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
     steps = instructions(code)
@@ -217,6 +264,10 @@ def _passes_on(
     kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
     dead = all(isinstance(name, str) and is_dead(code, name, calls[1]) for name in kept)
     return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None
+
+
+def _holds(module: nn.Module) -> bool:
+    return hasattr(type(module), "__iter__")
 
 
 def _is_test(steps: tuple[Instruction, ...], i: int) -> bool:

@@ -11,12 +11,12 @@ from torch import nn
 
 from normfree.code.bytecode import JUMPS, called_by, instructions
 
-__all__ = ["calls_variable", "is_used", "part_of"]
+__all__ = ["calls_result", "calls_variable", "is_called", "is_handed_out", "is_used", "part_of", "takes_some"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
 _NOTHING = ("PRECALL", "KW_NAMES", "NOP", "CACHE", "EXTENDED_ARG")
-_TAKING = ("GET_ITER", "BINARY_SUBSCR", "BINARY_SLICE", "BUILD_SLICE", "CALL")
+_TAKING = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 
 
 def is_used(steps: Sequence[Instruction], i: int, holds: bool) -> bool:
@@ -29,18 +29,20 @@ def is_used(steps: Sequence[Instruction], i: int, holds: bool) -> bool:
     """
     if holds:
         end = _taken(steps, i)
-        one = steps[end].opname == "BINARY_SUBSCR" and steps[end - 1].opname != "BUILD_SLICE"
-        return one or any(step.opname.startswith(_TAKING) for step in steps[i + 1 : i + 4])
+        return steps[end].opname.startswith(_TAKING) or (steps[end].opname.startswith("CALL") and not _asks(steps, end))
     end, listed = _taken(steps, i), False
     while steps[end].opname.startswith(("BINARY_SUBSCR", "BUILD_")):
         listed |= steps[end].opname.startswith("BUILD_")
         end = _taken(steps, end)
     step = steps[end]
     if step.opname.startswith("CALL"):
-        parts = called_by(steps, end)
-        asked = parts and parts[0].opname in ("LOAD_GLOBAL", "LOAD_NAME") and parts[0].argval in _ASKING
-        return not (asked or (listed and _is_method(parts)))  # that of a list takes it in
+        return not (_asks(steps, end) or (listed and _is_method(called_by(steps, end))))  # that of a list takes it in
     return step.opname in ("GET_ITER", "STORE_DEREF") or (step.opname == "STORE_FAST" and not listed)
+
+
+def _asks(steps: Sequence[Instruction], call: int) -> bool:
+    parts = called_by(steps, call)
+    return bool(parts) and parts[0].opname in ("LOAD_GLOBAL", "LOAD_NAME") and parts[0].argval in _ASKING
 
 
 def _taken(steps: Sequence[Instruction], i: int) -> int:
@@ -54,6 +56,25 @@ def _taken(steps: Sequence[Instruction], i: int) -> int:
         if height <= 1 and step.opname not in _NOTHING:
             return end
     return len(steps) - 1
+
+
+def is_called(steps: Sequence[Instruction], i: int) -> bool:
+    """Whether the value that an instruction puts onto the stack is called, and not handed on."""
+    parts = called_by(steps, _taken(steps, i))
+    return bool(parts) and parts[0] is steps[i]
+
+
+def is_handed_out(steps: Sequence[Instruction], i: int) -> bool:
+    """Whether the value that an instruction puts onto the stack is returned, or put into what may be."""
+    return steps[_taken(steps, i)].opname.startswith(("RETURN_", "YIELD_", "BUILD_", "LIST_"))
+
+
+def takes_some(steps: Sequence[Instruction], i: int) -> bool:
+    """Whether something is taken out of the sequence that an instruction puts onto the stack, and one cannot say what."""
+    end = _taken(steps, i)
+    taken = steps[end].opname in ("BINARY_SUBSCR", "BINARY_SLICE") or steps[end].opcode in JUMPS
+    constants = ("LOAD_CONST", "LOAD_SMALL_INT", "BUILD_SLICE", *_NOTHING)
+    return taken and not all(step.opname in constants for step in steps[i + 1 : end])
 
 
 def part_of(module: nn.Module, steps: Sequence[Instruction]) -> nn.Module | None:
@@ -73,9 +94,17 @@ def calls_variable(code: CodeType) -> bool:
     steps = instructions(code)
     calls = [called_by(steps, i) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
     return any(
-        not parts or (parts[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not _is_method(parts))
+        not parts
+        or (parts[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not _is_method(parts))
         for parts in calls
     )
+
+
+def calls_result(code: CodeType) -> bool:
+    """Whether a function calls what it has just been given by a call: ``next(self.children())(x)``."""
+    steps = instructions(code)
+    calls = [called_by(steps, i) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
+    return any(called_by(parts, i)[:1] == parts[:1] for parts in calls for i in range(len(parts)))
 
 
 def _is_method(parts: Sequence[Instruction]) -> bool:

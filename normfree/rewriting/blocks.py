@@ -2,7 +2,8 @@
 
 A product or a concatenation written inline leaves no module that alpha could live in. Then the one block that owns the
 sum gets a forward generated from its own graph, in which the branch passes through a SkipInit module before it is
-added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the
+added. Optional arguments and what its code reads of the block (a mode, a flag) have in it the values of that time,
+and whoever gives another is told so. The block stays the
 same object with the same children and is still an ``isinstance`` of its class.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow
+from normfree.code.settings import asks_the_process, settings_of
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.tracing.copying import meta_copy
@@ -113,6 +115,9 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         return "its forward takes arguments by keyword only, or any number of them"
     if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
         return "its forward takes optional arguments whose defaults cannot be written down"
+    asked = asks_the_process(block)
+    if asked:
+        return f"it goes by what {asked}() says, which may change"
     try:
         graphs = [_own_graph(mode) for mode in _modes(meta_copy(block))]
         if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
@@ -156,11 +161,13 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     """
     original = type(block)
     evaluate, train = (_generate(mode, places) for mode in _modes(meta_copy(block)))
+    settings = dict(zip((False, True), (settings_of(mode) for mode in _modes(meta_copy(block))), strict=True))
     members = {
         "__module__": original.__module__,
         "_places": places,
         "_evaluate": evaluate,
         "_train": train,
+        "_settings": settings,
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
@@ -169,6 +176,13 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    for setting in self._settings[self.training]:
+        now = setting.now(self)
+        if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
+            name = ".".join(setting.names)
+            raise UsageError(
+                f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
+            )
     return self._train(*args, **kwargs) if self.training else self._evaluate(*args, **kwargs)
 
 
