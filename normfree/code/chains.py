@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import CodeType
 
-from normfree.code.bytecode import instructions, loads_method
+from normfree.code.bytecode import instructions
 
 __all__ = ["Chain", "chains"]
 
@@ -44,7 +44,7 @@ def chains(code: CodeType) -> list[Chain]:
         calls = False
         while i < len(steps) and steps[i].opname in ("LOAD_ATTR", "LOAD_METHOD") and not calls:
             names.append(steps[i].argval)
-            calls = loads_method(steps[i])
+            calls = steps[i].opname == "LOAD_METHOD"
             i += 1
         by = steps[start - 1].argval if start and base is not None and not calls else None
         puts = by in _BY_TEXT[1:]

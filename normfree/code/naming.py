@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from dis import Instruction
 from types import CodeType, FunctionType
 
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.code.bytecode import index_of, instructions, is_plain
+from normfree.code.bytecode import Step, index_of, instructions, is_plain
 from normfree.code.chains import Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import Held
@@ -47,7 +46,7 @@ _HARMLESS = frozenset({"train", "eval", "requires_grad_", "to", "type", "float",
 _FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
 """By these a weight works."""
 _KEEPERS = ("builtins", "functools", "collections", "types")
-_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_FORWARD_IF_NONE", "POP_JUMP_FORWARD_IF_NOT_NONE")
+_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 
 
 @dataclass
@@ -72,7 +71,9 @@ def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: 
         met, functions = len(held.functions), list(functions_of(model, held.functions))
         whole = {function.whole for function in functions}
         held.follow(value for function in whole for value in named_by(function) if _may_hold(value))
-        held.follow(value for function in whole for value in (*(function.__closure__ or ()), *(function.__defaults__ or ())))
+        held.follow(
+            value for function in whole for value in (*(function.__closure__ or ()), *(function.__defaults__ or ()))
+        )
     reading = _Reading(model, called, pairs, Named(held.called, held.read))
     for function in functions:
         reading.read(function)
@@ -270,7 +271,7 @@ def _holds(module: nn.Module) -> bool:
     return hasattr(type(module), "__iter__")
 
 
-def _is_test(steps: tuple[Instruction, ...], i: int) -> bool:
+def _is_test(steps: tuple[Step, ...], i: int) -> bool:
     """Whether a value is only asked whether it is there."""
     if steps[i].opname in _TESTS:
         return True

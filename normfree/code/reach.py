@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.code.bytecode import instructions, loads_method
+from normfree.code.bytecode import instructions
 
 __all__ = ["Function", "codes_of", "functions_of", "is_foreign", "named_by", "own_functions"]
 
@@ -144,7 +144,7 @@ def _closure(start: Iterable[Any], methods: _Methods, calls: bool = False) -> se
             waiting += methods.get(name, ())
         waiting += [other for value in named_by(function) if (other := _plain(value)) is not None]
         for step in (step for code in codes_of(function.__code__) if calls for step in instructions(code)):
-            waiting += methods.get(step.argval, ()) if loads_method(step) else ()
+            waiting += methods.get(step.argval, ()) if step.opname == "LOAD_METHOD" else ()
     return found
 
 

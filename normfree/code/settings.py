@@ -78,7 +78,7 @@ def _asked(function: FunctionType) -> Iterator[str]:
     for code in codes_of(function.__code__):
         steps = instructions(code)
         for i in (i for i, step in enumerate(steps) if step.opname.startswith("CALL") and step.arg == 0):
-            parts = [step for step in called_by(steps, i) if step.opname != "PRECALL"]
+            parts = called_by(steps, i)
             value = function.__globals__.get(parts[0].argval) if parts and parts[0].opname == "LOAD_GLOBAL" else None
             for step in parts[1:]:
                 value = inspect.getattr_static(value, str(step.argval), None)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Sequence
-from dis import Instruction
 from types import CodeType
 
 from torch import nn
 
-from normfree.code.bytecode import JUMPS, called_by, instructions
+from normfree.code.bytecode import Step, called_by, instructions
 
 __all__ = ["calls_result", "calls_variable", "is_called", "is_handed_out", "is_used", "part_of", "takes_some"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
-_NOTHING = ("PRECALL", "KW_NAMES", "NOP", "CACHE", "EXTENDED_ARG")
 _TAKING = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 
 
-def is_used(steps: Sequence[Instruction], i: int, holds: bool) -> bool:
+def is_used(steps: Sequence[Step], i: int, holds: bool) -> bool:
     """Whether the value that an instruction puts onto the stack may be called, but not where it is only handed out.
 
     Args:
@@ -40,51 +37,51 @@ def is_used(steps: Sequence[Instruction], i: int, holds: bool) -> bool:
     return step.opname in ("GET_ITER", "STORE_DEREF") or (step.opname == "STORE_FAST" and not listed)
 
 
-def _asks(steps: Sequence[Instruction], call: int) -> bool:
+def _asks(steps: Sequence[Step], call: int) -> bool:
     parts = called_by(steps, call)
     return bool(parts) and parts[0].opname in ("LOAD_GLOBAL", "LOAD_NAME") and parts[0].argval in _ASKING
 
 
-def _taken(steps: Sequence[Instruction], i: int) -> int:
+def _taken(steps: Sequence[Step], i: int) -> int:
     """Return the instruction that takes from the stack what another has put there."""
     height = 1
     for end in range(i + 1, len(steps)):
         step = steps[end]
-        if step.opcode in JUMPS:
+        if step.jumps:
             return end
-        height += dis.stack_effect(step.opcode, step.arg)
-        if height <= 1 and step.opname not in _NOTHING:
+        height += step.effect
+        if height <= 1:
             return end
     return len(steps) - 1
 
 
-def is_called(steps: Sequence[Instruction], i: int) -> bool:
+def is_called(steps: Sequence[Step], i: int) -> bool:
     """Whether the value that an instruction puts onto the stack is called, and not handed on."""
     parts = called_by(steps, _taken(steps, i))
     return bool(parts) and parts[0] is steps[i]
 
 
-def is_handed_out(steps: Sequence[Instruction], i: int) -> bool:
+def is_handed_out(steps: Sequence[Step], i: int) -> bool:
     """Whether the value that an instruction puts onto the stack is returned, or put into what may be."""
     return steps[_taken(steps, i)].opname.startswith(("RETURN_", "YIELD_", "BUILD_", "LIST_"))
 
 
-def takes_some(steps: Sequence[Instruction], i: int) -> bool:
-    """Whether something is taken out of the sequence that an instruction puts onto the stack, and one cannot say what."""
+def takes_some(steps: Sequence[Step], i: int) -> bool:
+    """Whether something is taken out of the sequence that an instruction puts onto the stack, and nobody knows what."""
     end = _taken(steps, i)
-    taken = steps[end].opname in ("BINARY_SUBSCR", "BINARY_SLICE") or steps[end].opcode in JUMPS
-    constants = ("LOAD_CONST", "LOAD_SMALL_INT", "BUILD_SLICE", *_NOTHING)
+    taken = steps[end].opname in ("BINARY_SUBSCR", "BINARY_SLICE") or steps[end].jumps
+    constants = ("LOAD_CONST", "BUILD_SLICE")
     return taken and not all(step.opname in constants for step in steps[i + 1 : end])
 
 
-def part_of(module: nn.Module, steps: Sequence[Instruction]) -> nn.Module | None:
+def part_of(module: nn.Module, steps: Sequence[Step]) -> nn.Module | None:
     """Return what a number behind the name of a sequence or list takes out of it: of ``self.rep[0]`` the first."""
     get = getattr(type(module), "__getitem__", None)
     if get not in (nn.Sequential.__getitem__, nn.ModuleList.__getitem__) or len(steps) < 2:
         return None
     constant, subscript = steps[0], steps[1]
     index, held = constant.argval, list(module._modules.values())
-    if constant.opname not in ("LOAD_CONST", "LOAD_SMALL_INT") or subscript.opname != "BINARY_SUBSCR":
+    if constant.opname != "LOAD_CONST" or subscript.opname != "BINARY_SUBSCR":
         return None
     return held[index] if type(index) is int and -len(held) <= index < len(held) else None
 
@@ -94,8 +91,7 @@ def calls_variable(code: CodeType) -> bool:
     steps = instructions(code)
     calls = [called_by(steps, i) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
     return any(
-        not parts
-        or (parts[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not _is_method(parts))
+        not parts or (parts[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not _is_method(parts))
         for parts in calls
     )
 
@@ -107,5 +103,5 @@ def calls_result(code: CodeType) -> bool:
     return any(called_by(parts, i)[:1] == parts[:1] for parts in calls for i in range(len(parts)))
 
 
-def _is_method(parts: Sequence[Instruction]) -> bool:
+def _is_method(parts: Sequence[Step]) -> bool:
     return len(parts) > 1 and parts[1].opname in ("LOAD_METHOD", "LOAD_ATTR")

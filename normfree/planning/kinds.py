@@ -77,7 +77,9 @@ def asked_unseen(model: nn.Module, norms: Mapping[str, object], seen: bool) -> f
         calls = calls_variable(function.code) or any(c.calls and c.names[0] in children for c in chains(function.code))
         if names.isdisjoint(_ASKING) or function.broken or not (calls if seen else function.forward):
             continue
-        places = [path for path, module in modules.items() if function.owner is None or isinstance(module, function.owner)]
+        places = [
+            path for path, module in modules.items() if function.owner is None or isinstance(module, function.owner)
+        ]
         for name in (name for name in norms if any(not path or name.startswith(f"{path}.") for path in places)):
             bases = type(modules[name]).__mro__[: type(modules[name]).__mro__.index(nn.Module)]
             found.update([name] if not names.isdisjoint(base.__name__ for base in bases) else [])

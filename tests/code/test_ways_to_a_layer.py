@@ -288,7 +288,14 @@ def shows_it_by_a_hook(self: Any, x: Tensor) -> Tensor:
 
 
 ASK_FOR_THE_CLASS = (loops_and_asks_for_the_class, loops_and_asks_for_the_name_of_the_class)
-METHODS = (loops_over_some, takes_it_from_an_alias, unpacks, asks_a_method, asks_a_property, takes_a_submodule_by_its_path)
+METHODS = (
+    loops_over_some,
+    takes_it_from_an_alias,
+    unpacks,
+    asks_a_method,
+    asks_a_property,
+    takes_a_submodule_by_its_path,
+)
 METHODS += (takes_the_first_of_a_class, takes_it_from_a_dictionary_of_all, takes_the_norm_out, pops_the_norm)
 METHODS += (puts_another_in, shows_it_by_a_hook)
 

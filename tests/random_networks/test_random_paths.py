@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-
 from types import MethodType
 
 import pytest
