@@ -11,6 +11,7 @@ import bisect
 import dis
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from types import CodeType
@@ -18,7 +19,19 @@ from typing import Any, NamedTuple
 
 from normfree.tracing.callers import Place
 
-__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "index_of", "instructions", "is_plain", "raw", "read", "returns"]
+__all__ = [
+    "LAST",
+    "ONE_WAY",
+    "Step",
+    "called_by",
+    "callee",
+    "index_of",
+    "instructions",
+    "is_plain",
+    "raw",
+    "read",
+    "returns",
+]
 
 ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
 LAST = ("RETURN_VALUE", "RAISE_VARARGS", "RERAISE")
@@ -106,12 +119,13 @@ def raw(code: CodeType) -> list[Step]:
 def read(steps: Iterable[Step]) -> Iterator[Step]:
     """Yield the instructions of any Python in the one vocabulary."""
     waiting: list[Step] = []  # LOAD_CONST None, and IS_OP behind it: with the jump that follows they are one
-    named, before, last = False, "", ""
+    named, before, last, kept = False, "", "", ""
     for step in steps:
         before, last = last, step.opname
         name = re.sub("JUMP_(FORWARD|BACKWARD)_IF", "JUMP_IF", _SAME.get(step.opname, step.opname))
         if name in _NOTHING and not step.is_jump_target:
             continue
+        kept, behind = step.opname, kept
         if waiting and (step.is_jump_target or name not in ("IS_OP", "POP_JUMP_IF_TRUE", "POP_JUMP_IF_FALSE")):
             yield from waiting
             waiting = []
@@ -139,7 +153,8 @@ def read(steps: Iterable[Step]) -> Iterator[Step]:
             yield step._replace(opname="LOAD_CONST", effect=1)
         elif name in ("CALL", "CALL_KW"):
             keyed, named = named or name == "CALL_KW", False
-            yield step._replace(opname="CALL_KW" if keyed else "CALL", effect=-(step.arg or 0) - keyed)
+            count = 1 if behind == "GET_ITER" else step.arg or 0  # of a comprehension, what it goes through
+            yield step._replace(opname="CALL_KW" if keyed else "CALL", arg=count, effect=-count - keyed)
         elif name == "CALL_FUNCTION_EX":  # the latest Pythons tell by a null that no keywords are given
             keyed = before != "PUSH_NULL" if step.arg is None else step.arg % 2 == 1
             yield step._replace(effect=-1 - keyed)
@@ -195,3 +210,9 @@ def called_by(steps: Sequence[Step], end: int) -> Sequence[Step]:
             break
         i -= 1
     return []
+
+
+def callee(parts: Sequence[Step]) -> Sequence[Step]:
+    """Return what puts the function onto the stack, of what :func:`called_by` returns."""
+    heights = list(itertools.accumulate(step.effect for step in parts))
+    return parts[: len(heights) - heights[::-1].index(1)] if 1 in heights else ()

@@ -7,8 +7,10 @@ from types import CodeType
 
 from normfree.code.bytecode import instructions
 
-__all__ = ["Chain", "chains"]
+__all__ = ["ANY", "Chain", "chains"]
 
+ANY = "*"
+"""Whatever something holds."""
 _BY_TEXT = ("getattr", "setattr", "delattr")
 
 
@@ -34,7 +36,7 @@ class Chain:
 
 
 def chains(code: CodeType) -> list[Chain]:
-    """Return the chains of a function in order; where ``getattr`` is given no written text, it ends in ``__dict__``."""
+    """Return the chains of a function in order; where ``getattr`` is given no written text, it ends in ``ANY``."""
     steps, found, i = instructions(code), list[Chain](), 0
     while i < len(steps):
         start, base = i, None
@@ -49,7 +51,7 @@ def chains(code: CodeType) -> list[Chain]:
         by = steps[start - 1].argval if start and base is not None and not calls else None
         puts = by in _BY_TEXT[1:]
         if by in _BY_TEXT:
-            text = steps[i].argval if steps[i].opname == "LOAD_CONST" else "__dict__"  # any of them
+            text = steps[i].argval if steps[i].opname == "LOAD_CONST" else ANY
             names, i = [*names, str(text)], i + 1
         elif (names or base is not None) and not calls and steps[i].opname in ("STORE_ATTR", "DELETE_ATTR"):
             names, i, puts = [*names, steps[i].argval], i + 1, True

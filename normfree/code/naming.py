@@ -7,6 +7,7 @@ no forward comes to and hands a layer out: whoever asks for it could take it him
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.code.bytecode import Step, index_of, instructions, is_plain
-from normfree.code.chains import Chain
+from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import Held
 from normfree.code.reach import Function, functions_of, is_foreign, named_by
 from normfree.code.straight import is_dead
-from normfree.code.using import calls_result, calls_variable, is_called, is_handed_out, is_used, part_of, takes_some
-from normfree.tracing.callers import Call
+from normfree.code.using import calls_variable, is_called, is_handed_out, is_used, part_of, takes_some
+from normfree.tracing.callers import Call, Place
 
 __all__ = ["Named", "find_named"]
 
@@ -167,6 +168,7 @@ class _Reading:
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
         name, steps = rest[0], instructions(function.code)
+        reaches = function.forward or calls_variable(function.code, result=True)
         works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(function.code.co_names))
         if name in ("weight", "bias"):
             if works and not chain.puts and rest[1:2] not in _ABOUT:
@@ -179,12 +181,12 @@ class _Reading:
                     self.named.read["bias"].add(id(below))
         elif name.startswith("register_") and name.endswith("hook"):
             self.named.called.add(id(module))
-        elif name in _DEEP and (function.forward or calls_variable(function.code) or calls_result(function.code)):
+        elif name in _DEEP and reaches:
             for below in module.modules():
                 self._open(below, function.code)
         elif name in _CHANGING and _holds(module) and not function.broken:
             self.named.called.update(map(id, module._modules.values()))
-        elif name in _ALL and function.forward:
+        elif (name in _ALL and reaches) or (name == ANY and function.forward):
             self._open(module, function.code)
         elif function.forward and not module._modules and name not in _HARMLESS:
             method = getattr(type(module), name, None)
@@ -216,14 +218,14 @@ class _Reading:
             module, rest = start, names
             while rest and module._modules.get(rest[0]) is not None:
                 module, rest = module._modules[rest[0]], rest[1:]  # type: ignore[assignment]  # it is no None
-            if rest != chain.names or (rest[:1] and rest[0] in _ALL | _DEEP | _READ):
+            if rest != chain.names or (rest[:1] and rest[0] in _ALL | _DEEP | _READ | {ANY}):
                 yield module, rest
 
     def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: list[Chain]) -> bool:
         """Whether the call that a chain ends in is the one that was seen."""
         for call in self.called.get(id(module), ()):
-            for place in call.places:
-                if place.code is code:
+            for place, inner in zip(call.places, (*call.places[1:], None), strict=True):
+                if place.code is code and _calls(call, inner, module):
                     at = index_of(place)
                     same = [c for c in chains if c.names[-1:] == chain.names[-1:] and chain.end < c.end <= at]
                     if chain.end < at and not same:
@@ -265,6 +267,13 @@ def _passes_on(
     kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
     dead = all(isinstance(name, str) and is_dead(code, name, calls[1]) for name in kept)
     return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None
+
+
+def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
+    """Whether it is the call of a module that has brought a function where it stands, and ``inner`` to run."""
+    forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    around = any(place.code is forward for place in call.places)  # else it is the layer itself
+    return around == (inner is not None) and (inner is None or inner.code is forward)
 
 
 def _holds(module: nn.Module) -> bool:

@@ -7,9 +7,9 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.code.bytecode import Step, called_by, instructions
+from normfree.code.bytecode import Step, called_by, callee, instructions
 
-__all__ = ["calls_result", "calls_variable", "is_called", "is_handed_out", "is_used", "part_of", "takes_some"]
+__all__ = ["calls_variable", "is_called", "is_handed_out", "is_used", "part_of", "takes_some"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
@@ -86,22 +86,19 @@ def part_of(module: nn.Module, steps: Sequence[Step]) -> nn.Module | None:
     return held[index] if type(index) is int and -len(held) <= index < len(held) else None
 
 
-def calls_variable(code: CodeType) -> bool:
-    """Whether a function calls what one of its variables holds."""
-    steps = instructions(code)
-    calls = [called_by(steps, i) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
-    return any(
-        not parts or (parts[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and not _is_method(parts))
-        for parts in calls
-    )
+def calls_variable(code: CodeType, *, result: bool = False) -> bool:
+    """Whether a function calls what one of its variables holds.
 
-
-def calls_result(code: CodeType) -> bool:
-    """Whether a function calls what it has just been given by a call: ``next(self.children())(x)``."""
+    Args:
+        code: What it does.
+        result: Whether to count, too, the call of what it has just been given: ``next(self.children())(x)``.
+    """
     steps = instructions(code)
-    calls = [called_by(steps, i) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
-    return any(called_by(parts, i)[:1] == parts[:1] for parts in calls for i in range(len(parts)))
+    calls = [callee(called_by(steps, i)) for i, step in enumerate(steps) if step.opname.startswith("CALL")]
+    kinds = ("LOAD_FAST", "LOAD_DEREF", *(("CALL", "BINARY_S") if result else ()))
+    return any(not function or function[-1].opname.startswith(kinds) for function in calls)
 
 
 def _is_method(parts: Sequence[Step]) -> bool:
-    return len(parts) > 1 and parts[1].opname in ("LOAD_METHOD", "LOAD_ATTR")
+    function = callee(parts)
+    return bool(function) and function[-1].opname in ("LOAD_METHOD", "LOAD_ATTR")
