@@ -19,46 +19,16 @@ from typing import Any, NamedTuple
 
 from normfree.tracing.callers import Place
 
-__all__ = [
-    "LAST",
-    "ONE_WAY",
-    "Step",
-    "called_by",
-    "callee",
-    "index_of",
-    "instructions",
-    "is_plain",
-    "raw",
-    "read",
-    "returns",
-]
+__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "index_of", "instructions"]
+__all__ += ["is_plain", "raw", "read", "returns"]
 
 ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
 LAST = ("RETURN_VALUE", "RAISE_VARARGS", "RERAISE")
-_PLAIN = {
-    "LOAD_FAST",
-    "LOAD_DEREF",
-    "LOAD_CLOSURE",
-    "LOAD_GLOBAL",
-    "LOAD_NAME",
-    "LOAD_CONST",
-    "LOAD_ATTR",
-    "LOAD_METHOD",
-}
-_PLAIN |= {"STORE_FAST", "COPY", "SWAP", "ROT_TWO", "ROT_THREE", "ROT_FOUR", "NOP", "BINARY_SUBSCR"}
+_PLAIN = {"LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CONST", "LOAD_ATTR"}
+_PLAIN |= {"LOAD_METHOD", "STORE_FAST", "COPY", "SWAP", "ROT_TWO", "ROT_THREE", "ROT_FOUR", "NOP", "BINARY_SUBSCR"}
 """Instructions that only move values between variables, attributes and the stack."""
-_NOTHING = {
-    "CACHE",
-    "NOP",
-    "NOT_TAKEN",
-    "EXTENDED_ARG",
-    "PRECALL",
-    "RESUME",
-    "MAKE_CELL",
-    "COPY_FREE_VARS",
-    "PUSH_NULL",
-}
-_NOTHING |= {"TO_BOOL", "GEN_START"}
+_NOTHING = {"CACHE", "NOP", "NOT_TAKEN", "EXTENDED_ARG", "PRECALL", "RESUME", "MAKE_CELL", "PUSH_NULL", "TO_BOOL"}
+_NOTHING |= {"GEN_START", "COPY_FREE_VARS"}
 _SAME = {
     "LOAD_FAST_BORROW": "LOAD_FAST",
     "LOAD_FAST_CHECK": "LOAD_FAST",
@@ -75,7 +45,8 @@ _PAIRS = {
     for one in ("LOAD_FAST", "LOAD_FAST_BORROW", "STORE_FAST")
     for two in ("LOAD_FAST", "LOAD_FAST_BORROW", "STORE_FAST")
 }
-_EFFECTS = {"LOAD_GLOBAL": 1, "LOAD_ATTR": 0, "LOAD_METHOD": 0, "LOAD_FAST": 1, "STORE_FAST": -1, "LOAD_CONST": 1}
+_EFFECTS = {"LOAD_GLOBAL": 1, "LOAD_ATTR": 0, "LOAD_METHOD": 0, "LOAD_FAST": 1, "LOAD_CONST": 1}
+_EFFECTS |= {"STORE_FAST": -1, "RETURN_VALUE": -1}
 
 
 class Step(NamedTuple):
@@ -111,7 +82,7 @@ def instructions(code: CodeType) -> tuple[Step, ...]:
 def raw(code: CodeType) -> list[Step]:
     """Return the instructions of a function as this Python has them."""
     jumps = {*dis.hasjrel, *dis.hasjabs}
-    found = list(dis.get_instructions(code))
+    found = list(dis.Bytecode(code))  # which tells what exceptions lead to, too
     values = ((i.opname, i.argval, i.arg, i.offset, i.is_jump_target, i.opcode in jumps) for i in found)
     return [Step(*own, dis.stack_effect(i.opcode, i.arg), i.argrepr) for own, i in zip(values, found, strict=True)]
 
@@ -157,7 +128,7 @@ def read(steps: Iterable[Step]) -> Iterator[Step]:
             yield step._replace(opname="CALL_KW" if keyed else "CALL", arg=count, effect=-count - keyed)
         elif name == "CALL_FUNCTION_EX":  # the latest Pythons tell by a null that no keywords are given
             keyed = before != "PUSH_NULL" if step.arg is None else step.arg % 2 == 1
-            yield step._replace(effect=-1 - keyed)
+            yield step._replace(argval=None, arg=None, effect=-1 - keyed)
         elif name == "BINARY_OP" and step.told == "[]":
             yield step._replace(opname="BINARY_SUBSCR", argval=None, arg=None)
         elif name == "LOAD_ATTR":

@@ -20,6 +20,7 @@ from normfree.tracing.callers import Call, Place
 
 __all__ = ["always_together", "is_dead"]
 
+_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE")
 _CHAIN = nn.Sequential.forward.__code__
 """Calls everything that it holds, one after the other."""
 
@@ -54,7 +55,7 @@ def _is_straight(place: Place, start: int, end: int) -> bool:
         between = [step for step in between if step not in idle]
     if steps[end].is_jump_target and steps[end].offset not in entered:
         return False
-    asked = [i for i, step in enumerate(between) if step.opname.startswith("POP_JUMP") and _asks_for_called(between, i)]
+    asked = [i for i, step in enumerate(between) if step.opname in _TESTS and _asks_for_called(between, i)]
     return is_plain([step for i, step in enumerate(between) if i not in asked], entered)
 
 
@@ -136,7 +137,9 @@ def is_dead(code: CodeType, name: str, index: int) -> bool:
         return False
     steps = instructions(code)
     where = {step.offset: i for i, step in enumerate(steps)}
-    waiting, seen = [index + 1], set[int]()
+    known = {step.argval for step in steps if step.jumps and not step.opname.startswith("SETUP_")}
+    caught = [i for i, step in enumerate(steps) if step.is_jump_target and step.offset not in known]
+    waiting, seen = [index + 1, *caught], set[int]()
     while waiting:
         i = waiting.pop()
         if i in seen or i >= len(steps):
