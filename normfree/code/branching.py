@@ -28,8 +28,10 @@ _DEEP = 4
 """How many functions may stand between a branch and the one that calls the layer."""
 
 
-def behind(place: Place, inner: Sequence[Place]) -> int:
+def behind(place: Place, inner: Sequence[Place]) -> tuple[int, int]:
     """Return the number of the instruction behind a call, or behind where branches meet that all call the same.
+
+    With it comes how many branches these are.
 
     Args:
         place: Where the function stands.
@@ -38,7 +40,7 @@ def behind(place: Place, inner: Sequence[Place]) -> int:
     steps, after = instructions(place.code), index_of(place) + 1
     store = steps[after]
     if store.opname != "STORE_FAST" or not inner or place.owner is None or inner[0].owner is not place.owner:
-        return after
+        return after, 1
     meet = after + 1
     if steps[meet].opname == "JUMP_FORWARD":
         meet = next(i for i, step in enumerate(steps) if step.offset == steps[meet].argval)
@@ -46,13 +48,13 @@ def behind(place: Place, inner: Sequence[Place]) -> int:
     ways = [i for i, step in enumerate(steps) if step.jumps and step.argval == offset]
     through = [i for i in ways if steps[i].opname == "JUMP_FORWARD"]
     if not ways or through != ways:
-        return after
+        return after, 1
     ends = [*through, *([meet] if steps[meet - 1].opname not in (*ONE_WAY, *LAST) else [])]
     home = _Home(place.owner, inner[0].code)
     same = all(
         i - 1 == after or (_puts(steps, i - 1, store.argval) and home.leads(steps, i - 2, place.code, {})) for i in ends
     )
-    return meet + 1 if same and steps[meet].opname.startswith("LOAD_") else after
+    return (meet + 1, len(ends)) if same and steps[meet].opname.startswith("LOAD_") else (after, 1)
 
 
 def _puts(steps: Sequence[Step], i: int, name: str) -> bool:

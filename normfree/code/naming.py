@@ -11,17 +11,19 @@ import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FunctionType
 
 import torch.nn.functional as F
 from torch import nn
 
+from normfree.code.branching import behind
 from normfree.code.bytecode import Step, index_of, instructions, is_plain
 from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import Held
 from normfree.code.reach import Function, functions_of, is_foreign, named_by
-from normfree.code.straight import is_dead
+from normfree.code.straight import is_dead, shared
 from normfree.code.using import calls_variable, is_called, is_handed_out, is_used, part_of, takes_some
 from normfree.tracing.callers import Call, Place
 
@@ -52,10 +54,14 @@ _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 
 @dataclass
 class Named:
-    """Identities of modules that are called, or of which a parameter is read by its name, besides what was seen."""
+    """Identities of modules that are called, or of which a parameter is read by its name, besides what was seen.
+
+    With them come pairs of which each may be called without the other.
+    """
 
     called: set[int] = field(default_factory=set)
     read: dict[str, set[int]] = field(default_factory=lambda: {"weight": set(), "bias": set()})
+    pairs: set[tuple[int, int]] = field(default_factory=set)
 
 
 def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]) -> Named:
@@ -117,6 +123,7 @@ class _Reading:
         self.loose = False  # some forward reads the weight of what it was handed
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
+        self.loads: Counter[object] = Counter()
         self.holders: dict[int, nn.Module] = {}
         self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
 
@@ -163,6 +170,7 @@ class _Reading:
                     if function.forward and takes_some(steps, chain.end):
                         self.named.called.update(map(id, module._modules.values()))
         self.names.update(set(function.code.co_names))
+        self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
         self._read_texts(function)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
@@ -249,9 +257,22 @@ class _Reading:
                 mentions = max(count, self.mentioned[holder, code]) + self.mentioned[id(child), code]
                 if mentions > 1 or code not in seen:
                     self.named.called.add(id(child))
+        for layer, norms in self.pairs.items():
+            for norm in norms:
+                for call in self.called[layer]:
+                    if self._comes_elsewhere(call, max(self.called[norm], key=partial(shared, call))):
+                        self.named.pairs.add((layer, norm))
         if self.loose:
             for read in self.named.read.values():
                 read.update(self.named.called)
+
+    def _comes_elsewhere(self, layer: Call, norm: Call) -> bool:
+        """Whether a function that calls only one of two, for one that calls both, may be called by others too."""
+        count = shared(layer, norm)
+        known = behind(layer.places[count - 1], layer.places[count:])[1] if count else 1
+        inside = [place.code.co_name for place in (*layer.places[count:], *norm.places[count:])]
+        names = [name for name in inside if name != "forward" and not name.endswith(("comp>", "genexpr>"))]
+        return any(name == "<lambda>" or self.loads[name] > known for name in names)
 
 
 def _passes_on(

@@ -18,7 +18,7 @@ from normfree.code.branching import behind, is_stored
 from normfree.code.bytecode import LAST, ONE_WAY, Step, index_of, instructions, is_plain, returns
 from normfree.tracing.callers import Call, Place
 
-__all__ = ["always_together", "is_dead"]
+__all__ = ["always_together", "is_dead", "shared"]
 
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE")
 _CHAIN = nn.Sequential.forward.__code__
@@ -27,18 +27,23 @@ _CHAIN = nn.Sequential.forward.__code__
 
 def always_together(layer: Call, norm: Call) -> bool:
     """Whether a norm is called on what a layer returns whenever either is called, and nobody keeps that."""
-    shared = [a.frame == b.frame for a, b in zip(layer.places, norm.places, strict=False)]
-    count = shared.index(False) if False in shared else len(shared)
+    count = shared(layer, norm)
     if count == 0:
         return False
     one, other = layer.places[count - 1], norm.places[count - 1]
-    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:]), index_of(other))
+    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:])[0], index_of(other))
     return (
         meet
         and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
         and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p)) for p in norm.places[count:])
         and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
+
+
+def shared(layer: Call, norm: Call) -> int:
+    """Return how many of the functions that were running are the same for two calls."""
+    same = [a.frame == b.frame for a, b in zip(layer.places, norm.places, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def _is_straight(place: Place, start: int, end: int) -> bool:

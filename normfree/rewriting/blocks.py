@@ -160,14 +160,14 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    evaluate, train = (_generate(mode, places) for mode in _modes(meta_copy(block)))
-    settings = dict(zip((False, True), (settings_of(mode) for mode in _modes(meta_copy(block))), strict=True))
+    made = [(_generate(mode, places), settings_of(mode)) for mode in _modes(meta_copy(block))]
+    (evaluate, of_evaluation), (train, of_training) = made
     members = {
         "__module__": original.__module__,
         "_places": places,
         "_evaluate": evaluate,
         "_train": train,
-        "_settings": settings,
+        "_settings": {False: of_evaluation, True: of_training},
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,

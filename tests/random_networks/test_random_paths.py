@@ -48,7 +48,7 @@ def networks() -> st.SearchStrategy[Paths]:
     hooks = st.builds(Hook, st.sampled_from(list(HOOKS)), st.integers(0, 15))
     return st.builds(
         Paths,
-        blocks=st.lists(blocks(), min_size=1, max_size=3).map(tuple),
+        blocks=st.lists(blocks(), min_size=1, max_size=2).map(tuple),
         hooks=st.one_of(st.just(()), st.lists(hooks, max_size=2).map(tuple)),
         seed=st.integers(0, 3),
     )
@@ -89,7 +89,8 @@ def hold(network: Paths) -> None:
         note(path)
         for mine, theirs in zip(found, expected, strict=True):
             assert_close(mine, theirs)
-    hold_skipinit(model, x)
+    if network.seed == 0:
+        hold_skipinit(model, x)
 
 
 def refused(model: nn.Module, x: Tensor) -> bool:
