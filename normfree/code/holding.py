@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.code.reach import is_foreign
+from normfree.code.reach import Function, functions_of, is_foreign, named_by
 
-__all__ = ["Held"]
+__all__ = ["Held", "reached"]
 
 _ATOMS = (int, float, str, bytes, type(None), type, ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
+_KEEPERS = ("builtins", "functools", "collections", "types")
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
@@ -74,3 +75,21 @@ def _within(value: Any) -> Iterable[Any]:
         methods = [part for part in vars(type(value)).values() if isinstance(part, FunctionType)]
         return [*gc.get_referents(value), *methods]
     return gc.get_referents(value)
+
+
+def reached(model: nn.Module) -> tuple[Held, list[Function]]:
+    """Return what a model holds, with what its functions name, and these functions."""
+    held, met, functions = Held(model), -1, list[Function]()
+    while met < len(held.functions):
+        met, functions = len(held.functions), list(functions_of(model, held.functions))
+        whole = {function.whole for function in functions}
+        held.follow(value for function in whole for value in named_by(function) if _may_hold(value))
+        for function in whole:
+            held.follow((*(function.__closure__ or ()), *(function.__defaults__ or ())))
+    return held, functions
+
+
+def _may_hold(value: object) -> bool:
+    """Whether a value of a file may hold a layer, or come to one: a list, a partial, an object of somebody's class."""
+    kind = type(value)
+    return not isinstance(value, (nn.Module, FunctionType)) and (kind.__module__ in _KEEPERS or not is_foreign(kind))

@@ -12,44 +12,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType
+from types import CodeType
 
-import torch.nn.functional as F
 from torch import nn
 
 from normfree.code.branching import behind
-from normfree.code.bytecode import Step, index_of, instructions, is_plain
-from normfree.code.chains import ANY, Chain
+from normfree.code.bytecode import index_of, instructions, is_plain
+from normfree.code.chains import Chain
 from normfree.code.chains import chains as chains_of
-from normfree.code.holding import Held
-from normfree.code.reach import Function, functions_of, is_foreign, named_by
+from normfree.code.holding import reached
+from normfree.code.reach import Function
 from normfree.code.straight import is_dead, shared
-from normfree.code.using import calls_variable, is_called, is_handed_out, is_used, part_of, takes_some
+from normfree.code.using import calls_variable, is_handed_out, is_test, is_used, part_of, takes_some
+from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
 from normfree.tracing.callers import Call, Place
 
 __all__ = ["Named", "find_named"]
-
-_ALL = {"_modules", "children", "named_children", "__dict__", "values", "items", "forward", "__call__", "_conv_forward"}
-_ALL |= {"__iter__", "__getitem__"}
-"""Attributes by which one comes to what a module holds, or calls it by another way."""
-_DEEP = {"modules", "named_modules", "get_submodule", "apply"}
-"""Those by which one comes to what is held by that, too."""
-_READ = {"parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}
-"""Those by which one comes to a weight and a bias."""
-_ANY_ATTRIBUTE = frozenset({"attrgetter", "methodcaller", "__getattr__", "__getattribute__"})
-_ANY_GLOBAL = frozenset({"eval", "exec"})
-"""Names by which a text may become any attribute."""
-_FRAMES = frozenset({"locals", "vars", "dir", "_getframe", "currentframe"})
-"""Names by which one comes to the variables of a function."""
-_ABOUT = {(name,) for name in ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda")}
-"""What can be asked of a weight without its values."""
-_CHANGING = frozenset({"pop", "append", "insert", "extend", "__delitem__", "__setitem__", "add_module", "update"})
-"""By these a sequence comes to hold something else."""
-_HARMLESS = frozenset({"train", "eval", "requires_grad_", "to", "type", "float", "half", "double", "zero_grad"})
-_FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
-"""By these a weight works."""
-_KEEPERS = ("builtins", "functools", "collections", "types")
-_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 
 
 @dataclass
@@ -73,25 +51,12 @@ def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: 
         pairs: The identity of each layer, and of what returns what it does, with those of the norm that would go into
             it and of what begins with that.
     """
-    held, met = Held(model), -1
-    while met < len(held.functions):
-        met, functions = len(held.functions), list(functions_of(model, held.functions))
-        whole = {function.whole for function in functions}
-        held.follow(value for function in whole for value in named_by(function) if _may_hold(value))
-        held.follow(
-            value for function in whole for value in (*(function.__closure__ or ()), *(function.__defaults__ or ()))
-        )
+    held, functions = reached(model)
     reading = _Reading(model, called, pairs, Named(held.called, held.read))
     for function in functions:
         reading.read(function)
     reading.finish()
     return reading.named
-
-
-def _may_hold(value: object) -> bool:
-    """Whether a value of a file may hold a layer, or come to one: a list, a partial, an object of somebody's class."""
-    kind = type(value)
-    return not isinstance(value, (nn.Module, FunctionType)) and (kind.__module__ in _KEEPERS or not is_foreign(kind))
 
 
 class _Reading:
@@ -142,9 +107,9 @@ class _Reading:
         for chain, module, rest in uses:
             norms = self.pairs.get(id(module), frozenset())
             if not rest and chain.calls and norms:
-                behind = _passes_on(function.code, chain, norms, ends)
-                if behind is not None:
-                    passed |= {(chain.end, id(module)), behind}
+                then = _passes_on(function.code, chain, norms, ends)
+                if then is not None:
+                    passed |= {(chain.end, id(module)), then}
         put = {id(module) for chain, module, rest in uses if chain.puts and not rest}
         for chain, module, rest in uses:
             if rest:
@@ -157,15 +122,15 @@ class _Reading:
                     self.named.called.add(id(module))
             elif chain.start and steps[chain.start - 1].argval == "checkpoint":
                 pass  # torch's, which calls it whole
-            elif not _is_test(steps, chain.end + 1):
-                if not function.forward and not (keeps and is_used(steps, chain.end, _holds(module))):
+            elif not is_test(steps, chain.end + 1):
+                if not function.forward and not (keeps and is_used(steps, chain.end, holds(module))):
                     if not function.broken and is_handed_out(steps, chain.end):
                         self.handed[function.code.co_name].add(id(module))
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
                     self.named.called.add(id(module))
-                if _holds(module):
+                if holds(module):
                     self._open(module, function.code, part)
                     if function.forward and takes_some(steps, chain.end):
                         self.named.called.update(map(id, module._modules.values()))
@@ -175,40 +140,26 @@ class _Reading:
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
-        name, steps = rest[0], instructions(function.code)
-        reaches = function.forward or calls_variable(function.code, result=True)
-        works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(function.code.co_names))
-        if name in ("weight", "bias"):
-            if works and not chain.puts and rest[1:2] not in _ABOUT:
-                self.named.read[name].add(id(module))
-        elif name in _READ:
-            about = [step for step in steps[chain.end + 1 : chain.end + 8] if step.opname.startswith("LOAD_")][:1]
-            if function.forward and not (about and (about[0].argval,) in _ABOUT):
-                for below in module.modules():
-                    self.named.read["weight"].add(id(below))
-                    self.named.read["bias"].add(id(below))
-        elif name.startswith("register_") and name.endswith("hook"):
+        said = meaning(chain, module, rest, function)
+        if said in self.named.read:
+            self.named.read[said].add(id(module))
+        elif said == "parameters":
+            for read in self.named.read.values():
+                read.update(map(id, module.modules()))
+        elif said == "use":
             self.named.called.add(id(module))
-        elif name in _DEEP and reaches:
-            for below in module.modules():
-                self._open(below, function.code)
-        elif name in _CHANGING and _holds(module) and not function.broken:
+        elif said == "change":
             self.named.called.update(map(id, module._modules.values()))
-        elif (name in _ALL and reaches) or (name == ANY and function.forward):
-            self._open(module, function.code)
-        elif function.forward and not module._modules and name not in _HARMLESS:
-            method = getattr(type(module), name, None)
-            self.named.called |= {id(module)} if isinstance(method, FunctionType) else set()
+        elif said:
+            for opened in module.modules() if said == "open all" else [module]:
+                self._open(opened, function.code)
 
     def _read_texts(self, function: Function) -> None:
         """Note what a text may lead to, or whoever looks at the variables of a function."""
-        steps = instructions(function.code)
-        loaded = {i: s.argval for i, s in enumerate(steps) if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-        names = _ANY_ATTRIBUTE.intersection(function.code.co_names) | _ANY_GLOBAL.intersection(loaded.values())
-        if names or any(name == "getattr" and not is_called(steps, i) for i, name in loaded.items()):
+        if may_take_any(function.code):
             starts = self.instances.get(function.owner, []) if function.owner else [self.model]
             self.named.called.update(id(below) for start in starts for below in start.modules())
-        if _FRAMES.intersection(function.code.co_names):
+        if looks_at_variables(function.code):
             for module, calls in self.called.items():
                 if any(place.code is function.code for call in calls for place in call.places):
                     self.named.called.add(module)
@@ -226,7 +177,7 @@ class _Reading:
             module, rest = start, names
             while rest and module._modules.get(rest[0]) is not None:
                 module, rest = module._modules[rest[0]], rest[1:]  # type: ignore[assignment]  # it is no None
-            if rest != chain.names or (rest[:1] and rest[0] in _ALL | _DEEP | _READ | {ANY}):
+            if rest != chain.names or (rest[:1] and leads_in(rest[0])):
                 yield module, rest
 
     def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: list[Chain]) -> bool:
@@ -295,15 +246,3 @@ def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
     forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     around = any(place.code is forward for place in call.places)  # else it is the layer itself
     return around == (inner is not None) and (inner is None or inner.code is forward)
-
-
-def _holds(module: nn.Module) -> bool:
-    return hasattr(type(module), "__iter__")
-
-
-def _is_test(steps: tuple[Step, ...], i: int) -> bool:
-    """Whether a value is only asked whether it is there."""
-    if steps[i].opname in _TESTS:
-        return True
-    none = steps[i].opname == "LOAD_CONST" and steps[i].argval is None
-    return none and steps[i + 1].opname == "IS_OP"

@@ -9,10 +9,11 @@ from torch import nn
 
 from normfree.code.bytecode import Step, called_by, callee, instructions
 
-__all__ = ["calls_variable", "is_called", "is_handed_out", "is_used", "part_of", "takes_some"]
+__all__ = ["calls_variable", "is_called", "is_handed_out", "is_test", "is_used", "part_of", "takes_some"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
+_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 _TAKING = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 
 
@@ -59,6 +60,14 @@ def is_called(steps: Sequence[Step], i: int) -> bool:
     """Whether the value that an instruction puts onto the stack is called, and not handed on."""
     parts = called_by(steps, _taken(steps, i))
     return bool(parts) and parts[0] is steps[i]
+
+
+def is_test(steps: Sequence[Step], i: int) -> bool:
+    """Whether a value is only asked whether it is there."""
+    if steps[i].opname in _TESTS:
+        return True
+    none = steps[i].opname == "LOAD_CONST" and steps[i].argval is None
+    return none and steps[i + 1].opname == "IS_OP"
 
 
 def is_handed_out(steps: Sequence[Step], i: int) -> bool:
