@@ -170,6 +170,8 @@ class _Reading:
             starts, names = self.instances.get(function.owner, []) if function.owner else [], chain.names
         else:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
+            if known is None and leads_in(chain.names[0], unknown=True) and function.forward:
+                yield from ((module, chain.names) for module in self.model.modules())  # whatever the variable holds
             if known is None:
                 return
             starts, names = self.by_name[chain.names[known]], chain.names[known + 1 :]

@@ -17,6 +17,7 @@ __all__ = ["holds", "leads_in", "looks_at_variables", "may_take_any", "meaning"]
 _ALL = {"_modules", "children", "named_children", "__dict__", "values", "items", "forward", "__call__", "_conv_forward"}
 _ALL |= {"__iter__", "__getitem__"}
 """Attributes by which one comes to what a module holds, or calls it by another way."""
+_OF_MODULES = {"_modules", "children", "named_children"}
 _DEEP = {"modules", "named_modules", "get_submodule", "apply"}
 """Those by which one comes to what is held by that, too."""
 _READ = {"parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}
@@ -64,9 +65,9 @@ def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Fu
     return "use" if own and isinstance(method, FunctionType) else ""
 
 
-def leads_in(name: str) -> bool:
-    """Whether an attribute of any module means something, its own or not."""
-    return name in _ALL | _DEEP | _READ | {ANY}
+def leads_in(name: str, *, unknown: bool = False) -> bool:
+    """Whether an attribute of any module leads to others; if ``unknown``, whether none but a module has such a one."""
+    return name in (_DEEP | _OF_MODULES if unknown else _ALL | _DEEP | _READ) | {ANY}
 
 
 def holds(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
@@ -14,12 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import noise, randomise
-from readings import actions
+from readings import actions, plan_of
 from test_second_paths import Net, flagged, hold, made
 from torch import Tensor, nn
 
 import normfree
-from normfree.errors import UnsupportedModelError
+from normfree.errors import UnsupportedModelError, UsageError
 
 
 class Sequence(nn.Module):
@@ -123,6 +124,21 @@ def by_a_method_of_a_stranger(self: Any, x: Tensor) -> Tensor:
     return Stranger.solitary(self, x) if self.flag else self.b(self.c(x))
 
 
+def by_a_stranger_and_a_name(self: Any, x: Tensor) -> Tensor:
+    return Stranger.named(self, "c", x) if self.flag else self.b(self.c(x))
+
+
+def by_a_stranger_who_takes_the_first(self: Any, x: Tensor) -> Tensor:
+    return Stranger.first(self, x) if self.flag else self.b(self.c(x))
+
+
+def by_one_of_two_calls_of_a_closure(self: Any, x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        return self.c(x)
+
+    return inner(x) if self.flag else self.b(inner(x))
+
+
 def by_an_object_that_is_called(self: Any, x: Tensor) -> Tensor:
     return stranger(self, x) if self.flag else self.b(self.c(x))
 
@@ -180,6 +196,14 @@ class Stranger:
     def __call__(self, net: Any, x: Tensor) -> Tensor:
         return net.c(x)
 
+    @staticmethod
+    def named(net: Any, name: str, x: Tensor) -> Tensor:
+        return getattr(net, name)(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def first(net: Any, x: Tensor) -> Tensor:
+        return next(net.children())(x)  # type: ignore[no-any-return]
+
 
 stranger, in_part, TABLE = Stranger(), functools.partial(Stranger.solitary), {"apart": lambda net, x: net.c(x)}
 HELD: list[nn.Module] = []
@@ -193,7 +217,8 @@ FORWARDS = (by_attrgetter, by_reduced_names, by_text, by_the_class, by_its_param
 FORWARDS += (by_all_parameters, by_a_name_of_a_parameter, by_a_hook, by_local_variables, by_the_frame)
 FORWARDS += (by_a_function_of_a_module, by_a_function_imported_inside, by_a_method_of_a_stranger)
 FORWARDS += (by_an_object_that_is_called, by_a_partial, by_a_table, without_the_norm, without_the_norm_by_its_name)
-FORWARDS += (with_another_layer,)
+FORWARDS += (with_another_layer, by_a_stranger_and_a_name, by_a_stranger_who_takes_the_first)
+FORWARDS += (by_one_of_two_calls_of_a_closure,)
 
 
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda way: way.__name__)
@@ -380,3 +405,65 @@ def test_a_module_named_as_one_of_pythons_own_is_read() -> None:
 def test_who_asks_only_for_sizes_lets_a_norm_fold(method: Callable[..., Any]) -> None:
     model = randomise(type("Made", (Net,), {"forward": Net.plain, "size": method})()).double().eval()
     assert actions(hold(model, lambda m, x: m(x))) == {"b": "fold"}
+
+
+class Summing(nn.Module):
+    """Ends in a product that no module owns, so that its forward is rewritten where it gets a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode, self.drop = 0, nn.Dropout(0.5)
+        self.c, self.b = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.b(self.c(x)))
+        if self.mode == 1 or SETTINGS["doubled"]:
+            y = y * 2
+        return x + y * torch.sigmoid(y)
+
+
+SETTINGS = {"doubled": False}
+
+
+def test_a_rewritten_forward_says_that_a_setting_has_changed() -> None:
+    x = noise(2, 4, 6, 6, dtype=torch.float64)
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), Summing())).double().eval()
+    converted = normfree.convert(model, init="preserve", inputs=x)
+    assert [alpha.place for alpha in plan_of(converted).alphas] == ["sum"]
+    torch.testing.assert_close(converted(x), model(x))
+    converted[1].mode = 1
+    with pytest.raises(UsageError, match="mode is 1, but this forward was rewritten for 0"):
+        converted(x)
+    converted[1].mode = 0
+    torch.testing.assert_close(copy.deepcopy(converted)(x), model(x))
+    SETTINGS["doubled"] = True
+    try:
+        with pytest.raises(UsageError, match="SETTINGS is"):
+            converted(x)
+    finally:
+        SETTINGS["doubled"] = False
+
+
+class GoingByGradients(Summing):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.b(self.c(x)))
+        if torch.is_grad_enabled():
+            y = y * 2
+        return x + y * torch.sigmoid(y)
+
+
+def test_a_forward_that_asks_the_process_is_not_rewritten() -> None:
+    x = noise(2, 4, 6, 6, dtype=torch.float64)
+    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), GoingByGradients())).double().eval()
+    converted = hold(model, lambda m, x: m(x))
+    torch.testing.assert_close(converted(x), model(x))
+    (total,) = plan_of(converted).sums
+    assert not total.alphas
+    assert "it goes by what is_grad_enabled() says" in total.declined[0]
+
+
+def test_the_forward_of_a_norm_that_something_holds_is_refused() -> None:
+    model = made(Net.plain)
+    model.held = model.b.forward
+    with pytest.raises(UnsupportedModelError, match="something holds its method forward"):
+        normfree.convert(model, init="preserve", inputs=noise(2, 4, 6, 6, dtype=torch.float64))
