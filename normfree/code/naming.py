@@ -16,14 +16,13 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.code.branching import behind
 from normfree.code.bytecode import index_of, instructions, is_plain
 from normfree.code.chains import Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import reached
 from normfree.code.reach import Function
-from normfree.code.straight import is_dead, shared
-from normfree.code.using import calls_variable, is_handed_out, is_test, is_used, part_of, takes_some
+from normfree.code.straight import comes_elsewhere, is_dead, shared
+from normfree.code.using import calls_variable, is_handed_out, is_test, is_used, part_of, passes, takes_some
 from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
 from normfree.tracing.callers import Call, Place
 
@@ -89,6 +88,8 @@ class _Reading:
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
         self.loads: Counter[object] = Counter()
+        self.strangers: list[CodeType] = []  # what goes into whatever it is given
+        self.passing: set[type] = set()  # classes whose forwards give themselves to others
         self.holders: dict[int, nn.Module] = {}
         self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
 
@@ -136,6 +137,8 @@ class _Reading:
                         self.named.called.update(map(id, module._modules.values()))
         self.names.update(set(function.code.co_names))
         self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
+        if function.owner is not None and function.forward and passes(steps, function.owner_name):
+            self.passing.add(function.owner)
         self._read_texts(function)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
@@ -171,7 +174,7 @@ class _Reading:
         else:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
             if known is None and leads_in(chain.names[0], unknown=True) and function.forward:
-                yield from ((module, chain.names) for module in self.model.modules())  # whatever the variable holds
+                self.strangers += [function.code] if calls_variable(function.code, result=True) else []
             if known is None:
                 return
             starts, names = self.by_name[chain.names[known]], chain.names[known + 1 :]
@@ -200,6 +203,9 @@ class _Reading:
 
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
+        for code in self.strangers:
+            for module in {below for cls in self.passing for own in self.instances[cls] for below in own.modules()}:
+                self._open(module, code)
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
         for (holder, code), count in self.opened.items():
@@ -213,19 +219,11 @@ class _Reading:
         for layer, norms in self.pairs.items():
             for norm in norms:
                 for call in self.called[layer]:
-                    if self._comes_elsewhere(call, max(self.called[norm], key=partial(shared, call))):
+                    if comes_elsewhere(call, max(self.called[norm], key=partial(shared, call)), self.loads):
                         self.named.pairs.add((layer, norm))
         if self.loose:
             for read in self.named.read.values():
                 read.update(self.named.called)
-
-    def _comes_elsewhere(self, layer: Call, norm: Call) -> bool:
-        """Whether a function that calls only one of two, for one that calls both, may be called by others too."""
-        count = shared(layer, norm)
-        known = behind(layer.places[count - 1], layer.places[count:])[1] if count else 1
-        inside = [place.code.co_name for place in (*layer.places[count:], *norm.places[count:])]
-        names = [name for name in inside if name != "forward" and not name.endswith(("comp>", "genexpr>"))]
-        return any(name == "<lambda>" or self.loads[name] > known for name in names)
 
 
 def _passes_on(

@@ -51,8 +51,8 @@ def settings_of(module: nn.Module) -> tuple[Setting, ...]:
     for function in own_functions(module):
         for code in codes_of(function.__code__):
             named = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-            held = {name: copy.copy(value) for name, value in named.items() if _is_plain(value)}
-            found |= {(name,): Setting((name,), value, function.__globals__) for name, value in held.items()}
+            plain = {name: copy.copy(value) for name, value in named.items() if _is_plain(value)}
+            found |= {(name,): Setting((name,), value, function.__globals__) for name, value in plain.items()}
             for chain in (chain for chain in chains(code) if not chain.puts):
                 value: Any = module
                 for end, name in enumerate(chain.names, 1):

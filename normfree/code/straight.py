@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -18,7 +18,7 @@ from normfree.code.branching import behind, is_stored
 from normfree.code.bytecode import LAST, ONE_WAY, Step, index_of, instructions, is_plain, returns
 from normfree.tracing.callers import Call, Place
 
-__all__ = ["always_together", "is_dead", "shared"]
+__all__ = ["always_together", "comes_elsewhere", "is_dead", "shared"]
 
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE")
 _CHAIN = nn.Sequential.forward.__code__
@@ -44,6 +44,21 @@ def shared(layer: Call, norm: Call) -> int:
     """Return how many of the functions that were running are the same for two calls."""
     same = [a.frame == b.frame for a, b in zip(layer.places, norm.places, strict=False)]
     return same.index(False) if False in same else len(same)
+
+
+def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> bool:
+    """Whether a function that calls only one of two, for one that calls both, may be called by others too.
+
+    Args:
+        layer: A call of the first.
+        norm: One of the second.
+        loads: How often each name is taken in the code that was read.
+    """
+    count = shared(layer, norm)
+    known = behind(layer.places[count - 1], layer.places[count:])[1] if count else 1
+    inside = [place.code.co_name for place in (*layer.places[count:], *norm.places[count:])]
+    names = [name for name in inside if name != "forward" and not name.endswith(("comp>", "genexpr>"))]
+    return any(name == "<lambda>" or loads[name] > known for name in names)
 
 
 def _is_straight(place: Place, start: int, end: int) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from normfree.code.bytecode import Step, called_by, callee, instructions
 
-__all__ = ["calls_variable", "is_called", "is_handed_out", "is_test", "is_used", "part_of", "takes_some"]
+__all__ = ["calls_variable", "is_called", "is_handed_out", "is_test", "is_used", "part_of", "passes", "takes_some"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
@@ -73,6 +73,17 @@ def is_test(steps: Sequence[Step], i: int) -> bool:
 def is_handed_out(steps: Sequence[Step], i: int) -> bool:
     """Whether the value that an instruction puts onto the stack is returned, or put into what may be."""
     return steps[_taken(steps, i)].opname.startswith(("RETURN_", "YIELD_", "BUILD_", "LIST_"))
+
+
+def passes(steps: Sequence[Step], name: str | None) -> bool:
+    """Whether some code gives what a variable holds to a function, as an argument, and not to ``super``."""
+    for i, step in enumerate(steps):
+        if step.opname in ("LOAD_FAST", "LOAD_DEREF") and step.argval == name and name is not None:
+            attribute = i + 1 < len(steps) and steps[i + 1].opname.endswith(("_ATTR", "_METHOD"))
+            own = i > 0 and (steps[i - 1].argval in ("__class__", "getattr", "setattr", "delattr", "isinstance"))
+            if not attribute and not own and steps[_taken(steps, i)].opname.startswith(("CALL", "BUILD_")):
+                return True
+    return False
 
 
 def takes_some(steps: Sequence[Step], i: int) -> bool:
