@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
 from types import CodeType
 
@@ -81,7 +82,10 @@ def passes(steps: Sequence[Step], name: str | None) -> bool:
         if step.opname in ("LOAD_FAST", "LOAD_DEREF") and step.argval == name and name is not None:
             attribute = i + 1 < len(steps) and steps[i + 1].opname.endswith(("_ATTR", "_METHOD"))
             own = i > 0 and (steps[i - 1].argval in ("__class__", "getattr", "setattr", "delattr", "isinstance"))
-            if not attribute and not own and steps[_taken(steps, i)].opname.startswith(("CALL", "BUILD_")):
+            end = _taken(steps, i)
+            called = called_by(steps, end)[:1]  # one of Python's own goes into nothing: ``enumerate(self)``
+            known = bool(called) and called[0].opname == "LOAD_GLOBAL" and hasattr(builtins, str(called[0].argval))
+            if not attribute and not own and not known and steps[end].opname.startswith(("CALL", "BUILD_")):
                 return True
     return False
 
