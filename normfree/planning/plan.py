@@ -167,7 +167,9 @@ def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -
     Raises:
         UnsupportedModelError: A forward goes another way without a norm.
     """
-    fixed: frozenset[str] = frozenset() if traced.graphs else asked_unseen(request.modules, request.norms)
+    seen = bool(traced.graphs)
+    unknown = not seen or request.init == "preserve"
+    fixed = asked_unseen(request.modules[""], request.norms, seen) if unknown else frozenset[str]()
     while True:
         found = asked(copied, traced, made)
         gone = {edit.name for edit in made.removed}

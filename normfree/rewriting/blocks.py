@@ -2,7 +2,8 @@
 
 A product or a concatenation written inline leaves no module that alpha could live in. Then the one block that owns the
 sum gets a forward generated from its own graph, in which the branch passes through a SkipInit module before it is
-added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the
+added. Optional arguments and what its code reads of the block (a mode, a flag) have in it the values of that time,
+and whoever gives another is told so. The block stays the
 same object with the same children and is still an ``isinstance`` of its class.
 """
 
@@ -16,6 +17,8 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow
+from normfree.code.settings import asks_the_process, settings_of
+from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
@@ -45,6 +48,9 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         return "its forward takes arguments by keyword only, or any number of them"
     if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
         return "its forward takes optional arguments whose defaults cannot be written down"
+    asked = asks_the_process(block)
+    if asked:
+        return f"it goes by what {asked}() says, which may change"
     try:
         copied = meta_copy(block)
         graphs = [own_graph(mode) for mode in _modes(copied)]
@@ -91,12 +97,14 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    evaluate, train = (_generate(mode, own_graph(mode), places) for mode in _modes(meta_copy(block)))
+    made = [(_generate(mode, own_graph(mode), places), settings_of(mode)) for mode in _modes(meta_copy(block))]
+    (evaluate, of_evaluation), (train, of_training) = made
     members = {
         "__module__": original.__module__,
         "_places": places,
         "_evaluate": evaluate,
         "_train": train,
+        "_settings": {False: of_evaluation, True: of_training},
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
@@ -105,6 +113,13 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    for setting in self._settings[self.training]:
+        now = setting.now(self)
+        if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
+            name = ".".join(setting.names)
+            raise UsageError(
+                f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
+            )
     return self._train(*args, **kwargs) if self.training else self._evaluate(*args, **kwargs)
 
 
