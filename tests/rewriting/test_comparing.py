@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from harness import noise, randomise
 from torch import Tensor, nn
 
 import normfree
 from normfree.errors import InexactError
+from normfree.layers import ScaledWeight
 from normfree.rewriting import comparing, units
 
 
@@ -24,6 +26,13 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def original() -> nn.Module:
     return randomise(timm.create_model("test_resnet", num_classes=3)).eval()
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0"])
+def test_a_fresh_network_whose_signal_fades_is_compared_exactly(name: str) -> None:
+    """At its end a hundred millionth of the signal is left: what layers make of means must cancel to the last bit."""
+    converted = normfree.convert(getattr(torchvision.models, name)(), init="preserve")
+    assert all(layer.at_center is not None for layer in converted.modules() if isinstance(layer, ScaledWeight))
 
 
 @pytest.mark.usefixtures("wrong")
