@@ -8,12 +8,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from harness import noise, randomise
+from harness import assert_close, noise, randomise
 from torch import Tensor, nn
 
 import normfree
 from normfree.errors import InexactError
-from normfree.layers import ScaledWeight
 from normfree.rewriting import comparing, units
 
 
@@ -31,8 +30,11 @@ def original() -> nn.Module:
 @pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0"])
 def test_a_fresh_network_whose_signal_fades_is_compared_exactly(name: str) -> None:
     """At its end a hundred millionth of the signal is left: what layers make of means must cancel to the last bit."""
-    converted = normfree.convert(getattr(torchvision.models, name)(), init="preserve")
-    assert all(layer.at_center is not None for layer in converted.modules() if isinstance(layer, ScaledWeight))
+    model = getattr(torchvision.models, name)().double().eval()
+    converted = normfree.convert(model, init="preserve")
+    assert converted.features[1] is not model.features[1]
+    x = noise(2, 3, 64, 64, dtype=torch.float64)
+    assert_close(converted(x), model(x), 1e-9)
 
 
 @pytest.mark.usefixtures("wrong")
