@@ -10,7 +10,7 @@ from torch import nn
 from normfree.deployment.fuse import bake_
 from normfree.errors import some
 from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Found, error_between
-from normfree.proofs.draws import Steady
+from normfree.proofs.noise import Steady
 from normfree.proofs.observing import NormSpy, module_stack
 from normfree.proofs.remaking import plain_form
 from normfree.rewriting.applying import rewrite
