@@ -1,4 +1,4 @@
-"""Keep: a converted model comes in, safetensors with its plan go out, alone or in a folder that timm knows; and back."""
+"""Keep: a converted model comes in, safetensors with its plan go out, alone or in a folder for timm; and back."""
 
 from __future__ import annotations
 
