@@ -23,10 +23,9 @@ __all__ = ["check_is_module", "check_model", "check_wrapping", "is_lazy", "modul
 
 def check_is_module(model: object) -> None:
     """Refuse what is no module: a state dict, or a class that has not been called."""
-    if isinstance(model, type):
-        raise UsageError(f"expected a torch.nn.Module, got the class {model.__name__}: call it")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        got = f"the class {model.__name__}: call it" if isinstance(model, type) else type(model).__name__
+        raise UsageError(f"expected a torch.nn.Module, got {got}")
 
 
 def check_model(model: nn.Module) -> None:

@@ -92,12 +92,9 @@ def _same_as_original(case: Case, original: nn.Module) -> Found:
     passed = max(error, train) <= TOLERANCE and own <= ROUNDINGS * max(rounding, torch.finfo(case.own_dtype).eps)
     figures = f"{own:.1e} in {str(case.own_dtype)[6:]}, where the original's is {rounding:.1e}"
     worse = f" and {train:.1e} in train mode" if train > TOLERANCE else ""
-    anew = (
-        ""
-        if passed or max(error, train) > TOLERANCE
-        else "; made anew it is exact: trained since, or of another model?"
-    )
-    return Found(passed, error, f"relative error {error:.1e} in float64{worse}; {figures}{anew}")
+    if not passed and max(error, train) <= TOLERANCE:
+        figures += "; made anew it is exact: trained since, or of another model?"
+    return Found(passed, error, f"relative error {error:.1e} in float64{worse}; {figures}")
 
 
 def _error_in_train_mode(case: Case, again: nn.Module) -> float:
