@@ -146,7 +146,7 @@ def _apply(model: nn.Module, made: Plan, met: dict[str, Moments], inputs: Inputs
 
 
 def _warn_of_unseen(made: Plan) -> None:
-    if made.unseen and made.opaque:
+    if made.unseen and "" in dict(made.opaque):
         warnings.warn(made.warning, UnseenWarning, stacklevel=3)
 
 

@@ -37,7 +37,8 @@ class Plan:
         reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
-        opaque: Why the model, or one mode of it, was not seen running: its name (empty), the error and where it arose.
+        opaque: Why the model, or one mode of it, was not seen running: its name (empty), the error and where it arose;
+            and the modules with a hook that did not run.
         looked: What the model was run on to see what it does, and who said so.
         fused: Gain and alpha have been baked into plain layers since; see :func:`normfree.fuse`.
         calibrated: What :func:`normfree.calibrate` has set since.
@@ -103,7 +104,7 @@ class Plan:
     @property
     def warning(self) -> str:
         """What a user must know who would otherwise take the plan for a whole one."""
-        why = self.opaque[0][1] if self.opaque else f"the input {self.looked} does not reach {some(list(self.unseen))}"
+        why = dict(self.opaque).get("", f"the input {self.looked} does not reach {some(list(self.unseen))}")
         went = f"{len(self.unseen)} of {len(self.norms)} norms went unseen"
         return (
             f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= (--size) with which it runs"

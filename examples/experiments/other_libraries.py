@@ -2,8 +2,8 @@
 
 Each is built as its library's own documentation builds it, small where that is an option, with random statistics; it is
 planned, converted from both starting points, and proven on white noise. None of these libraries is needed otherwise;
-what is not installed is left out, and keeps the rows that it has. Those of the four YOLOs were copied from the log of a
-run that ended before it wrote them. Rows are of different commits; a network is measured anew when it is named.
+what is not installed is left out, and keeps the rows that it has. Rows are of different commits; a network is measured
+anew when it is named.
 
 Run: python examples/experiments/other_libraries.py [PART OF A NAME ...]  # writes examples/results/other_libraries.*
 """
@@ -84,7 +84,7 @@ _A: dict[str, Any] = {"spatial_dims": 3, "n_input_channels": 1, "shortcut_type":
 _network("monai ResNet, shortcut A", f"{_NETS}.ResNet", "basic", [2, 2, 2, 2], _WIDTHS, **_A, shape=(2, 1, 32, 32, 32))
 _B: dict[str, Any] = {"spatial_dims": 2, "n_input_channels": 3, "shortcut_type": "B"}
 _network("monai ResNet, shortcut B", f"{_NETS}.ResNet", "bottleneck", [1, 1, 1, 1], _WIDTHS, **_B)
-_network("monai AHNet", f"{_NETS}.AHNet", spatial_dims=3, psp_block_num=2, shape=(2, 1, 64, 64, 32))
+_network("monai AHNet", f"{_NETS}.AHNet", spatial_dims=3, psp_block_num=2, shape=(2, 1, 32, 32, 32))
 _VAE: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "norm": BATCH}
 _network("monai SegResNetVAE", f"{_NETS}.SegResNetVAE", (32, 32), **_VAE, shape=(2, 1, 32, 32))
 _DYN: dict[str, Any] = {"norm_name": "batch", "res_block": True}

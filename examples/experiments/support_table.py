@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
 import re
 import time
@@ -40,7 +41,7 @@ PAGE = TABLE.with_suffix(".md")
 EXPORTS = TABLE.with_name("export.csv")
 STRUCTURE = ("norms", "fold", "affine", "residual", "parallel", "merge", "alphas", "declined", "opaque")
 COLUMNS = ("model", "file", "parameters", *STRUCTURE, "why", "input", "gains", "status", "preserve_error")
-COLUMNS += ("batch_error", "gradients", "seconds", "versions")
+COLUMNS += ("batch_error", "gradients", "seconds", "versions", "proved")
 LARGE = 224
 """Pixels of a side from which on a model is built for a smaller image, if it can be."""
 VERSIONS = f"torch {torch.__version__.partition('+')[0]}, torchvision {torchvision.__version__.partition('+')[0]}, "
@@ -198,7 +199,7 @@ def proofs(name: str) -> dict[str, Any]:
     """Convert from both starting points and verify."""
     start = time.perf_counter()
     model = zoo.build(zoo.find(name))
-    row: dict[str, Any] = {"versions": VERSIONS}
+    row: dict[str, Any] = {"versions": VERSIONS, "proved": datetime.date.today().isoformat()}
     special = verifier(model)
     if special is not None:
         randomise(model)
@@ -307,7 +308,10 @@ def page(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"points and verified on white noise with random statistics, {len(good)} of them with every proof."
     smaller = sum(row["gains"] not in ("", "1.0") for row in rows)
     yield f"In {smaller} the gains were drawn smaller: the original itself amplified rounding beyond use."
-    yield f"{VERSIONS}."
+    days = Counter(row["proved"] for row in checked)
+    yield (
+        f"{VERSIONS}. Proved with what the package was on " + ", ".join(f"{d} ({days[d]})" for d in sorted(days)) + "."
+    )
     yield "Written by `python examples/experiments/support_table.py --render`; the figures are in `support.csv`.\n"
     yield "| file | models | verified | norms | residual | parallel | merge | alpha | declined |"
     yield "|---|---|---|---|---|---|---|---|---|"

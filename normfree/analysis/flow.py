@@ -6,6 +6,7 @@ if it were used twice. :class:`Flow` is the graph with such edges removed.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Container, Iterable, Mapping
 from types import EllipsisType
@@ -146,15 +147,15 @@ class Flow:
         value = self.graph.values.get(node)
         return None if value is None else value.shape
 
-    def shares_memory(self, node: fx.Node, other: fx.Node) -> bool:
-        """Whether what two nodes returned lies in the same memory."""
-        one, two = self.graph.values.get(node), self.graph.values.get(other)
-        return one is not None and two is not None and one.memory == two.memory
-
-    def is_born_in(self, node: fx.Node, path: str) -> bool:
-        """Whether the memory of what a node returned was new to a module: what it was given lies elsewhere."""
-        first = min((n for n in self.graph.values if self.shares_memory(n, node)), key=self.graph.order.__getitem__)
-        return first.target == path or f"{self.graph.owners[first]}.".startswith(f"{path}." if path else "")
+    @functools.cached_property
+    def writers(self) -> Mapping[int | None, list[fx.Node]]:
+        """What writes into each memory, or would in train mode, in order."""
+        found: dict[int | None, list[fx.Node]] = {}
+        for node in self.nodes:
+            written: set[int | None] = set(self.graph.written.get(node, ()))
+            for memory in written | ({self.graph.memory(self.inputs[node][0])} if is_inplace(self, node) else set()):
+                found.setdefault(memory, []).append(node)
+        return found
 
     def _role(self, node: fx.Node) -> Role:
         if node.op == "placeholder":
@@ -200,7 +201,7 @@ class Flow:
         A difference, or a mean of two with weights, is a sum if layers stand in only one of the ways to it: ``x`` less
         its own mean is none.
         """
-        operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.inputs]
+        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in self.inputs]
         if len(operands) == 2:
             if role is Role.ADD and name_of(node) not in ("add", "iadd", "add_") and not self._differ(*operands):
                 return Role.OTHER
@@ -220,8 +221,8 @@ class Flow:
 
 
 def _stack_summed_by(node: fx.Node) -> fx.Node | None:
-    """Return the stack of tensors of which a node is the sum, if nothing else becomes of it."""
-    stack = node.args[0] if node.args and name_of(node) == "sum" else None
+    """Return the stack of tensors of which a node is the sum or the mean, if nothing else becomes of it."""
+    stack = node.args[0] if node.args and name_of(node) in ("sum", "mean") else None
     if not isinstance(stack, fx.Node) or name_of(stack) != "stack" or len(stack.users) != 1:
         return None
     dims = [n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else start) for n, start in ((stack, 0), (node, None))]

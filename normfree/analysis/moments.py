@@ -88,7 +88,7 @@ def _rule(flow: Flow, node: fx.Node) -> Rule | None:
     rule = _RULES.get(flow.roles[node])
     if rule is not None:
         constant = flow.roles[node] is Role.PASS and name_of(node) in ("mul", "imul", "mul_", "truediv", "div", "div_")
-        return None if constant else rule  # a factor that the graph does not tell
+        return None if constant or "lerp" in name_of(node) else rule  # a factor that the graph does not tell
     if name_of(node) == "mean":
         return _same
     return _activated if as_activation(flow, node) is not None else None
@@ -116,11 +116,12 @@ def _padded(flow: Flow, _: Mapping[str, Norm], node: fx.Node, inputs: list[Momen
     return inputs[0] if inputs[0] is not None and wide in (None, len(inputs[0].mean)) else None
 
 
-def _added(_: Flow, __: Mapping[str, Norm], ___: fx.Node, inputs: list[Moments | None]) -> Moments | None:
+def _added(_: Flow, __: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
     known = [m for m in inputs if m is not None]
     if len(known) != len(inputs) or len({len(m.mean) for m in known}) != 1:
         return None
-    factor = 2 if len(known) == 1 else 1  # x + x
+    factor = 2.0 if len(known) == 1 else 1.0  # x + x
+    factor /= len(known) if name_of(node) == "mean" else 1
     mean, variance = sum(m.mean for m in known), sum(m.variance for m in known)
     return Moments(torch.as_tensor(mean) * factor, torch.as_tensor(variance) * factor**2)
 

@@ -54,7 +54,7 @@ class _Position:
     node: fx.Node
     convs: int = 0
     steps: int = 0
-    sliced: bool = False
+    sliced: fx.Node | None = None
     preactivated: bool = False
 
 
@@ -72,7 +72,9 @@ def find_sums(flow: Flow) -> tuple[SumNode, ...]:
             continue
         total = _classify(flow, node, flow.operands(node), found)
         taken = "lerp" in name_of(node) or total.skip is flow.operands(node)[0]
-        if total.kind == "residual" and taken:
+        if len(flow.inputs[node]) > 2:
+            found[node] = SumNode(node, "merge", "the input decides how much of each goes into it")
+        elif total.kind == "residual" and taken:
             found[node] = total
     return tuple(found.values())
 
@@ -145,7 +147,7 @@ def _walk(flow: Flow, operand: fx.Node) -> Iterator[_Position]:
         if flow.roles[source] is Role.SPLIT:
             return
         # A slice of what a convolution returns is a narrower convolution: only one in front of it picks channels of x.
-        sliced = role is Role.SLICE or (position.sliced and role is not Role.CONV)
+        sliced = node if role is Role.SLICE else None if role is Role.CONV else position.sliced
         position = _Position(source, position.convs + (role is Role.CONV), position.steps + 1, sliced)
     # A pre-activation block may project what its own norm and activation return: bn -> relu -> conv.
     if position.convs == 1:
@@ -165,15 +167,22 @@ def _splits(flow: Flow, position: _Position, other: fx.Node) -> bool:
     base = position.node
     if base is other or not flow.feeds(base, other):
         return False
-    if not position.sliced:
+    if position.sliced is None:
         return True
-    return _is_read_whole(flow, base, set(flow.between(base, other)))
+    path = set(flow.between(base, other))
+    layers = any(flow.roles[node] is Role.CONV for node in path)  # else it is arithmetic, as with the sides of a box
+    return _is_read_whole(flow, base, path, position.sliced if layers else None)
 
 
-def _is_read_whole(flow: Flow, node: fx.Node, path: set[fx.Node]) -> bool:
-    """Whether the path takes more of ``node`` than slices, dropout and the like aside."""
-    users = [user for user in flow.users[node] if user in path and flow.roles[user] is not Role.SLICE]
-    return any(flow.roles[user] is not Role.PASS or _is_read_whole(flow, user, path) for user in users)
+def _is_read_whole(flow: Flow, node: fx.Node, path: set[fx.Node], part: fx.Node | None) -> bool:
+    """Whether the path takes more of ``node`` than other slices than ``part``, dropout and the like aside."""
+    users = [user for user in flow.users[node] if user in path and not _is_other_part(flow, user, part)]
+    return any(flow.roles[user] is not Role.PASS or _is_read_whole(flow, user, path, part) for user in users)
+
+
+def _is_other_part(flow: Flow, node: fx.Node, part: fx.Node | None) -> bool:
+    one, other = flow.graph.values.get(node), flow.graph.values.get(part) if part is not None else None
+    return flow.roles[node] is Role.SLICE and (one is None or other is None or not one.covers(other))
 
 
 def _not_a_branch(flow: Flow, position: _Position, operand: fx.Node, found: Mapping[fx.Node, SumNode]) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from normfree.analysis.flow import Flow, Role
+from normfree.analysis.writing import is_born_in, shares_memory
 from normfree.layers import Channels, scaled_output_class
 from normfree.rewriting.blocks import operations_of, optional_arguments, why_not_scalable
 
@@ -99,7 +100,7 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     done = operations_of(flow, owner)
     writes = _writes_into(flow, addition, branch)
-    if writes and not flow.is_born_in(branch, owner):
+    if writes and not is_born_in(flow, branch, owner):
         return None, f"{owner} adds in place, to what others hold"
     problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls], writes)
     if problem is not None:
@@ -110,13 +111,13 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
 def _is_own(flow: Flow, path: str, addition: fx.Node) -> bool:
     """Whether what an addition writes into is nothing that a module was given and has returned."""
     returned = (node for node in flow.nodes if node.target == path or path in flow.graph.exits.get(node, ()))
-    return all(flow.is_born_in(node, path) for node in returned if flow.shares_memory(addition, node))
+    return all(is_born_in(flow, node, path) for node in returned if shares_memory(flow, addition, node))
 
 
 def _writes_into(flow: Flow, addition: fx.Node, branch: fx.Node) -> bool:
     """Whether an addition writes its result over the branch."""
     value = flow.graph.values.get(addition)
-    return value is not None and value.writes and flow.shares_memory(addition, branch)
+    return value is not None and value.writes and shares_memory(flow, addition, branch)
 
 
 def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterator[Candidate]:

@@ -7,7 +7,7 @@ from torch import fx
 from normfree.analysis.flow import Flow, Role, is_inplace
 from normfree.tracing.roles import name_of
 
-__all__ = ["is_fresh", "writers_of", "writes_into"]
+__all__ = ["is_born_in", "is_fresh", "shares_memory", "writers_of", "writes_into"]
 
 
 def writers_of(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
@@ -24,19 +24,8 @@ def writers_of(flow: Flow, node: fx.Node) -> tuple[tuple[str, ...], bool]:
 
 def writes_into(flow: Flow, node: fx.Node, since: fx.Node) -> list[fx.Node]:
     """Return what writes into the memory of ``node``, or would in train mode, once another has run."""
-    memory, order = _memory(flow, node), flow.graph.order
-    later = (user for user in flow.nodes if order[user] > order[since])
-    return [
-        user
-        for user in later
-        if memory in flow.graph.written.get(user, ())
-        or (is_inplace(flow, user) and _memory(flow, flow.inputs[user][0]) == memory)
-    ]
-
-
-def _memory(flow: Flow, node: fx.Node) -> int | None:
-    value = flow.graph.values.get(node)
-    return None if value is None else value.memory
+    order = flow.graph.order
+    return [user for user in flow.writers.get(flow.graph.memory(node), ()) if order[user] > order[since]]
 
 
 def is_fresh(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
@@ -46,9 +35,18 @@ def is_fresh(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
         or flow.roles[source] is Role.CONV
         or name_of(source) in ("add", "cat", "concat", "concatenate")
     )
-    memory = _memory(flow, source)
-    alone = all(value.memory != memory for other, value in flow.graph.values.items() if other is not source)
-    return new and alone and list(source.users) == [node]
+    return new and flow.graph.holders.get(flow.graph.memory(source)) == [source] and list(source.users) == [node]
+
+
+def shares_memory(flow: Flow, node: fx.Node, other: fx.Node) -> bool:
+    """Whether what two nodes returned lies in the same memory."""
+    return flow.graph.memory(node) is not None and flow.graph.memory(node) == flow.graph.memory(other)
+
+
+def is_born_in(flow: Flow, node: fx.Node, path: str) -> bool:
+    """Whether the memory of what a node returned was new to a module: what it was given lies elsewhere."""
+    first = min(flow.graph.holders[flow.graph.memory(node)], key=flow.graph.order.__getitem__)
+    return first.target == path or f"{flow.graph.owners[first]}.".startswith(f"{path}." if path else "")
 
 
 def _writes_unannounced(flow: Flow, node: fx.Node) -> bool:

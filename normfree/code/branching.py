@@ -11,26 +11,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dis import Instruction
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normfree.code.bytecode import JUMPS, LAST, ONE_WAY, called_by, index_of, instructions, returns
+from normfree.code.bytecode import LAST, ONE_WAY, Step, called_by, index_of, instructions, returns
 from normfree.tracing.callers import Place
 
 __all__ = ["behind", "is_stored"]
 
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-_LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW")
+_LOADS = ("LOAD_FAST", "LOAD_DEREF")
 _DEEP = 4
 """How many functions may stand between a branch and the one that calls the layer."""
 
 
-def behind(place: Place, inner: Sequence[Place]) -> int:
+def behind(place: Place, inner: Sequence[Place]) -> tuple[int, int]:
     """Return the number of the instruction behind a call, or behind where branches meet that all call the same.
+
+    With it comes how many branches these are.
 
     Args:
         place: Where the function stands.
@@ -39,24 +40,24 @@ def behind(place: Place, inner: Sequence[Place]) -> int:
     steps, after = instructions(place.code), index_of(place) + 1
     store = steps[after]
     if store.opname != "STORE_FAST" or not inner or place.owner is None or inner[0].owner is not place.owner:
-        return after
+        return after, 1
     meet = after + 1
     if steps[meet].opname == "JUMP_FORWARD":
         meet = next(i for i, step in enumerate(steps) if step.offset == steps[meet].argval)
     offset = steps[meet].offset
-    ways = [i for i, step in enumerate(steps) if step.opcode in JUMPS and step.argval == offset]
+    ways = [i for i, step in enumerate(steps) if step.jumps and step.argval == offset]
     through = [i for i in ways if steps[i].opname == "JUMP_FORWARD"]
     if not ways or through != ways:
-        return after
+        return after, 1
     ends = [*through, *([meet] if steps[meet - 1].opname not in (*ONE_WAY, *LAST) else [])]
     home = _Home(place.owner, inner[0].code)
     same = all(
         i - 1 == after or (_puts(steps, i - 1, store.argval) and home.leads(steps, i - 2, place.code, {})) for i in ends
     )
-    return meet + 1 if same and steps[meet].opname.startswith("LOAD_") else after
+    return (meet + 1, len(ends)) if same and steps[meet].opname.startswith("LOAD_") else (after, 1)
 
 
-def _puts(steps: Sequence[Instruction], i: int, name: str) -> bool:
+def _puts(steps: Sequence[Step], i: int, name: str) -> bool:
     return steps[i].opname == "STORE_FAST" and steps[i].argval == name and not steps[i].is_jump_target
 
 
@@ -67,9 +68,7 @@ class _Home:
     owner: nn.Module
     code: CodeType
 
-    def leads(
-        self, steps: Sequence[Instruction], call: int, code: CodeType, names: Mapping[str, Any], depth: int = 0
-    ) -> bool:
+    def leads(self, steps: Sequence[Step], call: int, code: CodeType, names: Mapping[str, Any], depth: int = 0) -> bool:
         """Whether the call at an instruction gives what the method returns; ``names`` are the globals around it."""
         parts = _simple(steps, call)
         if len(parts) < 2 or depth > _DEEP:
@@ -100,7 +99,7 @@ class _Home:
         return name if inner and outer is not None and not is_stored(outer, name) else None
 
 
-def _simple(steps: Sequence[Instruction], call: int) -> Sequence[Instruction]:
+def _simple(steps: Sequence[Step], call: int) -> Sequence[Step]:
     """Return function and arguments of a call that contains no other: ``self.part(x).tanh()`` is one of ``tanh``."""
     parts = called_by(steps, call)
     return [] if any(step.opname.startswith(("CALL", "BINARY_")) for step in parts) else parts
@@ -116,7 +115,7 @@ def is_stored(code: CodeType, name: str | None) -> bool:
     return any(s.argval == name and s.opname.startswith(("STORE", "DELETE")) for c in codes for s in instructions(c))
 
 
-def _first_given(parts: Sequence[Instruction], names: Mapping[str, Any]) -> str | None:
+def _first_given(parts: Sequence[Step], names: Mapping[str, Any]) -> str | None:
     """Return the variable that a function is given first, if all that this does is to call it and return the result."""
     if not parts or parts[0].opname != "LOAD_GLOBAL":
         return None

@@ -1,4 +1,9 @@
-"""What can be read from the bytecode of a function without knowing what it is for."""
+"""What can be read from the bytecode of a function without knowing what it is for.
+
+Every Python writes the same code in other instructions. They are read into one vocabulary here, that of a stack machine
+whose calls take a function and its arguments and leave a result, so that what is built on it holds for all; an
+instruction that nobody knows keeps its name, and counts as one that may do anything.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +11,131 @@ import bisect
 import dis
 import functools
 import inspect
-from collections.abc import Container, Sequence
+import itertools
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
 from types import CodeType
+from typing import Any, NamedTuple
 
 from normfree.tracing.callers import Place
 
-__all__ = ["JUMPS", "LAST", "ONE_WAY", "called_by", "index_of", "instructions", "is_plain", "loads_method", "returns"]
+__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "index_of", "instructions"]
+__all__ += ["is_plain", "raw", "read", "returns"]
 
-JUMPS = frozenset(dis.hasjrel + dis.hasjabs)
 ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
-LAST = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
-_PLAIN: tuple[str, ...] = (
-    "LOAD_",
-    "STORE_FAST",
-    "COPY",
-    "SWAP",
-    "ROT_",
-    "DUP_",
-    "PUSH_NULL",
-    "PRECALL",
-    "NOP",
-    "EXTENDED_ARG",
-)
-_PLAIN += ("BINARY_SUBSCR", "KW_NAMES", "RESUME", "MAKE_CELL", "NOT_TAKEN", "CACHE")
+LAST = ("RETURN_VALUE", "RAISE_VARARGS", "RERAISE")
+_PLAIN = {"LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CONST", "LOAD_ATTR"}
+_PLAIN |= {"LOAD_METHOD", "STORE_FAST", "COPY", "SWAP", "ROT_TWO", "ROT_THREE", "ROT_FOUR", "NOP", "BINARY_SUBSCR"}
 """Instructions that only move values between variables, attributes and the stack."""
+_NOTHING = {"CACHE", "NOP", "NOT_TAKEN", "EXTENDED_ARG", "PRECALL", "RESUME", "MAKE_CELL", "PUSH_NULL", "TO_BOOL"}
+_NOTHING |= {"GEN_START", "COPY_FREE_VARS"}
+_SAME = {
+    "LOAD_FAST_BORROW": "LOAD_FAST",
+    "LOAD_FAST_CHECK": "LOAD_FAST",
+    "LOAD_SMALL_INT": "LOAD_CONST",
+    "CALL_FUNCTION": "CALL",
+    "CALL_METHOD": "CALL",
+    "CALL_FUNCTION_KW": "CALL_KW",
+    "CALL_INTRINSIC_1": "INTRINSIC_1",
+    "CALL_INTRINSIC_2": "INTRINSIC_2",
+    "DUP_TOP": "COPY",
+}
+_PAIRS = {
+    f"{one}_{two}": (_SAME.get(one, one), _SAME.get(two, two))
+    for one in ("LOAD_FAST", "LOAD_FAST_BORROW", "STORE_FAST")
+    for two in ("LOAD_FAST", "LOAD_FAST_BORROW", "STORE_FAST")
+}
+_EFFECTS = {"LOAD_GLOBAL": 1, "LOAD_ATTR": 0, "LOAD_METHOD": 0, "LOAD_FAST": 1, "LOAD_CONST": 1}
+_EFFECTS |= {"STORE_FAST": -1, "RETURN_VALUE": -1}
+
+
+class Step(NamedTuple):
+    """An instruction: of some Python, and as :func:`read` has it the same of every one.
+
+    Attributes:
+        opname: Its name.
+        argval: What it is about: a name, a constant, where a jump leads.
+        arg: Its number.
+        offset: Where it stands.
+        is_jump_target: Whether something jumps to it.
+        jumps: Whether it may jump.
+        effect: By how much the stack grows.
+        told: What is said about its argument.
+    """
+
+    opname: str
+    argval: Any
+    arg: int | None
+    offset: int
+    is_jump_target: bool
+    jumps: bool
+    effect: int
+    told: str = ""
 
 
 @functools.lru_cache(maxsize=4096)
-def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+def instructions(code: CodeType) -> tuple[Step, ...]:
     """Return the instructions of a function."""
-    return tuple(dis.get_instructions(code))
+    return tuple(read(raw(code)))
 
 
-def loads_method(step: dis.Instruction) -> bool:
-    """Whether an instruction takes an attribute only to call it."""
-    return step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
+def raw(code: CodeType) -> list[Step]:
+    """Return the instructions of a function as this Python has them."""
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    found = list(dis.Bytecode(code))  # which tells what exceptions lead to, too
+    values = ((i.opname, i.argval, i.arg, i.offset, i.is_jump_target, i.opcode in jumps) for i in found)
+    return [Step(*own, dis.stack_effect(i.opcode, i.arg), i.argrepr) for own, i in zip(values, found, strict=True)]
+
+
+def read(steps: Iterable[Step]) -> Iterator[Step]:
+    """Yield the instructions of any Python in the one vocabulary."""
+    waiting: list[Step] = []  # LOAD_CONST None, and IS_OP behind it: with the jump that follows they are one
+    named, before, last, kept = False, "", "", ""
+    for step in steps:
+        before, last = last, step.opname
+        name = re.sub("JUMP_(FORWARD|BACKWARD)_IF", "JUMP_IF", _SAME.get(step.opname, step.opname))
+        if name in _NOTHING and not step.is_jump_target:
+            continue
+        kept, behind = step.opname, kept
+        if waiting and (step.is_jump_target or name not in ("IS_OP", "POP_JUMP_IF_TRUE", "POP_JUMP_IF_FALSE")):
+            yield from waiting
+            waiting = []
+        if waiting and name == "IS_OP":
+            waiting.append(step)
+        elif len(waiting) == 2:
+            missing = (waiting[1].arg == 0) == name.endswith("TRUE")
+            name = "POP_JUMP_IF_NONE" if missing else "POP_JUMP_IF_NOT_NONE"
+            yield step._replace(opname=name, offset=waiting[0].offset, is_jump_target=waiting[0].is_jump_target)
+            waiting = []
+        elif waiting:
+            yield from (*waiting, step._replace(opname=name))
+            waiting = []
+        elif name == "LOAD_CONST" and step.argval is None:
+            waiting = [step._replace(effect=1)]
+        elif name in _PAIRS:
+            for i, half in enumerate(_PAIRS[name]):
+                first = step.is_jump_target and i == 0
+                yield Step(half, step.argval[i], None, step.offset + i, first, False, _EFFECTS[half])
+        elif name == "RETURN_CONST":
+            yield step._replace(opname="LOAD_CONST", effect=1)
+            yield Step("RETURN_VALUE", None, None, step.offset + 1, False, False, -1)
+        elif name == "KW_NAMES":
+            named = True
+            yield step._replace(opname="LOAD_CONST", effect=1)
+        elif name in ("CALL", "CALL_KW"):
+            keyed, named = named or name == "CALL_KW", False
+            count = 1 if behind == "GET_ITER" else step.arg or 0  # of a comprehension, what it goes through
+            yield step._replace(opname="CALL_KW" if keyed else "CALL", arg=count, effect=-count - keyed)
+        elif name == "CALL_FUNCTION_EX":  # the latest Pythons tell by a null that no keywords are given
+            keyed = before != "PUSH_NULL" if step.arg is None else step.arg % 2 == 1
+            yield step._replace(argval=None, arg=None, effect=-1 - keyed)
+        elif name == "BINARY_OP" and step.told == "[]":
+            yield step._replace(opname="BINARY_SUBSCR", argval=None, arg=None)
+        elif name == "LOAD_ATTR":
+            yield step._replace(opname="LOAD_METHOD" if "NULL" in step.told else name, effect=0)
+        else:
+            yield step._replace(opname=name, effect=_EFFECTS.get(name, step.effect))
+    yield from waiting
 
 
 def index_of(place: Place) -> int:
@@ -48,7 +143,7 @@ def index_of(place: Place) -> int:
     return bisect.bisect_right([i.offset for i in instructions(place.code)], place.offset) - 1
 
 
-def is_plain(steps: Sequence[dis.Instruction], entered: Container[int] = ()) -> bool:
+def is_plain(steps: Sequence[Step], entered: Container[int] = ()) -> bool:
     """Whether instructions follow each other whatever happens, and only move values.
 
     Args:
@@ -56,15 +151,14 @@ def is_plain(steps: Sequence[dis.Instruction], entered: Container[int] = ()) -> 
         entered: Where jumps lead that have been accounted for.
     """
     return all(
-        (step.opname.startswith(_PLAIN) or _takes_by_name(steps, i))
-        and (not step.is_jump_target or step.offset in entered)
+        (step.opname in _PLAIN or _takes_by_name(steps, i)) and (not step.is_jump_target or step.offset in entered)
         for i, step in enumerate(steps)
     )
 
 
-def _takes_by_name(steps: Sequence[dis.Instruction], i: int) -> bool:
+def _takes_by_name(steps: Sequence[Step], i: int) -> bool:
     """Whether a call is ``getattr(self.layers, "0")``: the attributes of torch.fx's graphs are no identifiers."""
-    put = [step for step in called_by(steps, i) if step.opname not in ("PRECALL", "CACHE")]
+    put = called_by(steps, i)
     named = bool(put) and put[0].argval == "getattr" and steps[i].arg == 2
     return named and put[-1].opname == "LOAD_CONST" and isinstance(put[-1].argval, str)
 
@@ -76,15 +170,20 @@ def returns(code: CodeType) -> list[int]:
     return [i for i, step in enumerate(instructions(code)) if step.opname.startswith("RETURN_")]
 
 
-def called_by(steps: Sequence[dis.Instruction], end: int) -> Sequence[dis.Instruction]:
+def called_by(steps: Sequence[Step], end: int) -> Sequence[Step]:
     """Return what puts function and arguments of a call onto the stack, if it is one and nothing decides in it."""
     height, i = 0, end if steps[end].opname.startswith("CALL") else -1
-    while i >= 0 and (i == end or steps[i].opcode not in JUMPS):
-        step = steps[i]
-        height += dis.stack_effect(step.opcode, step.arg)
-        if height == 1 and step.opname != "PRECALL":
-            return [s for s in steps[i:end] if s.opname != "PUSH_NULL"]
-        if step.is_jump_target:
+    while i >= 0 and (i == end or not steps[i].jumps):
+        height += steps[i].effect
+        if height == 1:
+            return steps[i:end]
+        if steps[i].is_jump_target:
             break
         i -= 1
     return []
+
+
+def callee(parts: Sequence[Step]) -> Sequence[Step]:
+    """Return what puts the function onto the stack, of what :func:`called_by` returns."""
+    heights = list(itertools.accumulate(step.effect for step in parts))
+    return parts[: len(heights) - heights[::-1].index(1)] if 1 in heights else ()

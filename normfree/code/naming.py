@@ -7,55 +7,38 @@ no forward comes to and hands a layer out: whoever asks for it could take it him
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from dis import Instruction
+from functools import partial
 from types import CodeType
 
 from torch import nn
 
-from normfree.code.bytecode import index_of, instructions, is_plain, loads_method
-from normfree.code.holding import held
-from normfree.code.reach import Function, functions_of
-from normfree.code.straight import is_dead
-from normfree.code.using import calls_variable, is_used, part_of
-from normfree.tracing.callers import Call
+from normfree.code.bytecode import index_of, instructions, is_plain
+from normfree.code.chains import Chain
+from normfree.code.chains import chains as chains_of
+from normfree.code.holding import reached
+from normfree.code.reach import Function
+from normfree.code.straight import comes_elsewhere, is_dead, shared
+from normfree.code.using import calls_variable, is_handed_out, is_test, is_used, part_of, passes, takes_some
+from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
+from normfree.tracing.callers import Call, Place
 
 __all__ = ["Named", "find_named"]
-
-_ALL = {
-    "_modules",
-    "children",
-    "named_children",
-    "modules",
-    "named_modules",
-    "get_submodule",
-    "__dict__",
-    "__getattr__",
-}
-_ALL |= {"values", "items", "forward", "__call__", "_conv_forward", "__iter__", "__getitem__"}
-"""Attributes by which one comes to anything that a module holds, or calls it by another way."""
-_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_FORWARD_IF_NONE", "POP_JUMP_FORWARD_IF_NOT_NONE")
 
 
 @dataclass
 class Named:
-    """Identities of modules that are called, or of which a parameter is read by its name, besides what was seen."""
+    """Identities of modules that are called, or of which a parameter is read by its name, besides what was seen.
+
+    With them come pairs of which each may be called without the other.
+    """
 
     called: set[int] = field(default_factory=set)
     read: dict[str, set[int]] = field(default_factory=lambda: {"weight": set(), "bias": set()})
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """``base.a.b.c`` in some bytecode, from one instruction to another; it ends in a call or is taken as a value."""
-
-    start: int
-    end: int
-    base: str | None
-    names: tuple[str, ...]
-    calls: bool
+    pairs: set[tuple[int, int]] = field(default_factory=set)
 
 
 def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]) -> Named:
@@ -67,8 +50,9 @@ def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: 
         pairs: The identity of each layer, and of what returns what it does, with those of the norm that would go into
             it and of what begins with that.
     """
-    reading = _Reading(model, called, pairs)
-    for function in functions_of(model, reading.found_functions):
+    held, functions = reached(model)
+    reading = _Reading(model, called, pairs, Named(held.called, held.read))
+    for function in functions:
         reading.read(function)
     reading.finish()
     return reading.named
@@ -78,11 +62,18 @@ class _Reading:
     """Reads one function after another."""
 
     def __init__(
-        self, model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: Mapping[int, frozenset[int]]
+        self,
+        model: nn.Module,
+        called: Mapping[int, tuple[Call, ...]],
+        pairs: Mapping[int, frozenset[int]],
+        named: Named,
     ) -> None:
-        called_elsewhere, read_elsewhere, self.found_functions = held(model)
-        self.named = Named(called_elsewhere, read_elsewhere)
+        self.model, self.named = model, named
         self.called, self.pairs = called, pairs
+        self.backs: dict[int, set[int]] = defaultdict(set)
+        for front, backs in pairs.items():
+            for back in backs:
+                self.backs[back].add(front)
         self.instances: dict[type, list[nn.Module]] = defaultdict(list)
         self.by_name: dict[str, list[nn.Module]] = defaultdict(list)
         for module in model.modules():
@@ -94,12 +85,17 @@ class _Reading:
         self.opened: Counter[tuple[int, CodeType]] = Counter()
         self.mentioned: Counter[tuple[int, CodeType]] = Counter()
         self.loose = False  # some forward reads the weight of what it was handed
+        self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
+        self.names: Counter[str] = Counter()
+        self.loads: Counter[object] = Counter()
+        self.strangers: list[CodeType] = []  # what goes into whatever it is given
+        self.passing: set[type] = set()  # classes whose forwards give themselves to others
         self.holders: dict[int, nn.Module] = {}
         self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
-        steps, chains = instructions(function.code), _chains(function.code)
+        steps, chains = instructions(function.code), chains_of(function.code)
         passed: set[tuple[int, int]] = set()  # calls of a norm right behind its layer
         keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
@@ -112,35 +108,73 @@ class _Reading:
         for chain, module, rest in uses:
             norms = self.pairs.get(id(module), frozenset())
             if not rest and chain.calls and norms:
-                behind = _passes_on(function.code, chain, norms, ends)
-                if behind is not None:
-                    passed |= {(chain.end, id(module)), behind}
+                then = _passes_on(function.code, chain, norms, ends)
+                if then is not None:
+                    passed |= {(chain.end, id(module)), then}
+        put = {id(module) for chain, module, rest in uses if chain.puts and not rest}
         for chain, module, rest in uses:
             if rest:
-                if rest[0] in ("weight", "bias") and function.forward:
-                    self.named.read[rest[0]].add(id(module))
-                elif rest[0] in _ALL and function.forward:
-                    self._open(module, function.code)
+                self._read_attribute(chain, module, rest, function)
+            elif chain.puts:  # something else comes in its place, and not in that of what goes with it
+                around = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
+                self.named.called |= set() if function.broken or put >= around else {id(module)}
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
             elif chain.start and steps[chain.start - 1].argval == "checkpoint":
                 pass  # torch's, which calls it whole
-            elif not _is_test(steps, chain.end + 1) and (
-                function.forward or (keeps and is_used(steps, chain.end, hasattr(type(module), "__iter__")))
-            ):
+            elif not is_test(steps, chain.end + 1):
+                if not function.forward and not (keeps and is_used(steps, chain.end, holds(module))):
+                    if not function.broken and is_handed_out(steps, chain.end):
+                        self.handed[function.code.co_name].add(id(module))
+                    continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
                     self.named.called.add(id(module))
-                if hasattr(type(module), "__iter__"):
+                if holds(module):
                     self._open(module, function.code, part)
+                    if function.forward and takes_some(steps, chain.end):
+                        self.named.called.update(map(id, module._modules.values()))
+        self.names.update(set(function.code.co_names))
+        self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
+        if function.owner is not None and function.forward and passes(steps, function.owner_name):
+            self.passing.add(function.owner)
+        self._read_texts(function)
 
-    def _uses(self, chain: _Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
+        """Note what an attribute of a module, or of what it holds, leads to."""
+        said = meaning(chain, module, rest, function)
+        if said in self.named.read:
+            self.named.read[said].add(id(module))
+        elif said == "parameters":
+            for read in self.named.read.values():
+                read.update(map(id, module.modules()))
+        elif said == "use":
+            self.named.called.add(id(module))
+        elif said == "change":
+            self.named.called.update(map(id, module._modules.values()))
+        elif said:
+            for opened in module.modules() if said == "open all" else [module]:
+                self._open(opened, function.code)
+
+    def _read_texts(self, function: Function) -> None:
+        """Note what a text may lead to, or whoever looks at the variables of a function."""
+        if may_take_any(function.code):
+            starts = self.instances.get(function.owner, []) if function.owner else [self.model]
+            self.named.called.update(id(below) for start in starts for below in start.modules())
+        if looks_at_variables(function.code):
+            for module, calls in self.called.items():
+                if any(place.code is function.code for call in calls for place in call.places):
+                    self.named.called.add(module)
+
+    def _uses(self, chain: Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         """Yield the modules that a chain of names may end at, each with the names that are left."""
         if chain.base is not None and chain.base == function.owner_name:
             starts, names = self.instances.get(function.owner, []) if function.owner else [], chain.names
         else:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
+            if known is None and leads_in(chain.names[0], unknown=True) and function.forward:
+                self.strangers += [function.code] if calls_variable(function.code, result=True) else []
             if known is None:
                 return
             starts, names = self.by_name[chain.names[known]], chain.names[known + 1 :]
@@ -148,14 +182,14 @@ class _Reading:
             module, rest = start, names
             while rest and module._modules.get(rest[0]) is not None:
                 module, rest = module._modules[rest[0]], rest[1:]  # type: ignore[assignment]  # it is no None
-            if rest != chain.names or (rest[:1] and rest[0] in _ALL):
+            if rest != chain.names or (rest[:1] and leads_in(rest[0])):
                 yield module, rest
 
-    def _was_seen(self, module: nn.Module, code: CodeType, chain: _Chain, chains: list[_Chain]) -> bool:
+    def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: list[Chain]) -> bool:
         """Whether the call that a chain ends in is the one that was seen."""
         for call in self.called.get(id(module), ()):
-            for place in call.places:
-                if place.code is code:
+            for place, inner in zip(call.places, (*call.places[1:], None), strict=True):
+                if place.code is code and _calls(call, inner, module):
                     at = index_of(place)
                     same = [c for c in chains if c.names[-1:] == chain.names[-1:] and chain.end < c.end <= at]
                     if chain.end < at and not same:
@@ -169,6 +203,11 @@ class _Reading:
 
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
+        for code in self.strangers:
+            for module in {below for cls in self.passing for own in self.instances[cls] for below in own.modules()}:
+                self._open(module, code)
+        for name, modules in self.handed.items():
+            self.named.called |= modules if self.names[name] else set()
         for (holder, code), count in self.opened.items():
             for child in self.holders[holder]._modules.values():
                 if id(child) not in self.parts[holder, code] and count == self.mentioned[holder, code]:
@@ -177,35 +216,18 @@ class _Reading:
                 mentions = max(count, self.mentioned[holder, code]) + self.mentioned[id(child), code]
                 if mentions > 1 or code not in seen:
                     self.named.called.add(id(child))
+        for layer, norms in self.pairs.items():
+            for norm in norms:
+                for call in self.called[layer]:
+                    if comes_elsewhere(call, max(self.called[norm], key=partial(shared, call)), self.loads):
+                        self.named.pairs.add((layer, norm))
         if self.loose:
             for read in self.named.read.values():
                 read.update(self.named.called)
 
 
-def _chains(code: CodeType) -> list[_Chain]:
-    steps, found, i = instructions(code), list[_Chain](), 0
-    while i < len(steps):
-        start, base = i, None
-        if steps[i].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(steps[i].argval, str):
-            base, i = steps[i].argval, i + 1
-        names: list[str] = []
-        calls = False
-        while i < len(steps) and steps[i].opname in ("LOAD_ATTR", "LOAD_METHOD") and not calls:
-            names.append(steps[i].argval)
-            calls = loads_method(steps[i])
-            i += 1
-        if start and steps[start - 1].argval == "getattr" and base is not None and not calls:
-            text = steps[i].argval if steps[i].opname == "LOAD_CONST" else "__dict__"  # any of them
-            names, i = [*names, str(text)], i + 1
-        if names:
-            found.append(_Chain(start, i - 1, base, tuple(names), calls))
-        else:
-            i = start + 1
-    return found
-
-
 def _passes_on(
-    code: CodeType, chain: _Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], _Chain]
+    code: CodeType, chain: Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], Chain]
 ) -> tuple[int, int] | None:
     """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
     steps = instructions(code)
@@ -219,9 +241,8 @@ def _passes_on(
     return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None
 
 
-def _is_test(steps: tuple[Instruction, ...], i: int) -> bool:
-    """Whether a value is only asked whether it is there."""
-    if steps[i].opname in _TESTS:
-        return True
-    none = steps[i].opname == "LOAD_CONST" and steps[i].argval is None
-    return none and steps[i + 1].opname == "IS_OP"
+def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
+    """Whether it is the call of a module that has brought a function where it stands, and ``inner`` to run."""
+    forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    around = any(place.code is forward for place in call.places)  # else it is the layer itself
+    return around == (inner is not None) and (inner is None or inner.code is forward)

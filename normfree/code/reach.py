@@ -5,20 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import sysconfig
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
-from normfree.code.bytecode import instructions, loads_method
+from normfree.code.bytecode import instructions
 
-__all__ = ["Function", "functions_of"]
+__all__ = ["Function", "codes_of", "functions_of", "is_foreign", "named_by", "own_functions"]
 
 
 _STATISTICS = frozenset({"running_mean", "running_var"})
+_Methods = Mapping[str, list[FunctionType]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Function:
 
     Attributes:
         code: What it does.
+        whole: The function itself.
         owner: The class whose method it is.
         forward: Whether a forward comes to it.
         owner_name: What it calls the instance of its class.
@@ -35,6 +40,7 @@ class Function:
     """
 
     code: CodeType
+    whole: FunctionType
     owner: type | None
     forward: bool
     owner_name: str | None
@@ -44,8 +50,8 @@ class Function:
 def functions_of(model: nn.Module, held: Iterable[FunctionType]) -> Iterator[Function]:
     """Yield the functions by which a model may be used, but not those that only build it."""
     methods = {cls: _methods(cls) for module in model.modules() for cls in _bases(type(module))}
-    by_name: dict[str, list[Any]] = defaultdict(list)
-    owners: dict[Any, type] = {}
+    by_name: dict[str, list[FunctionType]] = defaultdict(list)
+    owners: dict[FunctionType, type] = {}
     for cls, own in methods.items():
         for name, function in own:
             by_name[name].append(function)
@@ -53,18 +59,26 @@ def functions_of(model: nn.Module, held: Iterable[FunctionType]) -> Iterator[Fun
     forward = _closure([*by_name["forward"], *by_name["__call__"], *held], by_name)
     torchs = [name for name in by_name if hasattr(nn.Module, name)]  # moving, loading, changing the mode
     built = _closure([function for name in torchs for function in by_name[name]], by_name, calls=True)
+    others = [function for function in owners if function not in built]
     broken = _broken(set(owners) - forward)
-    for function in {**owners, **dict.fromkeys(forward)}:
-        if function in forward or function not in built:
-            owner = owners.get(function)
-            first = function.__code__.co_varnames[:1] if owner is not None and function.__code__.co_argcount else ()
-            for code in _codes(function.__code__):
-                yield Function(code, owner, function in forward, next(iter(first), None), function in broken)
+    for function in {**dict.fromkeys(others), **dict.fromkeys(_closure(others, {})), **dict.fromkeys(forward)}:
+        owner = owners.get(function)
+        first = function.__code__.co_varnames[:1] if owner is not None and function.__code__.co_argcount else ()
+        for code in codes_of(function.__code__):
+            yield Function(code, function, owner, function in forward, next(iter(first), None), function in broken)
 
 
-def _broken(functions: set[Any]) -> set[Any]:
+def own_functions(module: nn.Module) -> set[FunctionType]:
+    """Return the forward of a module with the methods and functions that it comes to, but not those of its parts."""
+    by_name: dict[str, list[FunctionType]] = defaultdict(list)
+    for name, function in (pair for cls in reversed(_bases(type(module))) for pair in _methods(cls)):
+        by_name[name] = [function]
+    return _closure(by_name["forward"], by_name)
+
+
+def _broken(functions: set[FunctionType]) -> set[FunctionType]:
     """Return the functions that read the statistics of a norm, which are gone, or call one that does."""
-    lost, found = set(_STATISTICS), set[Any]()
+    lost, found = set(_STATISTICS), set[FunctionType]()
     while more := {f for f in functions - found if _names(f, lost)}:
         found |= more
         lost |= {function.__name__ for function in more}
@@ -72,10 +86,10 @@ def _broken(functions: set[Any]) -> set[Any]:
 
 
 def _names(function: FunctionType, lost: set[str]) -> bool:
-    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    names = {name for code in codes_of(function.__code__) for name in code.co_names}
     others = (_plain(function.__globals__.get(name)) for name in names)  # torch's too, as what fuses a norm
     read = (
-        _STATISTICS & set(code.co_names) for other in others if other is not None for code in _codes(other.__code__)
+        _STATISTICS & set(code.co_names) for other in others if other is not None for code in codes_of(other.__code__)
     )
     return bool(lost & names) or any(read)
 
@@ -101,35 +115,63 @@ def _plain(value: Any) -> FunctionType | None:
     return value if isinstance(value, FunctionType) else None
 
 
-def _closure(start: Iterable[Any], methods: dict[str, list[Any]], calls: bool = False) -> set[Any]:
+def named_by(function: FunctionType) -> Iterator[Any]:
+    """Yield what a function names of its file, of files that it imports, and of classes: values that are no such."""
+    names = {name for code in codes_of(function.__code__) for name in code.co_names}
+    home = function.__globals__.get("__package__")
+    waiting, seen = [function.__globals__.get(name) for name in names], set[int]()
+    waiting += [sys.modules.get(name) or sys.modules.get(f"{home}.{name}") for name in names]  # imported inside
+    while waiting:
+        value = waiting.pop()
+        kind = isinstance(value, type) and not issubclass(value, nn.Module)
+        if not (kind or isinstance(value, ModuleType)):
+            yield value
+        elif id(value) not in seen and not is_foreign(value):
+            seen.add(id(value))
+            waiting += [vars(value)[name] for name in names if name in vars(value)]
+
+
+def _closure(start: Iterable[Any], methods: _Methods, calls: bool = False) -> set[FunctionType]:
     """Return some functions with the methods and the functions that they name, or only call, and that these name."""
-    found: set[Any] = set()
+    found: set[FunctionType] = set()
     waiting = [function for function in start if isinstance(function, FunctionType)]
     while waiting:
         function = waiting.pop()
-        if function in found or _is_foreign(function):
+        if function in found or is_foreign(function):
             continue
         found.add(function)
-        for name in {name for code in _codes(function.__code__) for name in code.co_names}:
-            waiting += () if calls else methods.get(name, ())
-            other = _plain(function.__globals__.get(name))
-            waiting += [] if other is None else [other]
-        for step in (step for code in _codes(function.__code__) if calls for step in instructions(code)):
-            waiting += methods.get(step.argval, ()) if loads_method(step) else ()
+        for name in {name for code in codes_of(function.__code__) for name in code.co_names if not calls}:
+            waiting += methods.get(name, ())
+        waiting += [other for value in named_by(function) if (other := _plain(value)) is not None]
+        for step in (step for code in codes_of(function.__code__) if calls for step in instructions(code)):
+            waiting += methods.get(step.argval, ()) if step.opname == "LOAD_METHOD" else ()
     return found
 
 
+_INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
+_OTHERS = tuple(Path(str(module.__file__)).parent for module in (torch, sys.modules["normfree"]))
+
+
 @functools.cache
-def _is_of_others(top: str) -> bool:
-    return top in ("torch", "numpy", "normfree") or top in sys.stdlib_module_names
+def _is_of_others(file: str) -> bool:
+    """Whether a file is one of Python's own, of torch or of this package; anybody may have one of the same name."""
+    path, installed = Path(file), file.startswith(_INSTALLED) or "site-packages" in file
+    own = file.startswith("<frozen ") or (file.startswith(sysconfig.get_paths()["stdlib"]) and not installed)
+    return own or "numpy" in path.parts or any(other in path.parents for other in _OTHERS)
 
 
-def _is_foreign(function: FunctionType) -> bool:
-    return _is_of_others((function.__module__ or "builtins").partition(".")[0])
+def is_foreign(value: Any) -> bool:
+    """Whether a function, a class or a module is Python's own, or of what knows nothing of models."""
+    if isinstance(value, FunctionType):
+        return _is_of_others(value.__code__.co_filename)
+    module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
+    file = getattr(module, "__file__", None)  # what is typed in has none
+    return getattr(module, "__name__", "") in sys.builtin_module_names if file is None else _is_of_others(file)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes_of(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function, and of those inside of it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes_of(constant)

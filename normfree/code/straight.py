@@ -7,38 +7,58 @@ first returned. What cannot be told is told no.
 
 from __future__ import annotations
 
-import dis
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType, FunctionType
 
 from torch import nn
 
 from normfree.code.branching import behind, is_stored
-from normfree.code.bytecode import JUMPS, LAST, ONE_WAY, index_of, instructions, is_plain, loads_method, returns
+from normfree.code.bytecode import LAST, ONE_WAY, Step, index_of, instructions, is_plain, returns
 from normfree.tracing.callers import Call, Place
 
-__all__ = ["always_together", "is_dead"]
+__all__ = ["always_together", "comes_elsewhere", "is_dead", "shared"]
 
+_TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE")
 _CHAIN = nn.Sequential.forward.__code__
 """Calls everything that it holds, one after the other."""
 
 
 def always_together(layer: Call, norm: Call) -> bool:
     """Whether a norm is called on what a layer returns whenever either is called, and nobody keeps that."""
-    shared = [a.frame == b.frame for a, b in zip(layer.places, norm.places, strict=False)]
-    count = shared.index(False) if False in shared else len(shared)
+    count = shared(layer, norm)
     if count == 0:
         return False
     one, other = layer.places[count - 1], norm.places[count - 1]
-    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:]), index_of(other))
+    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:])[0], index_of(other))
     return (
         meet
         and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
         and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p)) for p in norm.places[count:])
         and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
+
+
+def shared(layer: Call, norm: Call) -> int:
+    """Return how many of the functions that were running are the same for two calls."""
+    same = [a.frame == b.frame for a, b in zip(layer.places, norm.places, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> bool:
+    """Whether a function that calls only one of two, for one that calls both, may be called by others too.
+
+    Args:
+        layer: A call of the first.
+        norm: One of the second.
+        loads: How often each name is taken in the code that was read.
+    """
+    count = shared(layer, norm)
+    known = behind(layer.places[count - 1], layer.places[count:])[1] if count else 1
+    inside = [place.code.co_name for place in (*layer.places[count:], *norm.places[count:])]
+    names = [name for name in inside if name != "forward" and not name.endswith(("comp>", "genexpr>"))]
+    return any(name == "<lambda>" or loads[name] > known for name in names)
 
 
 def _is_straight(place: Place, start: int, end: int) -> bool:
@@ -51,34 +71,32 @@ def _is_straight(place: Place, start: int, end: int) -> bool:
         if there is not None and steps[i] in between:
             entered.append(there)
             between = [step for step in between if not steps[i].offset <= step.offset < there]
-        idle = _through_identity(place, steps[i:end])
+        idle = _through_identity(place, steps[i : i + 4]) if i + 4 <= end else ()
         between = [step for step in between if step not in idle]
     if steps[end].is_jump_target and steps[end].offset not in entered:
         return False
-    asked = [i for i, step in enumerate(between) if step.opname.startswith("POP_JUMP") and _asks_for_called(between, i)]
-    moving = [s for i, s in enumerate(between) if i not in asked and (s.opname != "IS_OP" or i + 1 not in asked)]
-    return is_plain(moving, entered)
+    asked = [i for i, step in enumerate(between) if step.opname in _TESTS and _asks_for_called(between, i)]
+    return is_plain([step for i, step in enumerate(between) if i not in asked], entered)
 
 
-def _through_identity(place: Place, steps: Sequence[dis.Instruction]) -> Sequence[dis.Instruction]:
+def _through_identity(place: Place, steps: Sequence[Step]) -> Sequence[Step]:
     """Return what calls ``self.part(x)`` at once, but for ``x``, if that part is an identity that nobody watches."""
-    load, method, given, *rest = steps
-    call = next((i for i, step in enumerate(rest) if step.opname not in ("PRECALL", "CACHE")), len(rest) - 1)
-    if not rest or not _is_own(place, load) or not loads_method(method) or place.owner is None:
+    load, method, given, call = steps
+    if not _is_own(place, load) or method.opname != "LOAD_METHOD" or place.owner is None:
         return ()
     part = place.owner._modules.get(method.argval)
     watched = part is not None and any(value for name, value in vars(part).items() if name.endswith("_hooks"))
-    simple = given.opname.startswith("LOAD_FAST") and rest[call].opname.startswith("CALL") and rest[call].arg == 1
-    return (load, method, *rest[: call + 1]) if simple and type(part) is nn.Identity and not watched else ()
+    simple = given.opname == "LOAD_FAST" and call.opname == "CALL" and call.arg == 1
+    return (load, method, call) if simple and type(part) is nn.Identity and not watched else ()
 
 
-def _is_own(place: Place, load: dis.Instruction) -> bool:
+def _is_own(place: Place, load: Step) -> bool:
     """Whether an instruction takes the module whose forward this is."""
     first = next(iter(place.code.co_varnames), None)
     return load.opname.startswith("LOAD_FAST") and load.argval == first and not is_stored(place.code, first)
 
 
-def _over_missing(place: Place, steps: Sequence[dis.Instruction]) -> int | None:
+def _over_missing(place: Place, steps: Sequence[Step]) -> int | None:
     """Return to where ``if self.part is not None`` jumps, if it always does.
 
     A part that is put there later, where there was none, makes another network of it.
@@ -87,7 +105,7 @@ def _over_missing(place: Place, steps: Sequence[dis.Instruction]) -> int | None:
     if not _is_own(place, load) or attribute.opname != "LOAD_ATTR" or not jump.opname.endswith("_IF_NONE"):
         return None
     whole = instructions(place.code)
-    ways = [step for step in whole if step.opcode in JUMPS and step.argval == jump.argval]
+    ways = [step for step in whole if step.jumps and step.argval == jump.argval]
     forward = jump.argval > jump.offset and len(ways) == 1
     missing = place.owner is not None and _is_missing(place.owner, attribute.argval)
     return jump.argval if forward and missing else None
@@ -112,19 +130,15 @@ def _stored_in(module: str) -> frozenset[str]:
     return frozenset(s.argval for code in codes for s in instructions(code) if s.opname == "STORE_ATTR")
 
 
-def _asks_for_called(steps: Sequence[dis.Instruction], jump: int) -> bool:
+def _asks_for_called(steps: Sequence[Step], jump: int) -> bool:
     """Whether a jump asks for nothing but whether there is what is called behind it: ``if self.norm is not None``."""
     loads = [i for i, step in enumerate(steps) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")]
     before = [i for i in loads if i < jump]
-    if not before or not loads_method(steps[loads[-1]]) or loads[-1] < jump:
+    if not before or steps[loads[-1]].opname != "LOAD_METHOD" or loads[-1] < jump:
         return False
     test, called = before[-1], loads[-1]
-    only = all(
-        step.opname == "IS_OP" or (step.opname == "LOAD_CONST" and step.argval is None)
-        for step in steps[test + 1 : jump]
-    )
     same = [(steps[i - 1].argval, steps[i].argval) for i in (test, called)]
-    return only and same[0] == same[1]
+    return test == jump - 1 and same[0] == same[1]
 
 
 def _returns(place: Place) -> bool:
@@ -143,19 +157,20 @@ def is_dead(code: CodeType, name: str, index: int) -> bool:
         return False
     steps = instructions(code)
     where = {step.offset: i for i, step in enumerate(steps)}
-    waiting, seen = [index + 1], set[int]()
+    known = {step.argval for step in steps if step.jumps and not step.opname.startswith("SETUP_")}
+    caught = [i for i, step in enumerate(steps) if step.is_jump_target and step.offset not in known]
+    waiting, seen = [index + 1, *caught], set[int]()
     while waiting:
         i = waiting.pop()
         if i in seen or i >= len(steps):
             continue
         seen.add(i)
         step = steps[i]
-        touched = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if "_FAST" in step.opname and name in touched:
-            if step.opname.startswith("LOAD") or touched[0] != name:
+        if "_FAST" in step.opname and step.argval == name:
+            if step.opname != "STORE_FAST":
                 return False
             continue
-        if step.opcode in JUMPS:
+        if step.jumps:
             waiting.append(where[step.argval])
         if step.opname not in (*ONE_WAY, *LAST):
             waiting.append(i + 1)

@@ -7,14 +7,15 @@ the norm does. Most such questions change nothing; whether one does is seen by r
 
 from __future__ import annotations
 
-import inspect
-import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
 
+from normfree.code.chains import chains
+from normfree.code.reach import functions_of
+from normfree.code.using import calls_variable
 from normfree.layers import scaled_weight_class
 from normfree.plans import Plan
 from normfree.rewriting.preparing import prepare
@@ -60,35 +61,32 @@ def _classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
     return after
 
 
-def asked_unseen(modules: Mapping[str, nn.Module], norms: Mapping[str, object]) -> frozenset[str]:
-    """Return the norms of whose class some forward seems to ask, where none was seen: it names what they are."""
+def asked_unseen(model: nn.Module, norms: Mapping[str, object], seen: bool) -> frozenset[str]:
+    """Return the norms of whose class some code seems to ask where no run saw it: it names what they are.
+
+    Args:
+        model: The model.
+        norms: The norms that it has, by name.
+        seen: Whether forwards were seen running. Then only what calls something matters, on a path that none took.
+    """
     found: set[str] = set()
-    for path, module in modules.items():
-        inside = f"{path}." if path else ""
-        below = [name for name in norms if name.startswith(inside) and name != path]
-        names = names_in(type(module)) if below else frozenset()
-        if names.isdisjoint(("type", "__class__", "_get_name", "isinstance")):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    children = {name.rpartition(".")[2] for name in modules}
+    for function in functions_of(model, ()):
+        names = set(_names_in_code(function.code))
+        calls = calls_variable(function.code) or any(c.calls and c.names[0] in children for c in chains(function.code))
+        if names.isdisjoint(_ASKING) or function.broken or not (calls if seen else function.forward):
             continue
-        for name in below:
+        places = [
+            path for path, module in modules.items() if function.owner is None or isinstance(module, function.owner)
+        ]
+        for name in (name for name in norms if any(not path or name.startswith(f"{path}.") for path in places)):
             bases = type(modules[name]).__mro__[: type(modules[name]).__mro__.index(nn.Module)]
             found.update([name] if not names.isdisjoint(base.__name__ for base in bases) else [])
     return frozenset(found)
 
 
-def names_in(cls: type[nn.Module]) -> frozenset[str]:
-    """Return the names and texts in the forward of a class, in the methods that it names, and in theirs."""
-    found: set[str] = set()
-    waiting, seen = ["forward"], {"forward"}
-    while waiting:
-        function = inspect.unwrap(getattr(cls, waiting.pop(), None))  # type: ignore[arg-type]  # it may be anything
-        top = (getattr(function, "__module__", None) or "builtins").partition(".")[0]
-        if top == "torch" or top in sys.stdlib_module_names or not hasattr(function, "__code__"):
-            continue
-        found.update(_names_in_code(function.__code__))
-        methods = {name for name in found if name.isidentifier() and hasattr(cls, name)} - seen
-        seen |= methods
-        waiting += methods
-    return frozenset(found)
+_ASKING = ("type", "__class__", "_get_name", "isinstance", "issubclass")
 
 
 def _names_in_code(code: types.CodeType) -> Iterator[str]:

@@ -35,7 +35,8 @@ def may_be_absorbed(modules: Modules, norm: str, site: Site, apart: Named) -> bo
     if any(map(hooks_on, others)) or hooks_on(layer) - {"_forward_hooks"}:
         return False
     shared = any(id(layer) in apart.read[name] for name in ("weight", "bias"))
-    return not shared and not {id(module) for module in (layer, *others)} & apart.called
+    called = {id(module) for module in (layer, *others)} & apart.called
+    return not shared and not called and (id(others[0]), id(layer)) not in apart.pairs
 
 
 def _hook_between(modules: Modules, norm: str, site: Site) -> str:
@@ -55,6 +56,7 @@ def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
     if site.producer is None or site.apart:
         return site.apart
     layer = modules[site.producer]
-    if {id(modules[path]) for path in (site.producer, *site.between, norm)} & apart.called:
+    called = {id(modules[path]) for path in (site.producer, *site.between, norm)} & apart.called
+    if called or (id(layer), id(modules[norm])) in apart.pairs:
         return f"{site.producer} or {norm} may be called elsewhere too"
     return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""

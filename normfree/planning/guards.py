@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from normfree.code.holding import Held
 from normfree.edits import Init
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError, some
 from normfree.layers import is_normfree
@@ -92,8 +93,11 @@ def module_problems(
     """Collect what stands in the way of a conversion, by module."""
     found: dict[str, str] = {}
     unknown: dict[type[nn.Module], list[str]] = {}
+    bound = Held(model).bound
     for name, module in model.named_modules():
         problem = _module_problem(module, norms.get(name), init)
+        if name in norms and id(module) in bound:
+            problem = "something holds its method forward, which is that of a norm; let it hold the module instead"
         if problem is None or any(fnmatchcase(name, pattern) for pattern in exclude):
             continue
         found[name] = f"{name} ({type(module).__qualname__}): {problem}"

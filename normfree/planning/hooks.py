@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["any_global_hook", "hooks_on"]
+from normfree.code.bytecode import instructions, returns
+
+__all__ = ["any_global_hook", "hooks_left_out", "hooks_on"]
 
 _KINDS = tuple(
     name for name in vars(nn.Module()) if name.endswith("_hooks") and name.startswith(("_forward", "_backward"))
@@ -20,3 +26,23 @@ def hooks_on(module: nn.Module) -> set[str]:
 def any_global_hook() -> bool:
     """Whether some hook hangs on every module."""
     return any(getattr(torch_module, f"_global{kind}", None) for kind in _KINDS)
+
+
+def hooks_left_out(modules: Mapping[str, nn.Module], copied: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield where a hook hangs that did not run on a copy, and that may change what its module is given or returns."""
+    for path, module in modules.items():
+        looked_at = copied.get_submodule(path)
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = {key: hook for key, hook in vars(module)[kind].items() if key not in vars(looked_at)[kind]}
+            if any(map(_may_return, hooks.values())):
+                where = path or "the root"
+                yield where, f"a hook on {where} is not run; sums that it makes get no scalar"
+
+
+def _may_return(hook: Any) -> bool:
+    """Whether a hook may return something else than nothing."""
+    if not isinstance(hook, FunctionType):
+        return True
+    steps = instructions(hook.__code__)
+    last = [steps[i] if steps[i].opname == "RETURN_CONST" else steps[i - 1] for i in returns(hook.__code__)]
+    return not all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from normfree.options import Asked, Options, takes_options
 from normfree.planning.classes import asked, asked_unseen
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_model, is_lazy, module_problems
+from normfree.planning.hooks import hooks_left_out
 from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
@@ -99,6 +101,7 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         if not norms:
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
         made = _unnoticed(copied, traced, request, decide(request, traced, findings))
+        made = replace(made, opaque=(*made.opaque, *hooks_left_out(modules, copied)))
     return made, lambda: _met(copied, traced, sites, described, made)
 
 
@@ -164,7 +167,9 @@ def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -
     Raises:
         UnsupportedModelError: A forward goes another way without a norm.
     """
-    fixed: frozenset[str] = frozenset() if traced.graphs else asked_unseen(request.modules, request.norms)
+    seen = bool(traced.graphs)
+    unknown = not seen or request.init == "preserve"
+    fixed = asked_unseen(request.modules[""], request.norms, seen) if unknown else frozenset[str]()
     while True:
         found = asked(copied, traced, made)
         gone = {edit.name for edit in made.removed}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["departures", "settings"]
@@ -46,6 +47,8 @@ def departures(made: nn.Module, model: nn.Module) -> dict[str, list[str]]:
 def _of_module(made: nn.Module, module: nn.Module) -> Iterator[Problem]:
     if not _same_class(type(made), type(module)):
         yield "another class", ""
+    if isinstance(made, torch.jit.ScriptModule):
+        return  # a copy of one is another kind of thing than the original, and holds no norm
     for held in ("_parameters", "_buffers"):
         ours, theirs = (dict(getattr(m, held).items()) for m in (made, module))  # no dicts of a ScriptModule
         for key in ours.keys() | theirs.keys():

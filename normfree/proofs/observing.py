@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,6 +48,8 @@ def module_stack(model: nn.Module) -> Iterator[list[str]]:
     stack = ["the root"]
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no such hooks, and holds no norm
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name or "the root")))
         handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
     try:

@@ -2,7 +2,8 @@
 
 A product or a concatenation written inline leaves no module that alpha could live in. Then the one block that owns the
 sum gets a forward generated from its own graph, in which the branch passes through a SkipInit module before it is
-added. Optional arguments have their defaults in it, and whoever gives another value is told so. The block stays the
+added. Optional arguments and what its code reads of the block (a mode, a flag) have in it the values of that time,
+and whoever gives another is told so. The block stays the
 same object with the same children and is still an ``isinstance`` of its class.
 """
 
@@ -10,90 +11,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow
+from normfree.code.settings import asks_the_process, settings_of
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
+from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
-from normfree.tracing.recorder import is_default
 from normfree.tracing.roles import name_of
 from normfree.tracing.traces import MODES, Graph
 
-__all__ = ["only_default", "operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
+__all__ = ["operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
 
 
 Places = tuple[tuple[int, int], ...]
-_ONE_AT_A_TIME = threading.RLock()  # torch.fx replaces methods of nn.Module while it follows a forward
-
-
-def _in_place(do: Any) -> Any:
-    return lambda x, y: x.tracer.create_proxy("call_function", do, (x, y), {})
-
-
-class _Proxy(fx.Proxy):
-    """Also knows what ``x += y`` does, which torch.fx would write down as ``x = x + y``, and that it is a tensor.
-
-    Of what a forward is given nothing says that it always is one.
-    """
-
-    @property  # type: ignore[misc]  # what ``isinstance`` asks
-    def __class__(self) -> type:
-        return fx.Proxy if self.node.op == "placeholder" else Tensor
-
-    __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
-
-
-class _OwnForward(fx.Tracer):
-    """Sees what a block's own forward does in its default call; its children are leaves.
-
-    What a run shows holds for the shapes of that run; a forward that is to be called again must hold for all. So this
-    is the one place where symbols stand for tensors; that they went the way of the run is checked.
-    """
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  # its signature is fx's
-        """Stop at every child."""
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy that knows in-place arithmetic."""
-        return _Proxy(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        """Return what a node stores for an argument; torch.fx would take a proxy that calls itself a tensor for one."""
-        return a.node if type(a) is _Proxy else super().create_arg(a)
-
-    def create_args_for_root(
-        self,
-        root_fn: Callable[..., Any],
-        is_module: bool,  # noqa: ARG002  # its signature is fx's
-        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,  # noqa: ARG002  # the same
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """Make the default call, and keep the parameters that it leaves out, with a check that nobody gives them."""
-        args: list[Any] = []
-        for parameter in inspect.signature(self.root.forward).parameters.values():
-            if parameter.default is parameter.empty:
-                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
-            else:
-                proxy = self.create_proxy("placeholder", parameter.name, (parameter.default,), {})
-                self.create_proxy("call_function", only_default, (proxy, parameter.default, parameter.name), {})
-                args.append(parameter.default)
-        return lambda: root_fn(self.root, *args), []
-
-
-def only_default(value: Any, default: Any, name: str) -> None:
-    """Refuse an argument that the rewritten forward does not know what to do with.
-
-    Raises:
-        UsageError: It is not the default.
-    """
-    if not is_default(value, default):
-        raise UsageError(f"{name} was given to a forward that was rewritten for its default; exclude its sum instead")
 
 
 def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[str], writes: bool) -> str | None:
@@ -113,13 +48,20 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         return "its forward takes arguments by keyword only, or any number of them"
     if not all(isinstance(default, (int, float, str, type(None))) for default in optional_arguments(block).values()):
         return "its forward takes optional arguments whose defaults cannot be written down"
+    asked = asks_the_process(block)
+    if asked:
+        return f"it goes by what {asked}() says, which may change"
     try:
-        graphs = [_own_graph(mode) for mode in _modes(meta_copy(block))]
+        copied = meta_copy(block)
+        graphs = [own_graph(mode) for mode in _modes(copied)]
         if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
             return "it looks at what it is given, and a forward must hold for whatever that is"
         if writes and not all(_only_its_result_goes_on(block, graph, addition) for graph in graphs):
             return "it adds in place, and goes on with another name of what it has added to"
-        scaled_block_class(block, ((addition, operand),))
+        for graph in graphs:
+            _generate(copied, graph, ((addition, operand),))
+    except LostError as error:
+        return str(error)
     except Exception as error:  # whatever the block's forward raises when it meets a symbol
         return f"it cannot be followed without values ({type(error).__name__})"
     return None
@@ -155,12 +97,14 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    evaluate, train = (_generate(mode, places) for mode in _modes(meta_copy(block)))
+    made = [(_generate(mode, own_graph(mode), places), settings_of(mode)) for mode in _modes(meta_copy(block))]
+    (evaluate, of_evaluation), (train, of_training) = made
     members = {
         "__module__": original.__module__,
         "_places": places,
         "_evaluate": evaluate,
         "_train": train,
+        "_settings": {False: of_evaluation, True: of_training},
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
@@ -169,6 +113,13 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    for setting in self._settings[self.training]:
+        now = setting.now(self)
+        if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
+            name = ".".join(setting.names)
+            raise UsageError(
+                f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
+            )
     return self._train(*args, **kwargs) if self.training else self._evaluate(*args, **kwargs)
 
 
@@ -202,17 +153,11 @@ def _modes(block: nn.Module) -> Iterator[nn.Module]:
         block.train(training)
 
 
-def _own_graph(block: nn.Module) -> fx.Graph:
-    with _ONE_AT_A_TIME:
-        return _OwnForward().trace(block)
-
-
 def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
     return Flow(Graph(graph), dict(block.named_modules(remove_duplicate=False)), ())
 
 
-def _generate(block: nn.Module, places: Places) -> Any:
-    graph = _own_graph(block)
+def _generate(block: nn.Module, graph: fx.Graph, places: Places) -> Any:
     flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
     if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(

@@ -20,6 +20,7 @@ __all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy", "
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.no_grad()  # with gradients on, what torch copies of a ScriptModule would go on teaching the original
 def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) -> M:
     """Return a deep copy; an activation that the model kept from its last forward pass comes without its history.
 
@@ -34,7 +35,12 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
         if weight is not None and type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     memo.update((id(tensor), tensor.detach().clone()) for tensor in _held(model) if not tensor.is_leaf)
-    return _copied(model, memo)
+    result = _copied(model, memo)
+    for module, copied in zip(model.modules(), result.modules(), strict=True):
+        if isinstance(module, torch.jit.ScriptModule):  # of which such copies do not learn
+            for mine, theirs in zip(copied.parameters(), module.parameters(), strict=True):
+                mine.requires_grad_(theirs.requires_grad)
+    return result
 
 
 def _copied(model: M, memo: dict[int, Any]) -> M:

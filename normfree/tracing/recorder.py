@@ -63,6 +63,11 @@ class Recorder(Notes, TorchFunctionMode):
             return out
         if func is Tensor.__iter__:
             return iter(self.__torch_function__(Tensor.unbind, types, args))
+        product = _PRODUCTS.get(str(getattr(func, "__name__", "")).rstrip("_"))
+        if product is not None and len(args) == 3 and not kwargs.keys() - {"value", "alpha"}:
+            added = self.__torch_function__(product, types, args[1:])
+            add = Tensor.add_ if func.__name__.endswith("_") else torch.add
+            return self.__torch_function__(add, types, (args[0], added), {"alpha": next(iter(kwargs.values()), 1)})
         self.next_step()
         before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
@@ -194,6 +199,8 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
     """Return what a node says of a call of one of torch's functions, methods, operators or attributes."""
     name = str(getattr(func, "__name__", ""))
+    if "other" in kwargs and len(args) == 1:
+        args, kwargs = (*args, kwargs["other"]), {key: value for key, value in kwargs.items() if key != "other"}
     if name == "__get__":
         return "call_function", getattr, (args[0], str(getattr(func.__self__, "__name__", ""))), {}
     plain = name.strip("_")
@@ -209,6 +216,8 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
 _REFLECTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
 _FOLDED = (nn.modules.conv._ConvNd, nn.Linear)
 _REFLECTED["div"] = operator.truediv
+_PRODUCTS = {"addcmul": torch.mul, "addcdiv": torch.div, "addmm": torch.mm, "baddbmm": torch.bmm}
+"""What adds a product to something: two operations in one."""
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
 
 _LAYERS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.ConvTranspose2d: 4}

@@ -78,6 +78,19 @@ class Graph:
     order: dict[fx.Node, int] = field(default_factory=dict)
     steps: dict[fx.Node, int] = field(default_factory=dict)
 
+    def memory(self, node: fx.Node) -> int | None:
+        """Return what tells the memory of the tensor that a node returned, if it is known."""
+        value = self.values.get(node)
+        return None if value is None else value.memory
+
+    @functools.cached_property
+    def holders(self) -> Mapping[int | None, list[fx.Node]]:
+        """The nodes that returned each memory."""
+        found: dict[int | None, list[fx.Node]] = {}
+        for node, value in self.values.items():
+            found.setdefault(value.memory, []).append(node)
+        return found
+
     @functools.cached_property
     def spelled(self) -> list[tuple[object, ...]]:
         """What the graph does to its inputs, in a form that can be compared.

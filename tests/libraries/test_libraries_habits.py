@@ -227,6 +227,17 @@ def test_scripted_part_is_refused_by_name(init: Any) -> None:
         normfree.plan(nn.Sequential(nn.Conv2d(3, 4, 1), scripted), init=init)
 
 
+@both
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_part_without_a_norm_learns_by_itself(init: str) -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), scripted, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    converted = prove(model, noise(2, 3, 8, 8), init=init)
+    converted(noise(2, 3, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None for p in converted[2].parameters())
+    assert all(p.grad is None for p in model.parameters()), "torch's own copy would teach the original"
+
+
 def test_norm_that_transposes_is_refused_by_name() -> None:
     class Transposed(nn.BatchNorm1d):
         def forward(self, x: Tensor) -> Tensor:

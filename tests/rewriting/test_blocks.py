@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Block, Gated, assert_close, assert_preserved, noise, prove, randomise
+from harness import Block, Gated, assert_close, assert_preserved, both, noise, prove, randomise
 from readings import alphas, plan_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import normfree
 from normfree.errors import UsageError
@@ -168,6 +170,8 @@ def test_optional_arguments_may_be_left_out_and_are_refused_where_they_are_not(m
 
 
 class Asking(Gated):
+    """Asks for what only a value tells: a symbol must not claim to be a tensor, or torch takes it for one."""
+
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn(self.conv(x)))
         return x + y * (torch.sigmoid(self.fc(y)) if isinstance(y, Tensor) and torch.is_tensor(y) else 2)
@@ -182,16 +186,78 @@ class AskingInput(Gated):
         return x + y * torch.sigmoid(self.fc(y))
 
 
-def test_rewritten_forward_goes_the_way_of_a_tensor() -> None:
-    converted = prove(net(Asking), X, init="preserve")
-    assert alphas(converted) == ["1.skipinit_0", "2.skipinit_0"]
-    assert_preserved(net(Asking), X)
+class Dropping(Gated):
+    """Stochastic depth by hand, with shapes for numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        kept = torch.rand(y.shape[0], 1, 1, 1) < 2 if self.training else torch.ones(y.size()) > 0
+        return x + y * kept
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and lets every gradient through."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return torch.round(x * 8) / 8
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _rounded(_: Any, y: Tensor) -> Tensor:
+    rounded: Tensor = Straight.apply(y)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def _frozen(self: Any, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(self.fc(y))
+    return y * gate
+
+
+def _single(self: Any, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=True):
+        return y * torch.sigmoid(self.fc(y)).to(y.dtype)
+
+
+def _again(self: Any, y: Tensor) -> Tensor:
+    product: Tensor = checkpoint(lambda z: z * torch.sigmoid(self.fc(z)), y, use_reentrant=False)
+    return product
+
+
+class Around(Gated):
+    """Does something to its branch that a graph of operations would not tell."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.how(self, torch.relu(self.bn(self.conv(x))))
+
+
+@pytest.mark.parametrize("how", [_rounded, _frozen, _single, _again])
+@both
+def test_forward_whose_graph_would_lose_something_is_left_alone(how: Any, init: str) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), Around(how)))
+    assert "would be lost" in normfree.plan(model).declined[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is declined is said there too
+        converted = normfree.convert(model, init=init)  # type: ignore[arg-type]  # one of two
+    assert type(converted[1]) is Around
+    gradient = torch.autograd.grad(converted(X).sum(), converted[1].conv.parameters())
+    assert all(g.abs().sum() > 0 for g in gradient)
 
 
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (lambda: net(Keyword), "forward of 1 cannot be rewritten: its forward takes arguments by keyword only"),
+        (lambda: net(Asking), "forward of 1 cannot be rewritten: it looks at what it is given"),
+        (lambda: net(Dropping), "forward of 1 cannot be rewritten: it cannot be followed without values"),
         (lambda: net(AskingInput), "forward of 1 cannot be rewritten: it cannot be followed without values"),
         (lambda: net(Listing), "optional arguments whose defaults cannot be written down"),
         (lambda: randomise(Giving(0.5)), "block is given more than the defaults of its optional arguments"),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from harness import noise, randomise
+import torchvision
+from harness import assert_close, noise, randomise
 from torch import Tensor, nn
 
 import normfree
@@ -24,6 +25,16 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def original() -> nn.Module:
     return randomise(timm.create_model("test_resnet", num_classes=3)).eval()
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0"])
+def test_a_fresh_network_whose_signal_fades_is_compared_exactly(name: str) -> None:
+    """At its end a hundred millionth of the signal is left: what layers make of means must cancel to the last bit."""
+    model = getattr(torchvision.models, name)().double().eval()
+    converted = normfree.convert(model, init="preserve")
+    assert converted.features[1] is not model.features[1]
+    x = noise(2, 3, 64, 64, dtype=torch.float64)
+    assert_close(converted(x), model(x), 1e-9)
 
 
 @pytest.mark.usefixtures("wrong")

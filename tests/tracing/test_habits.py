@@ -72,6 +72,9 @@ SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "an identity of one's own": lambda self, x: self.mine(x) + self.f(x),
     "built-in sum": lambda self, x: sum([x, self.f(x)]),
     "stack": lambda self, x: torch.stack([x, self.f(x)]).sum(0),
+    "sum by keyword": lambda self, x: torch.add(self.f(x), other=x),
+    "sum with a product": lambda self, x: torch.addcmul(x, torch.ones(4, 1, 1), self.f(x)),
+    "sum with a product in place": lambda self, x: x.clone().addcmul_(self.f(x), torch.ones(1), value=0.5),
     "stack by keyword": lambda self, x: torch.stack([x, self.f(x)], dim=1).sum(dim=1),
 }
 
@@ -113,6 +116,53 @@ def test_mean_with_weights_is_a_residual_sum(init: str) -> None:
     assert [(total.name, total.kind) for total in plan_of(converted).sums] == [("1.lerp", "residual")]
     set_alphas(converted, 0.0).eval()
     assert torch.allclose(converted(X), torch.relu(0.75 * converted[0](X)))
+
+
+@both
+def test_mean_of_a_stack_is_a_residual_sum(init: str) -> None:
+    converted = prove(net(Written(lambda self, x: torch.stack([x, self.f(x)]).mean(0))), X, init=init)
+    assert (kinds(converted), alphas(converted)) == (["residual"], ["1.f.3"])
+    set_alphas(converted, 0.0).eval()
+    assert torch.equal(converted(X), torch.relu(converted[0](X) / 2))
+
+
+@both
+def test_sum_with_a_product_of_matrices_is_a_residual_sum(init: str) -> None:
+    mixed = torch.eye(64).repeat(2, 1, 1)
+    rows = Written(lambda self, x: torch.baddbmm(x.flatten(2), self.f(x).flatten(2), mixed.to(x)))
+    converted = prove(net(rows), X, init=init)
+    assert kinds(converted) == ["residual"]
+    assert "which no module of its own returns" in plan_of(converted).declined[0]
+
+
+class Part(nn.Module):
+    """Adds to a part of the channels, which it takes twice, or adds one part to what comes of the other."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.f, self.start = Branch(2), 2 if other else 0
+        self.f[0] = nn.Conv2d(2, 2, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :2] + self.f(x[:, self.start : self.start + 2]), x[:, 2:]], 1)
+
+
+@both
+@pytest.mark.parametrize("other", [False, True], ids=["same part", "other part"])
+def test_sum_of_a_part_is_residual_where_the_branch_takes_the_same(other: bool, init: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Part(other), nn.ReLU())
+    converted = prove(randomise(model), X, init=init)
+    assert kinds(converted) == ["merge" if other else "residual"]
+    assert alphas(converted) == ([] if other else ["2.f.3"])
+
+
+@both
+def test_mean_whose_weights_the_input_sets_is_listed(init: str) -> None:
+    gated = Written(lambda self, x: torch.lerp(x, self.f(x), torch.sigmoid(x.mean((2, 3), keepdim=True))))
+    plan = plan_of(prove(net(gated), X, init=init))
+    assert [(total.kind, total.reason) for total in plan.sums] == [
+        ("merge", "the input decides how much of each goes into it")
+    ]
 
 
 @both
@@ -236,6 +286,17 @@ def test_a_users_hooks_do_not_run_and_stay() -> None:
     normfree.plan(model, init="skipinit")
     assert seen == []
     assert len(model[1]._forward_hooks) == 1
+
+
+@both
+def test_hooks_that_may_add_are_named(init: str) -> None:
+    model = net(Branch(), nn.Sequential(Branch(), nn.ReLU()))
+    model[1].register_forward_hook(lambda _, given, out: out + given[0])
+    model[2].register_forward_pre_hook(lambda _, __: None)
+    plan = plan_of(prove(model, X, init=init))
+    assert plan.sums == ()
+    assert plan.opaque == (("1", "a hook on 1 is not run; sums that it makes get no scalar"),)
+    assert "not seen: a hook on 1 is not run" in str(plan)
 
 
 class Keeping(nn.Module):
