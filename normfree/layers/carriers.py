@@ -140,8 +140,9 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
             return False
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        channels = self.weight.shape[1] * getattr(self, "groups", 1)
-        return bool(args[0].numel() < channels * self.weight[0].numel())
+        weight = self.weight
+        entries = weight.numel() // len(weight)
+        return bool(args[0].numel() < entries * weight.shape[1] * getattr(self, "groups", 1))
 
     def extra_repr(self) -> str:
         """Say what is carried."""

@@ -7,6 +7,7 @@ them: here both are few.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -119,6 +120,10 @@ def _of_alpha(ctx: Any, saved: Any, grad: Tensor, grads: tuple[Tensor, ...], col
     return torch.add(found, _inner(grads[0], bias), alpha=1 / ctx.bias_unit)
 
 
+# torch binds the arguments of each call to the signature, and would read that anew each time.
+_Combined.forward.__signature__ = inspect.signature(_Combined.forward)  # type: ignore[attr-defined]
+
+
 def rows(values: Tensor, weight: Tensor) -> Tensor:
     """Return a value for each output channel so that it meets the rows of a weight."""
     return values.reshape(-1, *(1,) * (weight.dim() - 1))
@@ -201,4 +206,7 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 def _exactly(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast would round these products to half precision, although they are differences of near numbers."""
-    return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+    kind = like.device.type
+    if like.is_meta or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
