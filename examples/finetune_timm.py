@@ -229,6 +229,10 @@ def main() -> None:
         images = ImageFolder(str(options.images)) if options.images else FakeData(96, (3, 64, 64), 2)
     except FileNotFoundError as error:
         raise SystemExit(f"--images {options.images}: {str(error).splitlines()[0]}") from None
+    if options.images:
+        accelerator.print(f"{len(images)} images of {len(images.classes)} classes: {', '.join(images.classes[:10])}")
+        if {"train", "test", "val", "valid"} >= {*images.classes}:
+            raise SystemExit(f"--images {options.images}: these are parts, not classes; name one, it is split here")
     classes = len(images.classes) if options.images else 2
     model = network(options, classes)
     sets = loaders(options, images, model, accelerator)

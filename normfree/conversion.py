@@ -21,7 +21,7 @@ from normfree.rewriting.comparing import rewrite_and_compare
 from normfree.rewriting.optimizers import warn_of_optimizers
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs
-from normfree.tracing.still import with_memory
+from normfree.tracing.randomness import with_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,7 +12,7 @@ from torch import nn
 
 from normfree.edits import UNSEEN, Alpha, Carried, Init, NormEdit, SumEdit, Units
 from normfree.errors import CheckpointError, UsageError, some
-from normfree.files.plain import from_plain
+from normfree.files.typed_json import from_plain
 
 __all__ = ["PLAN_ATTRIBUTE", "Plan", "plan_on"]
 

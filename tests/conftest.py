@@ -1,6 +1,11 @@
-"""Every test starts from the same state of the global generator, on one thread; random networks are always the same."""
+"""Every test starts from the same state of the global generator, on one thread; random networks are always the same.
+
+No test knows how wide a terminal is, unless it says so: readline tells processes that have none of 80 columns.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -14,5 +19,6 @@ settings.load_profile("same")  # --hypothesis-profile comes later, and wins
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
+    os.environ.pop("COLUMNS", None)
     torch.set_num_threads(1)
     torch.manual_seed(0)

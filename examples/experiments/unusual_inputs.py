@@ -12,7 +12,7 @@ import normfree
 from normfree.norms import find_norms
 from normfree.proofs.observing import NormSpy, module_stack
 from normfree.tracing.inputs import tensors
-from normfree.tracing.still import Still
+from normfree.tracing.randomness import Still
 
 SIDE = 96
 

@@ -1,4 +1,4 @@
-"""What normalisation costs, measured: one run, every arm in turn, and what does not depend on the machine at all."""
+"""Measure: a model comes in; out goes what a training step costs with its norms, without, and with substitutes."""
 
 from __future__ import annotations
 

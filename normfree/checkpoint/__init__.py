@@ -1,4 +1,4 @@
-"""Converted models in files: safetensors with the plan as JSON metadata, alone or in the folder that timm knows."""
+"""Keep: a converted model comes in, safetensors with its plan go out, alone or in a folder for timm; and back."""
 
 from __future__ import annotations
 

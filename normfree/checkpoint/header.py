@@ -15,8 +15,8 @@ import safetensors.torch
 from torch import Tensor
 
 import normfree
-from normfree.errors import CheckpointError
-from normfree.files.plain import from_plain
+from normfree.errors import CheckpointError, UsageError
+from normfree.files.typed_json import from_plain
 from normfree.plans import Plan
 from normfree.proofs.reference import Reference
 
@@ -103,7 +103,8 @@ def read_header(path: str | Path) -> Header:
         with safetensors.safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
     except Exception as error:  # the library raises errors of its own, of Rust, of torch and of Python
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        what = f"{path}: not a readable safetensors file; a checkpoint of another kind is converted first (convert)"
+        raise CheckpointError(f"{what}: {error}") from error
     if _KEY not in found:
         raise CheckpointError(f"{path}: a safetensors file, but not one that normfree wrote; convert it first")
     try:
@@ -132,9 +133,12 @@ def read_plan(text: str | Path) -> Plan:
 
     Raises:
         CheckpointError: There is none.
+        UsageError: It is of another type.
     """
     if isinstance(text, str) and text.lstrip().startswith("{"):
         return Plan.from_json(text)
+    if not isinstance(text, str | Path):
+        raise UsageError(f"plan is a {type(text).__name__}; it must be a Plan, its JSON, or a path")
     path = Path(text)
     if path.is_dir() or path.suffix == ".safetensors":
         return read_header(path).plan

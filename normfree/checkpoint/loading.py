@@ -16,6 +16,7 @@ from normfree.edits import UNSEEN
 from normfree.errors import CheckpointError, InternalError, NormfreeError, UsageError, some
 from normfree.files import check_fits, read_state_dict, take
 from normfree.options import Options
+from normfree.planning.guards import check_is_module
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
@@ -55,6 +56,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
         _fitting(applied_to_empty(header, path, source, classes), state, path, num_classes)
         model = build_original(header, path, num_classes=num_classes)
     else:
+        check_is_module(model)
         _hold_to_plan(model, header.plan, path)
     _apply(model, header, path)
     floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
@@ -126,7 +128,7 @@ def applied_to_empty(header: Header, where: object, source: zoo.Source, num_clas
 
 def _architecture(header: Header, path: str | Path, num_classes: int | None) -> tuple[zoo.Source, int | None]:
     if header.source is None:
-        raise UsageError(f"{path} names no architecture: pass the original model, load(path, model=...)")
+        raise UsageError(f"{path} names no architecture, so only Python can read it: normfree.load(path, model=...)")
     return zoo.find(header.source), header.num_classes if num_classes is None else num_classes
 
 

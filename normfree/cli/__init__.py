@@ -1,4 +1,4 @@
-"""The command line: parses, calls the library, prints; a file for each family of commands.
+"""The command line: words come in, tables or JSON and an exit code go out; a file for each family of commands.
 
 Nothing here imports torch before a command runs: ``normfree --help`` must answer at once.
 """

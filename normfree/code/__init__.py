@@ -1,1 +1,1 @@
-"""Read: a model's own code comes in, goes out: which layers it always calls together, and which it names elsewhere."""
+"""Read: functions of a model come in; out goes which layers are always called together, which are used elsewhere."""

@@ -1,4 +1,4 @@
-"""Files: checkpoints of others are read, our own are written; never half of one, and never a pickle that runs code."""
+"""Files: a path comes in, tensors that fit a model go out; never half a file, and never a pickle that runs code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What remains where a norm was: modules in its slot, and layers that carry alpha and constants on their weight."""
+"""What stands where a norm was: a layer and constants come in, a layer that computes with them goes out, or a slot."""
 
 from __future__ import annotations
 

@@ -19,13 +19,19 @@ from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
 from normfree.norms.trial import why_not_as_described
 from normfree.plans import PLAN_ATTRIBUTE
 
-__all__ = ["check_model", "check_wrapping", "is_lazy", "module_problems"]
+__all__ = ["check_is_module", "check_model", "check_wrapping", "is_lazy", "module_problems"]
+
+
+def check_is_module(model: object) -> None:
+    """Refuse what is no module: a state dict, or a class that has not been called."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}: call it" if isinstance(model, type) else type(model).__name__
+        raise UsageError(f"expected a torch.nn.Module, got {got}")
 
 
 def check_model(model: nn.Module) -> None:
     """Refuse what is no model, is wrapped, is itself a norm, or was converted before."""
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_is_module(model)
     check_wrapping(model)
     if is_norm(model) or looks_like_norm(model) == "subclass":
         raise UsageError(

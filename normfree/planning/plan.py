@@ -15,16 +15,16 @@ from normfree.edits import Init
 from normfree.errors import NoNormError, UnsupportedModelError, UsageError
 from normfree.norms import Norm, describe, find_norms, looks_like_norm
 from normfree.options import Asked, Options, takes_options
+from normfree.planning.classes import asked, asked_unseen
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_model, is_lazy, module_problems
 from normfree.planning.hooks import hooks_left_out
-from normfree.planning.kinds import asked, asked_unseen
 from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.inputs import Inputs
 from normfree.tracing.leaves import calls_batch_norm
-from normfree.tracing.still import with_memory
+from normfree.tracing.randomness import with_memory
 from normfree.tracing.trace import trace, uncollected
 from normfree.tracing.traces import Trace
 

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_map
 from normfree.errors import UsageError
 from normfree.norms import find_norms
 from normfree.plans import Plan
-from normfree.proofs.draws import Steady
+from normfree.proofs.noise import Steady
 from normfree.proofs.reference import Reference
 from normfree.proofs.remaking import Made, remake
 from normfree.tracing.copying import deep_copy, in_float64
 from normfree.tracing.inputs import tensors
-from normfree.tracing.still import random_halves
+from normfree.tracing.randomness import random_halves
 
 __all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Found", "Proof", "error_between"]
 

@@ -18,7 +18,7 @@ from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
 from normfree.tracing.copying import deep_copy, in_float64, sharing_copy
 from normfree.tracing.inputs import Guess, Inputs, arguments, fresh, guesses, tensors
-from normfree.tracing.still import Still, random_halves
+from normfree.tracing.randomness import Still, random_halves
 
 __all__ = ["rewrite_and_compare"]
 

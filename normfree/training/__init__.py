@@ -1,1 +1,1 @@
-"""Before and during training: initial weights, calibration, parameter groups and clipping, the size of signals."""
+"""Train: a model comes in; out go first weights, constants, parameter groups, and the size of its signals."""

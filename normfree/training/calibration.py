@@ -19,7 +19,7 @@ from normfree.errors import UsageError
 from normfree.layers import ChannelAffine, ScaledWeight, alpha_of, alpha_scale
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.tracing.copying import deep_copy
-from normfree.tracing.still import Still
+from normfree.tracing.randomness import Still
 from normfree.training.centring import centre_
 
 __all__ = ["CalibrationWarning", "calibrate", "calibrate_"]

@@ -76,6 +76,8 @@ def test_plans_that_make_no_sense(trained: nn.Module, tmp_path: Path) -> None:
         normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), plan=plan)
     with pytest.raises(UsageError, match=r"of a fused model.*normfree\.load"):
         normfree.convert(Net(), plan=normfree.Plan.of(normfree.fuse(trained)))
+    with pytest.raises(UsageError, match="plan is a dict; it must be a Plan, its JSON, or a path"):
+        normfree.convert(Net(), plan={"plan": plan})  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"missing\.json: no plan can be read"):
         normfree.convert(Net(), plan=tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("[1]")

@@ -74,6 +74,11 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
         normfree.load(path)
     with pytest.raises(CheckpointError, match="does not fit this Sequential.*'bn'"):
         normfree.load(path, model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(UsageError, match="got the class Net: call it"):
+        normfree.load(path, model=Net)  # type: ignore[arg-type]
+    torch.save(Net().state_dict(), tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match="not a readable safetensors.*converted first"):
+        normfree.load(tmp_path / "net.pth", model=Net())
     other = Net()
     other.head = nn.Linear(4, 6)
     with pytest.raises(CheckpointError, match="does not belong"):

@@ -157,6 +157,14 @@ def test_two_runs_in_one_folder_are_refused(plain: Path, images: Path) -> None:
         finetune(plain, images, "--resume", "--lr", 0.5)
 
 
+def test_a_folder_of_parts_is_no_folder_of_classes(images: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        (tmp_path / "parts" / part / "0.png").write_bytes((images / "class0" / "0.png").read_bytes())
+    with pytest.raises(SystemExit, match="these are parts, not classes; name one"):
+        finetune(tmp_path / "out", tmp_path / "parts")
+
+
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     of_two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     quiet = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

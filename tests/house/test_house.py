@@ -41,6 +41,17 @@ def test_every_room_of_the_package_has_tests_under_its_name() -> None:
     assert len({path.name for path in tests}) == len(tests), "pytest imports test files by their names alone"
 
 
+def test_every_room_says_first_what_comes_in_and_what_goes_out() -> None:
+    first = {
+        path.parent.name: ast.get_docstring(ast.parse(path.read_text()))
+        for path in FILES
+        if path.match("*/*/__init__.py")
+    }
+    first.pop("normfree")  # the package itself begins with an index
+    said = re.compile(r"\bin[,;: ].*\bout\b|\bin; out (go|goes) ")
+    assert [room for room, text in first.items() if not said.search((text or "").splitlines()[0])] == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small_and_quiet(path: Path) -> None:
     text = path.read_text()
@@ -66,7 +77,7 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 FLOORS = (
     "errors",
     "tracing.copying tracing.callers files",
-    "norms layers training.initialization rewriting.changing tracing.roles tracing.inputs tracing.still",
+    "norms layers training.initialization rewriting.changing tracing.roles tracing.inputs tracing.randomness",
     "tracing.leaves tracing.traces options code.bytecode",
     "code.branching code.using code.chains code.reach",
     "tracing.notes code.straight code.holding code.words code.settings",
@@ -80,7 +91,7 @@ FLOORS = (
     "plans planning.hooks planning.apart planning.folding",
     "planning.guards planning.selecting proofs.observing rewriting.originals rewriting.units training.centring",
     "rewriting.preparing training.watching training.optim",
-    "planning.placing planning.kinds proofs.replaying rewriting.optimizers",
+    "planning.placing planning.classes proofs.replaying rewriting.optimizers",
     "planning.deciding",
     "planning.plan rewriting.applying proofs.reference zoo",
     "checkpoint.header rewriting.comparing",

@@ -93,6 +93,8 @@ def test_root_that_is_a_norm_is_refused(norm: nn.Module) -> None:
 def test_root_that_is_no_module_is_refused() -> None:
     with pytest.raises(UsageError, match=r"expected a torch\.nn\.Module, got dict"):
         normfree.convert({"model": net()})
+    with pytest.raises(UsageError, match=r"got the class BatchNorm2d: call it"):
+        normfree.convert(nn.BatchNorm2d)  # type: ignore[arg-type]
 
 
 @both

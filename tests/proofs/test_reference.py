@@ -10,7 +10,7 @@ from harness import noise, randomise
 from tied import Net
 
 import normfree
-from normfree.files.plain import from_plain
+from normfree.files.typed_json import from_plain
 from normfree.proofs.reference import Reference
 
 X = noise(2, 3, 8, 8)

@@ -48,6 +48,13 @@ def test_plain_tensors_go_to_float64_with_the_rest(init: str) -> None:
     assert (model.table.dtype, converted.table.dtype) == (torch.float32, torch.float32)
 
 
+def test_another_original_is_named_as_a_reason() -> None:
+    one, another = (randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), seed) for seed in (0, 1))
+    said = normfree.verify(normfree.convert(one, init="preserve"), another, X).proofs[2]
+    assert said.passed is False
+    assert said.detail.endswith("made anew it is exact: trained since, or of another model?")
+
+
 class Mailbox(Stem):
     """Two modules that share a list, through which one passes something on to the other."""
 

@@ -22,7 +22,7 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
         ValueError: It is something else; the message says where.
 
     Example:
-        >>> from normfree.files.plain import from_plain
+        >>> from normfree.files.typed_json import from_plain
         >>> from_plain(tuple[int, ...], [1, 2])
         (1, 2)
     """

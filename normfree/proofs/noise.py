@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.tracing.still import Still
+from normfree.tracing.randomness import Still
 
 __all__ = ["Steady"]
 
