@@ -131,9 +131,8 @@ class Run:
                 share = (logits.argmax(1) == y).float().mean()
                 seen.append(accelerator.gather(torch.stack([loss.detach().float(), share])[None]).mean(0))
                 if not seen[-1].isfinite().all():  # in every process at once, or the others would wait for this one
-                    raise SystemExit(
-                        f"epoch {number + 1}, step {step + 1}: the loss is not finite; take a smaller --lr"
-                    )
+                    where = f"epoch {number + 1}, step {step + 1}"
+                    raise SystemExit(f"{where}: the loss is not finite; take a smaller --lr")
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     step += 1

@@ -174,7 +174,8 @@ def _looped(x: Tensor) -> list[Tensor]:
     kept = []
     for part in torch.chunk(x, chunks=2, dim=1):
         kept.append(part)
-    assert len(x.tensor_split((4,), dim=1)) == len(x.tensor_split(2, dim=1)) == len(kept)
+    if not len(x.tensor_split((4,), dim=1)) == len(x.tensor_split(2, dim=1)) == len(kept):
+        raise ValueError("no assert: pytest writes those anew, with calls that may reach any layer")
     return kept
 
 
