@@ -131,8 +131,7 @@ class Run:
                 share = (logits.argmax(1) == y).float().mean()
                 seen.append(accelerator.gather(torch.stack([loss.detach().float(), share])[None]).mean(0))
                 if not seen[-1].isfinite().all():  # in every process at once, or the others would wait for this one
-                    where = f"epoch {number + 1}, step {step + 1}"
-                    raise SystemExit(f"{where}: the loss is not finite; take a smaller --lr")
+                    raise SystemExit(f"epoch {number + 1}, step {step + 1}: the loss is not finite; use a smaller --lr")
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     step += 1
@@ -140,9 +139,8 @@ class Run:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        train = torch.stack(seen).cpu().double().mean(0).tolist()
+        figures = torch.stack(seen).cpu().double().mean(0).tolist() + evaluate(accelerator, self.model, self.validation)
         names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
-        figures = (*train, *evaluate(accelerator, self.model, self.validation))
         return {"epoch": number + 1, **{name: round(x, 6) for name, x in zip(names, figures, strict=True)}}
 
     def go(self) -> None:
@@ -237,8 +235,8 @@ def main() -> None:
     sets = loaders(options, images, model, accelerator)
     if not options.batch_norm:  # before the optimizer, and before Accelerate wraps the model
         model = normfree.convert(model, init="preserve")
-        few = [sets[0].dataset[i][0] for i in range(min(32, len(sets[0].dataset)))]
-        model = normfree.calibrate(model, torch.stack(few))
+        few = torch.stack([sets[0].dataset[i][0] for i in range(min(32, len(sets[0].dataset)))])
+        model = normfree.calibrate(model, few)
     whole = copy.deepcopy(model)
     run = Run(options, accelerator, model, sets)
     run.go()

@@ -112,3 +112,13 @@ def test_json_is_one_line_wherever() -> None:
     shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "20"}).stdout
     assert json.loads(shown)["ok"]
     assert shown.count("\n") == 1
+
+
+def test_a_summary_is_what_the_tables_add_up_to() -> None:
+    whole = printed("inspect", SOURCE, columns=100)
+    summary = printed("inspect", SOURCE, "--summary", columns=100)
+    norms = list(normfree.norms.find_norms(timm.create_model("test_resnet")))
+    assert all(name in whole for name in norms)
+    assert not any(f" {name} " in summary for name in norms)
+    assert summary.strip() in whole
+    assert len(summary.splitlines()) < len(whole.splitlines()) / 2

@@ -234,7 +234,7 @@ def test_what_cannot_be_converted_is_said(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_it(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="epoch 1, step 2: the loss is not finite; take a smaller --lr"):
+    with pytest.raises(SystemExit, match="epoch 1, step 2: the loss is not finite; use a smaller --lr"):
         finetune(tmp_path, images, "--lr", 1e30, "--clip", "inf", "--warmup", 0)
 
 
