@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import lite0
+import lite
 import timm
 import torch
 from arms import arm
@@ -78,7 +78,7 @@ class Tuned:
 
 def pretrained(name: str) -> nn.Module:
     """Return a model with ImageNet weights where a package brings them, else as timm draws it: enough to try this."""
-    return lite0.pretrained() if name == lite0.ARCHITECTURE else timm.create_model(name)
+    return lite.pretrained(name) if name in lite.PACKAGES else timm.create_model(name)
 
 
 def network(name: str, options: Namespace, classes: int) -> tuple[nn.Module, list[nn.Module]]:
@@ -218,7 +218,7 @@ def job(name: str, batch: int, options: Namespace, lr: float, seed: int) -> Tune
 def main() -> None:
     """Parse and go."""
     made = parser(__doc__.splitlines()[0], "finetune.csv")
-    made.add_argument("--model", default=lite0.ARCHITECTURE)
+    made.add_argument("--model", default="tf_efficientnet_lite0")
     made.add_argument("--images", type=Path, help="a folder with one folder a class; solar cells without")
     made.add_argument("--size", type=int, default=80, help="pixels of a side")
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

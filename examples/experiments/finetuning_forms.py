@@ -2,7 +2,8 @@
 
 A network is pretrained with batch norm, gets a fresh head, and is converted: then plain optimizers over
 `model.parameters()` train it, with a warm-up and a cosine, and without any recipe of ours. Networks are ImageNet's
-`tf_efficientnet_lite0`, and three of nine blocks that are pretrained here, on the digits 0 to 4, and go on with 5 to 9.
+`tf_efficientnet_lite0`, `1` and `2`, and three of nine blocks that are pretrained here, on the digits 0 to 4, and go on
+with 5 to 9; or, where they keep their head, with the negatives of 0 to 4.
 
 Run: python examples/experiments/finetuning_forms.py --networks post-activation --optimizers sgd --rates 0.03125 0.0625
      python examples/experiments/finetuning_forms.py --render
@@ -20,12 +21,12 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
-import lite0
+import lite
 import timm
 import torch
 from arms import arm
 from experiment import Job, Row, accuracy, markdown, matching, measure, parser, power, rows, within_a_point
-from images import Data, Part, digits, solar_cells
+from images import Data, Part, digits, solar_cells, textures
 from nine_blocks import BLOCKS, small
 from recipe import Outcome, batches, cosine, outcome
 from steps import gradients
@@ -51,13 +52,16 @@ ARMS = {
     "not centred": "normfree, inputs not centred",
     "head plain": "normfree, head plain",
 }
-EPOCHS = {"post-activation": 6, "pre-activation": 6, "vgg": 6, lite0.ARCHITECTURE: 1}
+EPOCHS = {"post-activation": 6, "pre-activation": 6, "vgg": 6, **dict.fromkeys(lite.PACKAGES, 1)}
 """The networks, each with its epochs."""
-TASKS = ("digits", "elpv")
+TASKS = ("digits", "elpv", "textures")
+WAYS = ("whole", "last stage", "kept head")
+"""What is trained: all behind a fresh head, only the last stage behind one, or all with the head that was there."""
+NEGATIVE = ", negative"
 _SGD = tuple(2.0**power for power in range(-7, -1))
 RATES = {"sgd": _SGD, "clipped": _SGD, "adamw": tuple(2.0**power for power in range(-12, -5))}
 """The optimizers, each with the rates that it tries; `clipped` is SGD with the norm of the gradient clipped at 1."""
-CELL = ("network", "task", "size", "images", "optimizer", "batch", "epochs")
+CELL = ("network", "task", "size", "images", "way", "optimizer", "batch", "epochs")
 LEGEND = """\
 Test accuracy in percent by learning rate, mean of the seeds; [the worst], where seeds differ by more than five points;
 n is how many there are, where others in the table have more. What diverged counts as zero. The rates in the last
@@ -82,16 +86,16 @@ class Grown(Outcome):
 @functools.cache
 def images(task: str, size: int, count: int) -> Data:
     """Return the images of a task, the first `count` of those that train; 0 is all."""
-    if task == "elpv":
-        config = resolve_data_config({}, model=timm.create_model(lite0.ARCHITECTURE))
-        data = solar_cells(size, (255 * config["mean"][0], 255 * config["std"][0]))
+    if task in ("elpv", "textures"):
+        config = resolve_data_config({}, model=timm.create_model("tf_efficientnet_lite0"))
+        data = (solar_cells if task == "elpv" else textures)(size, (255 * config["mean"][0], 255 * config["std"][0]))
     else:
-        low, _, high = task.removeprefix("digits").strip().partition(" to ")
-        data = some_digits(int(low or 0), int(high or 9), size, colour=not low)
+        low, _, high = task.removeprefix("digits").removesuffix(NEGATIVE).strip().partition(" to ")
+        data = some_digits(int(low or 0), int(high or 9), size, colour=not low, negative=task.endswith(NEGATIVE))
     return replace(data, train=Part(data.train.x[: count or None], data.train.y[: count or None]))
 
 
-def some_digits(low: int, high: int, size: int, colour: bool) -> Data:
+def some_digits(low: int, high: int, size: int, colour: bool, negative: bool) -> Data:
     """Return scikit-learn's digits from `low` to `high`, enlarged, from -1 to 1 as ImageNet's weights want."""
     whole = digits()
     darkest, lightest = whole.train.x.min(), whole.train.x.max()
@@ -99,6 +103,7 @@ def some_digits(low: int, high: int, size: int, colour: bool) -> Data:
     def part(of: Part) -> Part:
         mine = (of.y >= low) & (of.y <= high)
         x = 2 * (of.x[mine] - darkest) / (lightest - darkest) - 1
+        x = -x if negative else x
         x = F.interpolate(x, size=(size, size), mode="bilinear")
         return Part(x.expand(-1, 3, -1, -1) if colour else x, of.y[mine] - low)
 
@@ -109,23 +114,38 @@ def some_digits(low: int, high: int, size: int, colour: bool) -> Data:
 @functools.cache
 def pretrained(network: str) -> nn.Module:
     """Return a network with its weights: ImageNet's, or, of a small one, after twelve epochs on the digits 0 to 4."""
-    if network == lite0.ARCHITECTURE:
-        return lite0.pretrained()
+    if network in lite.PACKAGES:
+        return lite.pretrained(network)
     torch.manual_seed(0)
     model = small(BLOCKS[network])
     fit(model, images("digits 0 to 4", 16, 0), "sgd", 0.1, epochs=12, batch=32, seed=0)
     return model.eval()
 
 
-def fresh(network: str, classes: int, seed: int) -> nn.Module:
-    """Return a pretrained network with a head that has learnt nothing."""
+def fresh(network: str, classes: int, seed: int, way: str = "whole") -> nn.Module:
+    """Return a pretrained network, mostly with a head that has learnt nothing, and frozen before the last stage or not.
+
+    What is frozen is the same in every arm.
+    """
     model = copy.deepcopy(pretrained(network))
     torch.manual_seed(seed)
-    if network == lite0.ARCHITECTURE:
+    if way == "last stage":
+        for name in first_stages(network):
+            model.get_submodule(name).requires_grad_(False)
+    if way == "kept head":
+        return model
+    if network in lite.PACKAGES:
         model.reset_classifier(classes)
     else:
         model[-1] = nn.Linear(model[-1].in_features, classes)
     return model
+
+
+def first_stages(network: str) -> list[str]:
+    """Return the names of what comes before the last stage of a network."""
+    if network in lite.PACKAGES:
+        return ["conv_stem", "bn1", *(f"blocks.{i}" for i in range(6))]
+    return [str(i) for i in range(7 if network == "pre-activation" else 8)]
 
 
 def parted(name: str, plan: Plan) -> Plan:
@@ -197,7 +217,9 @@ def run(asked: dict[str, object], threads: int) -> Outcome:
     torch.set_num_threads(threads)
     it = Namespace(**asked)
     data = images(it.task, it.size, it.images)
-    model, frozen = form(it.arm, fresh(it.network, data.classes, it.seed), data.train.x[:256])
+    model, frozen = form(it.arm, fresh(it.network, data.classes, it.seed, it.way), data.train.x[:256])
+    if it.way == "last stage":
+        frozen = [*frozen, *map(model.get_submodule, first_stages(it.network))]
     watched = None if it.arm in ("bn", "frozen", "folded") else normfree.watch(model, factor=math.inf)
     settings, start = {"epochs": it.epochs, "batch": it.batch, "seed": it.seed}, time.perf_counter()
     found = outcome(model, data, fit(model, data, it.optimizer, it.lr, frozen=frozen, **settings), start)
@@ -212,6 +234,7 @@ def page(table: list[Row]) -> str:
         mine = list(matching(table, named))
         seeds = len({row["seed"] for row in mine})
         about = "{network}, {task}, {size} px, {optimizer}, batch {batch}; epochs: {epochs}".format(**named)
+        about += f", {named['way']}" if named["way"] != WAYS[0] else ""
         about += f", training images: {named['images']}" if named["images"] != "0" else ""
         parts += [f"### {about}, seeds: {seeds}", grid(mine, seeds)]
     return "\n\n".join(parts) + "\n"
@@ -252,13 +275,13 @@ def cell(found: Iterable[Row], seeds: int) -> str | None:
 def jobs(options: Namespace) -> Iterable[Job]:
     """Go through the runs: of every network, batch and optimizer first the whole table of one seed."""
     for network, batch, optimizer in itertools.product(options.networks, options.batch, options.optimizers):
-        whole = network == lite0.ARCHITECTURE
-        tasks, size = (options.tasks, options.size) if whole else (["digits 5 to 9"], 16)
+        own = [f"digits 0 to 4{NEGATIVE}" if options.way == "kept head" else "digits 5 to 9"]
+        tasks, size = (options.tasks, options.size) if network in lite.PACKAGES else (own, 16)
         rates = options.rates or RATES[optimizer]
         for task, seed, lr, name in itertools.product(tasks, range(options.seeds), rates, options.arms):
             asked = {"network": network, "task": task, "size": size, "images": options.images, "arm": name}
-            asked |= {"optimizer": optimizer, "batch": batch, "epochs": options.epochs or EPOCHS[network]}
-            asked |= {"lr": lr, "seed": seed}
+            asked |= {"way": options.way, "optimizer": optimizer, "batch": batch}
+            asked |= {"epochs": options.epochs or EPOCHS[network], "lr": lr, "seed": seed}
             yield Job(asked, functools.partial(run, asked, options.threads))
 
 
@@ -266,14 +289,15 @@ def main() -> None:
     """Parse and go."""
     made = parser(__doc__.splitlines()[0], "finetuning_forms.csv")
     made.add_argument("--networks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
-    made.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits"], help="of the ImageNet network")
+    made.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits"], help="of ImageNet's networks")
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     made.add_argument("--optimizers", nargs="+", choices=RATES, default=list(RATES))
+    made.add_argument("--way", choices=WAYS, default=WAYS[0])
     made.add_argument("--batch", type=int, nargs="+", default=[16])
     made.add_argument("--rates", type=float, nargs="+", help="powers of two, around each optimizer's best, without")
     made.add_argument("--seeds", type=int, default=2)
-    made.add_argument("--epochs", type=int, help="6 for small networks, 1 for the other, without")
-    made.add_argument("--size", type=int, default=64, help="pixels of a side, for the ImageNet network")
+    made.add_argument("--epochs", type=int, help="6 for small networks, 1 for others, without")
+    made.add_argument("--size", type=int, default=64, help="pixels of a side, for ImageNet's networks")
     made.add_argument("--images", type=int, default=0, help="train with the first so many")
     options = made.parse_args()
     if options.render:

@@ -51,7 +51,7 @@ def test_quickstart_sees_the_same_on_real_photographs(run: Run, tmp_path: Path) 
     assert (tmp_path / "lite0-nf.safetensors").stat().st_size > 10_000_000
 
 
-# "finetune_timm.py" is run by test_finetuning.py. "lite0.py" is what finetune_table.py trains.
+# "finetune_timm.py" is run by test_finetuning.py. "lite.py" is what finetune_table.py trains.
 # "draw_signals.py" and "write_api.py" are run by test_readme.py.
 # "finetune_plain.py", "finetune_lightning.py" and "finetune_transformers.py" are run by test_loops.py.
 # "finetuning_forms.py" with "nine_blocks.py" is run by test_finetuning_forms.py.

@@ -10,7 +10,7 @@ from pathlib import Path
 import finetuning_forms
 import pytest
 import torch
-from finetuning_forms import ARMS, EPOCHS, RATES, form, fresh, images, page, pretrained
+from finetuning_forms import ARMS, EPOCHS, RATES, WAYS, first_stages, form, fresh, images, page, pretrained
 from images import Data
 from nine_blocks import BLOCKS
 from scripts import run_here
@@ -56,6 +56,31 @@ def test_every_arm_and_optimizer_trains(tmp_path: Path) -> None:
     assert [row["status"] for row in rows] == ["trained"] * (len(ARMS) * len(RATES) + 1)
 
 
+def test_what_is_frozen_stays_and_a_kept_head_goes_on(tmp_path: Path) -> None:
+    table = tmp_path / "forms.csv"
+    short = ("--rates", 2.0**-9, "--seeds", 1, "--epochs", 1, "--csv", table, "--optimizers", "sgd")
+    for way in WAYS[1:]:
+        run_here("finetuning_forms.py", "--networks", "vgg", "--arms", "bn", "normfree", "--way", way, *short)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(row["way"], row["task"], row["status"]) for row in rows] == [
+        *[("last stage", "digits 5 to 9", "trained")] * 2,
+        *[("kept head", "digits 0 to 4, negative", "trained")] * 2,
+    ]
+
+
+@pytest.mark.parametrize("network", ["pre-activation", "vgg"])
+def test_only_the_last_stage_learns(network: str) -> None:
+    model, _ = form("normfree", fresh(network, 5, 0, "last stage"), torch.zeros(1, 1, 16, 16))
+    learns = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert [str(i) for i in range(len(model)) if str(i) not in first_stages(network)][:3] == sorted(learns, key=int)[:3]
+    assert not learns & set(first_stages(network))
+
+
+def test_a_kept_head_is_the_pretrained_one() -> None:
+    assert torch.equal(fresh("vgg", 5, 0, "kept head")[-1].weight, pretrained("vgg")[-1].weight)
+    assert not torch.equal(fresh("vgg", 5, 0)[-1].weight, pretrained("vgg")[-1].weight)
+
+
 @pytest.mark.parametrize("network", BLOCKS)
 def test_every_arm_begins_as_the_original(network: str) -> None:
     model = fresh(network, 5, 0).double()
@@ -68,7 +93,8 @@ def test_every_arm_begins_as_the_original(network: str) -> None:
 
 
 def test_a_page_says_what_diverged_and_what_is_missing() -> None:
-    settings = {"network": "vgg", "task": "t", "size": "16", "images": "0", "optimizer": "sgd", "batch": "16"}
+    settings = {"network": "vgg", "task": "t", "size": "16", "images": "0", "way": "whole"}
+    settings |= {"optimizer": "sgd", "batch": "16"}
     row = {**settings, "epochs": str(EPOCHS["vgg"]), "validation": "0.9", "test": "0.8", "status": "trained"}
     runs = [("bn", "0.5", "0"), ("bn", "0.5", "1"), ("bn", "0.25", "0"), ("normfree", "0.5", "0")]
     table = [{**row, "arm": name, "lr": lr, "seed": seed} for name, lr, seed in runs]
