@@ -58,7 +58,7 @@ def fuse(model: M) -> M:
 
     Warns:
         FuseWarning: A branch ends in something non-linear, so its alpha stays a multiplication; or gain and bias of a
-            norm stay an operation, as no layer beside it takes them. All are named.
+            norm stay an operation, as no layer beside it takes them, or the bias alone. All are named.
 
     Example:
         >>> import torch, torchvision, normfree
@@ -79,10 +79,12 @@ def fuse_(model: M) -> M:
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
     check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)
-    left, slots = multiplying(model), _slots_left(model)
+    left, slots, shifts = multiplying(model), _slots_left(model, "gain"), _slots_left(model, "bias")
     problems = [f"alpha stays a multiplication at {some(left)}: no weight ends that branch"] if left else []
     if slots:
         problems.append(f"gain and bias stay an operation at {some(slots)}: no layer beside it takes them")
+    if shifts:
+        problems.append(f"a bias stays an operation at {some(shifts)}: the layer behind it takes the gain alone")
     if problems:
         warnings.warn("; ".join(problems), FuseWarning, stacklevel=3)
     return model
@@ -117,7 +119,7 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
             absorb_output_(module)
     plan = plan_on(model)
     if plan is not None:
-        plan = replace(absorb_(model, plan), fused=True)
+        plan = replace(absorb_(model, plan, merged is not None), fused=True)
         plan = replace(plan, merged=merge_(model, plan, merged))
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
     for module in list(model.modules()):
@@ -156,10 +158,12 @@ def _bake_affine(slot: ChannelAffine) -> None:
     slot.raw_alpha = None
 
 
-def _slots_left(model: nn.Module) -> list[str]:
+def _slots_left(model: nn.Module, what: str) -> list[str]:
+    """Name the slots that multiply, or those that only add since the layer behind them has taken the gain."""
     plan, modules = plan_on(model), dict(model.named_modules(remove_duplicate=False))
     removed = () if plan is None else plan.removed
-    return [e.name for e in removed if e.name in modules and modules[e.name]._parameters.get("gain") is not None]
+    held = {e: modules[e.name]._parameters for e in removed if e.name in modules and (what == "gain" or e.into)}
+    return [e.name for e, own in held.items() if own.get(what) is not None]
 
 
 def multiplying(model: nn.Module) -> list[str]:
