@@ -32,7 +32,7 @@ class Taker:
     Attributes:
         node: The call of the layer.
         moves: What it can take of the norm.
-        through: The modules between the two.
+        through: The modules between the two, and those that hold these alone.
         names: The functions between the two.
     """
 
@@ -44,7 +44,7 @@ class Taker:
 
 def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
     """Return what takes gain and bias of the norm that ``node`` calls, if anything can."""
-    act, axis, through, names = flow.activation_in(node), 1, list[str](), set[str]()
+    act, axis, through, names, owners = flow.activation_in(node), 1, list[str](), set[str](), list[str]()
     found = ["affine" if act is None else passes(act)]
     given, next_ = node, _only(flow, node)
     while next_ is not None and not flow.carries(next_):
@@ -57,12 +57,15 @@ def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
             through.append(str(next_.target))
         else:
             names.add(name_of(next_))
+        owners.append(flow.graph.owners[next_])
         given, next_ = next_, _only(flow, next_)
     layer = None if next_ is None or not flow.called_once(next_) else flow.module(next_)
     if next_ is None or layer is None or not flow.called_once(node) or not _fits(flow, given, axis, node, layer):
         return None
     moves = weakest([*found, takes_affine(layer)])
-    return None if moves is None else Taker(next_, moves, tuple(through), frozenset(names))
+    ends = f"{node.target}.", f"{next_.target}."
+    around = {path for owner in owners for path in _within(owner) if not any(e.startswith(f"{path}.") for e in ends)}
+    return None if moves is None else Taker(next_, moves, (*through, *sorted(around)), frozenset(names))
 
 
 def moved_from(flow: Flow, node: fx.Node) -> tuple[fx.Node, frozenset[str]]:
@@ -79,6 +82,12 @@ def moved_from(flow: Flow, node: fx.Node) -> tuple[fx.Node, frozenset[str]]:
         axis = passed[1]
     known = axis == 1 and flow.roles[above] is Role.CONV
     return (above, frozenset(map(name_of, between))) if known else (flow.inputs[node][0], frozenset())
+
+
+def _within(path: str) -> list[str]:
+    """Return a module with those around it, but for the root."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _only(flow: Flow, node: fx.Node) -> fx.Node | None:
@@ -105,11 +114,14 @@ def _passed(flow: Flow, node: fx.Node, axis: int) -> tuple[Moves, int] | None:
     if name in _TURNED or name == "mean":
         return _turned(node, name, len(before), axis)
     moves = _FUNCTIONS.get(name) if module is None else passes(module)
-    if flow.roles[node] is Role.POOL:
-        plain = module is not None or not name.startswith("avg") or len((*node.args[3:], *node.kwargs)) == 0
-        whole = plain and axis == 1 and len(after) == len(before) > 2 and after[:2] == before[:2]
-        return (moves, axis) if moves is not None and whole else None
-    moved = axis if after == before else _reshaped(before, after, axis)
+    if name.startswith("avg") and [*node.args[3:], *node.kwargs]:
+        return None  # padding, or another divisor
+    flat = len(after) == 2 and axis == 1 and after[0] == before[0] and after[1] % before[1] == 0
+    if flow.roles[node] is Role.POOL or isinstance(module, nn.Sequential):
+        kept = axis == 1 and len(after) == len(before) > 2 and after[:2] == before[:2]
+        moved = 1 if kept or (flat and module is not None) else None
+    else:
+        moved = axis if after == before else 1 if flat else _reshaped(before, after, axis)
     return None if moves is None or moved is None else (moves, moved)
 
 
@@ -133,5 +145,4 @@ def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int
         return axis
     if axis == len(before) - 1 and after[-1:] == before[-1:] and math.prod(after) == math.prod(before):
         return len(after) - 1
-    flat = axis == 1 and len(after) == 2 and after == (before[0], math.prod(before[1:]))
-    return 1 if flat else None
+    return None

@@ -43,7 +43,7 @@ def _is_known(place: Place, parts: Sequence[Step], passed: Set[Any]) -> bool:
         return False
     name = parts[-1].argval
     if is_own(place, parts[0]) and len(parts) == 2:
-        return place.owner is not None and place.owner._modules.get(name) in passed
+        return place.owner is not None and _is_part(place.owner._modules.get(name), passed)
     if name not in passed | {"size"}:
         return False
     if parts[0].opname == "LOAD_GLOBAL" and all(step.opname.startswith("LOAD_") for step in parts):
@@ -52,6 +52,12 @@ def _is_known(place: Place, parts: Sequence[Step], passed: Set[Any]) -> bool:
             value = inspect.getattr_static(value, step.argval, None)
         return value is not None and value in (getattr(torch, name, None), getattr(F, name, None))
     return parts[-1].opname == "LOAD_METHOD" and (parts[-2].opname == "CALL" or len(parts) == 2)
+
+
+def _is_part(module: nn.Module | None, passed: Set[Any]) -> bool:
+    """Whether a module stood there, or calls nothing else one after the other."""
+    held = type(module) is nn.Sequential and module is not None and all(_is_part(m, passed) for m in module.children())
+    return module in passed or held
 
 
 def asks_for_shape(steps: Sequence[Step], i: int) -> bool:

@@ -44,7 +44,7 @@ def absorb_(model: nn.Module, plan: Plan, known: bool = False) -> Plan:
 
 def _absorb(modules: Modules, edit: NormEdit, known: bool) -> bool:
     slot, layer = modules.get(edit.name), modules.get(str(edit.into))
-    if slot is None or layer is None or not is_carrier(layer) or not _may_pass(modules, edit, known):
+    if slot is None or layer is None or not is_carrier(layer) or not _may_pass(modules, edit):
         return False  # somebody has put another layer there
     if isinstance(slot, nn.Identity):
         return True
@@ -75,17 +75,17 @@ def _absorb(modules: Modules, edit: NormEdit, known: bool) -> bool:
     return True
 
 
-def _may_pass(modules: Modules, edit: NormEdit, known: bool) -> bool:
+def _may_pass(modules: Modules, edit: NormEdit) -> bool:
     """Whether what stands between is still what it was, nobody watches it, and it writes into nothing."""
     ends = edit.name, str(edit.into)
-    between = {path: modules.get(path) for path in edit.through}
-    if any(module is not None and hooks_on(module) for module in between.values()):
+    between = {path: modules.get(path, nn.Module()) for path in edit.through}
+    around = {path for path in between if any(end.startswith(f"{path}.") for end in ends)}
+    passed = [module for path, module in between.items() if path not in around]
+    inner = [module for part in passed for module in part.modules()]
+    writing = any(getattr(m, "inplace", False) for m in inner) and edit.moves != "gain"
+    if writing or any(map(hooks_on, [*inner, *(between[path] for path in around)])):
         return False
-    passed = [m for path, m in between.items() if not any(end.startswith(f"{path}.") for end in ends)]
-    dropping = [m for m in passed if getattr(m, "p", 0) and m is not None and m.training and not known]
-    writing = [m for m in passed if getattr(m, "inplace", False) and edit.moves != "gain"]
-    moves = [takes_affine(modules[ends[1]]), *(None if m is None else passes(m) for m in passed), edit.moves]
-    return not dropping and not writing and weakest(moves) == edit.moves
+    return weakest([takes_affine(modules[ends[1]]), *map(passes, passed), edit.moves]) == edit.moves
 
 
 def _without_gain(slot: ChannelAffine, bias: nn.Parameter) -> nn.Module:

@@ -22,7 +22,7 @@ def weakest(moves: Iterable[Moves | None]) -> Moves | None:
 
 
 def passes(module: nn.Module) -> Moves | None:
-    """Return what may be moved behind a layer, or ``None``; dropout counts as what it is in eval mode."""
+    """Return what may be moved behind a layer, or ``None``."""
     rule = _RULES.get(type(module))  # a subclass may do anything
     return rule(module) if callable(rule) else rule
 
@@ -39,8 +39,10 @@ def _largest(pool: Any) -> Moves | None:
 
 
 _RULES: dict[type[nn.Module], Moves | Callable[[Any], Moves | None]] = {
-    **dict.fromkeys((nn.Identity, nn.Flatten), "affine"),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "affine"),
+    nn.Identity: "affine",
+    nn.Flatten: lambda m: "affine" if (m.start_dim, m.end_dim) == (1, -1) else None,
+    nn.Sequential: lambda m: weakest(map(passes, m)),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), lambda m: "gain" if m.p else "affine"),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), "affine"),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _average),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _largest),

@@ -32,7 +32,8 @@ def may_be_absorbed(modules: Modules, norm: str, site: Site, apart: Named) -> bo
     if site.into is None or any_global_hook():
         return False
     layer, others = modules[site.into], [modules[path] for path in (norm, *site.behind)]
-    if any(map(hooks_on, (*others, *(modules[path] for path in site.through)))) or hooks_on(layer) - {"_forward_hooks"}:
+    between = [module for path in site.through for module in modules[path].modules()]
+    if any(map(hooks_on, (*others, *between))) or hooks_on(layer) - {"_forward_hooks"}:
         return False
     shared = any(id(layer) in apart.read[name] for name in ("weight", "bias"))
     called = {id(module) for module in (layer, *others)} & apart.called
