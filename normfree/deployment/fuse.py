@@ -54,7 +54,7 @@ def fuse(model: M) -> M:
         model: What :func:`normfree.convert` returned, trained or not; it is not changed.
 
     Raises:
-        UsageError: Nothing in the model carries a gain or an alpha.
+        UsageError: The model is fused already, or was not converted.
 
     Warns:
         FuseWarning: A branch ends in something non-linear, so its alpha stays a multiplication; or gain and bias of a
@@ -75,7 +75,7 @@ def fuse_(model: M) -> M:
     plan = plan_on(model)
     if plan is not None and plan.fused:
         raise UsageError(f"this {type(model).__name__} is fused already")
-    if not any(map(is_normfree, model.modules())):
+    if plan is None and not any(map(is_normfree, model.modules())):
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
     check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)

@@ -204,6 +204,15 @@ def test_training_mode_dtype_and_frozen_parameters_survive() -> None:
     assert fused.layer1[0].conv1.weight.requires_grad
 
 
+def test_a_converted_network_without_scalars_is_fused_too() -> None:
+    model = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), init="skipinit")
+    fused, x = normfree.fuse(model), noise(2, 3, 8, 8)
+    assert torch.equal(fused(x), model(x))
+    assert type(fused[1]) is nn.Identity
+    with pytest.raises(normfree.errors.UsageError, match="this Sequential is fused already"):
+        normfree.fuse(fused)
+
+
 def test_nothing_to_fuse_is_an_error() -> None:
     model = timm.create_model("test_resnet")
     with pytest.raises(normfree.errors.UsageError, match="this ResNet carries no gain and no alpha: convert it first"):

@@ -95,8 +95,10 @@ class Forgets(Stem):
 def test_a_model_whose_identical_calls_differ_is_said_to(init: str) -> None:
     model = randomise(Forgets())
     converted = normfree.convert(model, init=init, inputs=X, check=False)
-    proof = normfree.verify(converted, model, X).proofs[1]
+    report = normfree.verify(converted, model, X)
+    proof = report.proofs[1]
     assert proof.passed is None, "so it was before: nothing is claimed"
+    assert report.ok, "compared are calls of the same number"
     assert proof.detail.startswith("two identical calls differ by ")
     steady = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     changed = normfree.convert(steady, init=init, inputs=X)
