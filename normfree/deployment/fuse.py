@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normfree.deployment.absorbing import absorb_
 from normfree.deployment.merging import merge_
-from normfree.deployment.outputs import absorb_output_
+from normfree.deployment.outputs import absorb_output_, output_in_torch_alone_
 from normfree.deployment.plain import plain_
 from normfree.deployment.slots import in_torch_alone
 from normfree.errors import UnsupportedModelError, UsageError, some
@@ -125,6 +125,8 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     for module in list(model.modules()):
         if isinstance(module, (ChannelAffine, SkipInit, Copy)):
             become(module, in_torch_alone(module))
+        elif isinstance(module, ScaledOutput):
+            output_in_torch_alone_(module)
         elif isinstance(module, Vacant):
             become(module, nn.Identity().train(module.training))
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)

@@ -282,13 +282,15 @@ class Alone(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies"])
+@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies", "squeeze", "ghost"])
 def test_a_fused_model_is_unpickled_without_this_package(kind: str) -> None:
     """Gains and biases in slots (with activations, of any dimension), scalars on activations, copies."""
     build: dict[str, Callable[[], nn.Module]] = {
         "layers": lambda: timm.create_model("test_resnet"),
         "pre-activation": lambda: preactivated(1, 1),
         "gates": lambda: timm.create_model("rexnet_100", depth_mult=0.5, width_mult=0.25),
+        "squeeze": lambda: timm.create_model("seresnet18"),
+        "ghost": lambda: timm.create_model("ghostnet_050"),
         "copies": lambda: nn.Sequential(
             nn.Linear(3, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU(), nn.Unflatten(1, (6, 1))
         ),
