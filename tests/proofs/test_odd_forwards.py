@@ -174,3 +174,12 @@ def test_fused_without_its_original_is_not_said_to_be_ok(tmp_path: Path) -> None
     normfree.save(fused, tmp_path / "fused.safetensors")
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "fused.safetensors"), "--json"])
     assert (done.exit_code, json.loads(done.stdout)["ok"]) == (0, None)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_model_that_was_scripted_is_what_it_was() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    fused = normfree.fuse(normfree.convert(model, init="preserve", inputs=X))
+    assert torch.allclose(torch.jit.script(fused)(X), model(X), atol=1e-5)
+    report = normfree.verify(fused, model, X)
+    assert report.ok, str(report)
