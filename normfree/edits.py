@@ -9,6 +9,7 @@ from typing import Literal
 from normfree.analysis.sums import Kind
 from normfree.analysis.tails import Place
 from normfree.layers import Channels, skipinit_name
+from normfree.layers.passing import Moves
 
 __all__ = ["UNSEEN", "Action", "Alpha", "Carried", "Init", "NormEdit", "SumEdit", "Units"]
 
@@ -35,8 +36,9 @@ class NormEdit:
         producer: The layer that takes gain and bias.
         reason: Why.
         copy: The slot copies, because somebody writes into it in place.
-        into: The layer that alone reads what stays in the slot, and takes it when the model is fused.
-        through: Identities between the two, and what only one of them stands in: a hook there sees what passes.
+        into: The layer that alone reads what stays in the slot, and takes it, or some of it, when the model is fused.
+        through: Modules between the two, and what only one of them stands in: a hook there sees what passes.
+        moves: How much of it the layer takes.
     """
 
     name: str
@@ -49,6 +51,7 @@ class NormEdit:
     copy: bool = False
     into: str | None = None
     through: tuple[str, ...] = ()
+    moves: Moves = "affine"
 
 
 @dataclass(frozen=True)

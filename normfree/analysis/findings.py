@@ -138,6 +138,8 @@ def analyse(
 def _only_norm(flow: Flow, node: fx.Node, first: Mapping[str, str]) -> str | None:
     """Return the norm that alone reads what ``node`` returns, or ``None`` if somebody else does."""
     users = flow.users[node]
+    while len(users) == 1 and flow.roles[users[0]] is Role.RESHAPE:
+        users = flow.users[users[0]]
     single = len(users) == 1 and flow.roles[users[0]] is Role.NORM
     return first[str(users[0].target)] if single else None
 

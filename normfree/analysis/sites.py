@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
 from normfree.analysis.activations import Activation, as_activation, following
 from normfree.analysis.flow import Flow, Role
+from normfree.analysis.passing import find_taker, moved_from
 from normfree.analysis.writing import is_fresh, writers_of, writes_into
 from normfree.code.straight import always_together
-from normfree.layers.linearity import takes_affine
+from normfree.layers.passing import Moves, weakest
 from normfree.norms import describe
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
@@ -28,9 +30,10 @@ class Site:
         why: Why there is no producer.
         apart: Why the two may not always be called together, although they were.
         between: Modules whose forward only one of the two is called in.
-        into: The layer that alone reads its output, at once and without zero padding, and is always called with it.
+        into: The layer that alone reads its output, behind what lets some of it pass, and is always called with it.
+        moves: What that can take.
         behind: Modules whose forward only one of these two is called in.
-        through: Identities that stand between these two.
+        through: Modules that stand between these two.
         feeds: Convolutions and linears that its output reaches through activations.
         biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
             that we cannot give one, or neither fed by any nor feeding any.
@@ -48,6 +51,7 @@ class Site:
     apart: str
     between: tuple[str, ...]
     into: str | None
+    moves: Moves
     behind: tuple[str, ...]
     through: tuple[str, ...]
     feeds: tuple[str, ...]
@@ -62,20 +66,22 @@ class Site:
 def find_site(flow: Flow, node: fx.Node) -> Site:
     """Return what one graph says about the norm that ``node`` calls."""
     source = flow.inputs[node][0]
-    producer, why = _producer(flow, node, source)
-    apart, between = ("", ()) if producer is None else _together(flow, producer, str(node.target))
-    into, behind, through = _into(flow, node)
+    layer, names = moved_from(flow, node)
+    producer, why = _producer(flow, node, layer)
+    apart, between = ("", ()) if producer is None else _together(flow, producer, str(node.target), names)
+    into, moves, behind, through = _into(flow, node)
     writers, unsafe = writers_of(flow, node)
     feeds = tuple(dict.fromkeys(_feeds(flow, node)))
     alone = not feeds and not _is_weighted(flow, source)
     return Site(
         name=str(node.target),
-        feed=_feed(flow, source),
+        feed=_feed(flow, layer),
         producer=producer,
         why=why,
         apart=apart,
         between=between,
         into=into,
+        moves=moves,
         behind=behind,
         through=through,
         feeds=feeds,
@@ -107,43 +113,33 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     if not flow.called_once(source):
         return None, _called_often(flow, source, str(source.target))
     others = [user.name for user in flow.users[source] if user is not node]
-    if others:
+    if len(flow.users[source]) > 1:
         return None, f"{source.target} also feeds {', '.join(others)}"
     if _features(module) != describe(flow.modules[str(node.target)]).features:
         return None, "the norm's channels are not the output features of what feeds it"
-    if isinstance(module, nn.Linear) and len(flow.shape(source) or ()) != 2:
+    if isinstance(module, nn.Linear) and source is flow.inputs[node][0] and len(flow.shape(source) or ()) != 2:
         return None, "fed by a linear whose output has tokens in dimension 1"
     return str(source.target), ""
 
 
-def _together(flow: Flow, first: str, second: str) -> tuple[str, tuple[str, ...]]:
+def _together(flow: Flow, first: str, second: str, passed: Iterable[Any] = ()) -> tuple[str, tuple[str, ...]]:
     """Say why two layers may not always be called one after the other, and which modules stand between them."""
     one, other = flow.graph.called[first], flow.graph.called[second]
     between = tuple(
         path for path in dict.fromkeys(one.modules + other.modules) if (path in one.modules) != (path in other.modules)
     )
     apart = f"the code that calls {first} may do something else with what it returns"
-    return "" if always_together(one, other) else apart, between
+    return "" if always_together(one, other, frozenset(passed)) else apart, between
 
 
-def _into(flow: Flow, node: fx.Node) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """Return the layer whose weight can take what the norm multiplies and adds, and what stands around and between."""
-    users, given, module, through = flow.users[node], node, None, list[str]()
-    while len(users) == 1 and type(flow.module(users[0])) is nn.Identity:
-        users, given = flow.users[users[0]], users[0]
-        through.append(str(given.target))
-    if len(users) == 1 and flow.called_once(node) and flow.activation_in(node) is None:
-        module = flow.module(users[0]) if flow.carries(users[0]) and flow.called_once(users[0]) else None
-    if module is None or not takes_affine(module) or list(flow.inputs[users[0]]) != [given]:
-        return None, (), ()
-    width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    if width != describe(flow.modules[str(node.target)]).features:
-        return None, (), ()
-    if isinstance(module, nn.Linear) and len(flow.shape(node) or ()) != 2:
-        return None, (), ()
-    into = str(users[0].target)
-    apart, behind = _together(flow, str(node.target), into)
-    return (None, (), ()) if apart else (into, behind, tuple(through))
+def _into(flow: Flow, node: fx.Node) -> tuple[str | None, Moves, tuple[str, ...], tuple[str, ...]]:
+    """Return the layer that can take some of what the norm multiplies and adds, and what stands around and between."""
+    taker = find_taker(flow, node)
+    if taker is None:
+        return None, "affine", (), ()
+    into, parts = str(taker.node.target), [flow.modules[path] for path in taker.through]
+    apart, behind = _together(flow, str(node.target), into, [*parts, *taker.names])
+    return (None, "affine", (), ()) if apart else (into, taker.moves, behind, taker.through)
 
 
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
@@ -206,6 +202,7 @@ def agree(known: Site | None, site: Site) -> Site:
         apart=known.apart or site.apart,
         between=tuple(dict.fromkeys(known.between + site.between)),
         into=known.into if known.into == site.into else None,
+        moves=weakest((known.moves, site.moves)) or "gain",
         behind=tuple(dict.fromkeys(known.behind + site.behind)),
         through=tuple(dict.fromkeys(known.through + site.through)),
         why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),

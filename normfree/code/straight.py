@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
-from normfree.code.branching import behind, is_stored
+from normfree.code.branching import behind
 from normfree.code.bytecode import LAST, ONE_WAY, Step, index_of, instructions, is_plain, returns
+from normfree.code.known import asks_for_shape, is_own, known_calls, through_identity
 from normfree.tracing.callers import Call, Place
 
 __all__ = ["always_together", "comes_elsewhere", "is_dead", "shared"]
@@ -25,17 +27,23 @@ _CHAIN = nn.Sequential.forward.__code__
 """Calls everything that it holds, one after the other."""
 
 
-def always_together(layer: Call, norm: Call) -> bool:
-    """Whether a norm is called on what a layer returns whenever either is called, and nobody keeps that."""
+def always_together(layer: Call, norm: Call, passed: Set[Any] = frozenset()) -> bool:
+    """Whether a norm is called on what a layer returns whenever either is called, and nobody keeps that.
+
+    Args:
+        layer: The call of the first.
+        norm: The call of the second.
+        passed: The modules, and the names of torch's functions, that stood between the two.
+    """
     count = shared(layer, norm)
     if count == 0:
         return False
     one, other = layer.places[count - 1], norm.places[count - 1]
-    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:])[0], index_of(other))
+    meet = one.code is _CHAIN or _is_straight(one, behind(one, layer.places[count:])[0], index_of(other), passed)
     return (
         meet
-        and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
-        and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p)) for p in norm.places[count:])
+        and all(p.code is _CHAIN or _returns(p, passed) for p in layer.places[count:])
+        and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p), passed) for p in norm.places[count:])
         and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
 
@@ -61,39 +69,27 @@ def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> boo
     return any(name == "<lambda>" or loads[name] > known for name in names)
 
 
-def _is_straight(place: Place, start: int, end: int) -> bool:
+def _is_straight(place: Place, start: int, end: int, passed: Set[Any]) -> bool:
     steps = instructions(place.code)
     if start > end:
         return False
-    between, entered = list(steps[start:end]), list[int]()
+    known = known_calls(place, start, end, passed)
+    between, entered = [step for step in steps[start:end] if step not in known], list[int]()
     for i in range(start, end - 2):
         there = _over_missing(place, steps[i : i + 3])
         if there is not None and steps[i] in between:
             entered.append(there)
             between = [step for step in between if not steps[i].offset <= step.offset < there]
-        idle = _through_identity(place, steps[i : i + 4]) if i + 4 <= end else ()
+        idle = through_identity(place, steps[i : i + 4]) if i + 4 <= end else ()
         between = [step for step in between if step not in idle]
+    own = next(iter(place.code.co_varnames), None)
+    kept = {step.argval for step in between if known and step.opname.endswith(("_FAST", "_DEREF"))} - {own}
+    if not all(is_dead(place.code, name, end) for name in kept):
+        return False  # what is handed on has been there before, as something else
     if steps[end].is_jump_target and steps[end].offset not in entered:
         return False
     asked = [i for i, step in enumerate(between) if step.opname in _TESTS and _asks_for_called(between, i)]
     return is_plain([step for i, step in enumerate(between) if i not in asked], entered)
-
-
-def _through_identity(place: Place, steps: Sequence[Step]) -> Sequence[Step]:
-    """Return what calls ``self.part(x)`` at once, but for ``x``, if that part is an identity that nobody watches."""
-    load, method, given, call = steps
-    if not _is_own(place, load) or method.opname != "LOAD_METHOD" or place.owner is None:
-        return ()
-    part = place.owner._modules.get(method.argval)
-    watched = part is not None and any(value for name, value in vars(part).items() if name.endswith("_hooks"))
-    simple = given.opname == "LOAD_FAST" and call.opname == "CALL" and call.arg == 1
-    return (load, method, call) if simple and type(part) is nn.Identity and not watched else ()
-
-
-def _is_own(place: Place, load: Step) -> bool:
-    """Whether an instruction takes the module whose forward this is."""
-    first = next(iter(place.code.co_varnames), None)
-    return load.opname.startswith("LOAD_FAST") and load.argval == first and not is_stored(place.code, first)
 
 
 def _over_missing(place: Place, steps: Sequence[Step]) -> int | None:
@@ -102,7 +98,7 @@ def _over_missing(place: Place, steps: Sequence[Step]) -> int | None:
     A part that is put there later, where there was none, makes another network of it.
     """
     load, attribute, jump = steps
-    if not _is_own(place, load) or attribute.opname != "LOAD_ATTR" or not jump.opname.endswith("_IF_NONE"):
+    if not is_own(place, load) or attribute.opname != "LOAD_ATTR" or not jump.opname.endswith("_IF_NONE"):
         return None
     whole = instructions(place.code)
     ways = [step for step in whole if step.jumps and step.argval == jump.argval]
@@ -141,12 +137,13 @@ def _asks_for_called(steps: Sequence[Step], jump: int) -> bool:
     return test == jump - 1 and same[0] == same[1]
 
 
-def _returns(place: Place) -> bool:
+def _returns(place: Place, passed: Set[Any]) -> bool:
     """Whether a function returns what it has just been given, whenever it returns anything."""
-    rest, end = instructions(place.code)[index_of(place) + 1 :], returns(place.code)
+    start, end = index_of(place) + 1, returns(place.code)
+    known = known_calls(place, start, end[0], passed) if end else []
     return (
         len(end) == 1
-        and is_plain(rest[: end[0] - index_of(place) - 1])
+        and is_plain([step for step in instructions(place.code)[start : end[0]] if step not in known])
         and not instructions(place.code)[end[0]].is_jump_target
     )
 
@@ -166,7 +163,7 @@ def is_dead(code: CodeType, name: str, index: int) -> bool:
             continue
         seen.add(i)
         step = steps[i]
-        if "_FAST" in step.opname and step.argval == name:
+        if "_FAST" in step.opname and step.argval == name and not asks_for_shape(steps, i):
             if step.opname != "STORE_FAST":
                 return False
             continue

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normfree.deployment.absorbing import absorb_
 from normfree.deployment.merging import merge_
-from normfree.deployment.outputs import absorb_output_
+from normfree.deployment.outputs import absorb_output_, output_in_torch_alone_
 from normfree.deployment.plain import plain_
 from normfree.deployment.slots import in_torch_alone
 from normfree.errors import UnsupportedModelError, UsageError, some
@@ -54,11 +54,11 @@ def fuse(model: M) -> M:
         model: What :func:`normfree.convert` returned, trained or not; it is not changed.
 
     Raises:
-        UsageError: Nothing in the model carries a gain or an alpha.
+        UsageError: The model is fused already, or was not converted.
 
     Warns:
         FuseWarning: A branch ends in something non-linear, so its alpha stays a multiplication; or gain and bias of a
-            norm stay an operation, as no layer beside it takes them. All are named.
+            norm stay an operation, as no layer beside it takes them, or the bias alone. All are named.
 
     Example:
         >>> import torch, torchvision, normfree
@@ -75,14 +75,16 @@ def fuse_(model: M) -> M:
     plan = plan_on(model)
     if plan is not None and plan.fused:
         raise UsageError(f"this {type(model).__name__} is fused already")
-    if not any(map(is_normfree, model.modules())):
+    if plan is None and not any(map(is_normfree, model.modules())):
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
     check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)
-    left, slots = multiplying(model), _slots_left(model)
+    left, slots, shifts = multiplying(model), _slots_left(model, "gain"), _slots_left(model, "bias")
     problems = [f"alpha stays a multiplication at {some(left)}: no weight ends that branch"] if left else []
     if slots:
         problems.append(f"gain and bias stay an operation at {some(slots)}: no layer beside it takes them")
+    if shifts:
+        problems.append(f"a bias stays an operation at {some(shifts)}: the layer behind it takes the gain alone")
     if problems:
         warnings.warn("; ".join(problems), FuseWarning, stacklevel=3)
     return model
@@ -117,12 +119,14 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
             absorb_output_(module)
     plan = plan_on(model)
     if plan is not None:
-        plan = replace(absorb_(model, plan), fused=True)
+        plan = replace(absorb_(model, plan, merged is not None), fused=True)
         plan = replace(plan, merged=merge_(model, plan, merged))
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
     for module in list(model.modules()):
         if isinstance(module, (ChannelAffine, SkipInit, Copy)):
             become(module, in_torch_alone(module))
+        elif isinstance(module, ScaledOutput):
+            output_in_torch_alone_(module)
         elif isinstance(module, Vacant):
             become(module, nn.Identity().train(module.training))
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
@@ -156,10 +160,12 @@ def _bake_affine(slot: ChannelAffine) -> None:
     slot.raw_alpha = None
 
 
-def _slots_left(model: nn.Module) -> list[str]:
+def _slots_left(model: nn.Module, what: str) -> list[str]:
+    """Name the slots that multiply, or those that only add since the layer behind them has taken the gain."""
     plan, modules = plan_on(model), dict(model.named_modules(remove_duplicate=False))
     removed = () if plan is None else plan.removed
-    return [e.name for e in removed if e.name in modules and modules[e.name]._parameters.get("gain") is not None]
+    held = {e: modules[e.name]._parameters for e in removed if e.name in modules and (what == "gain" or e.into)}
+    return [e.name for e, own in held.items() if own.get(what) is not None]
 
 
 def multiplying(model: nn.Module) -> list[str]:

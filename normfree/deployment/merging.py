@@ -8,6 +8,7 @@ if it computes the same in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Modul
         unscaled_output_(copied)
     try:
         _give_norms(path, copied, plan)
+        method = next(name for name in _METHODS if hasattr(copied, name))
         with torch.device(like.device), _Doubled():
-            made: Any = getattr(copied, next(name for name in _METHODS if hasattr(copied, name)))()
+            made: Any = getattr(copied, method)()
         made = made if isinstance(made, nn.Module) else copied
         if check and not _same(before, made):
             return None
@@ -85,9 +87,19 @@ def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Modul
     made = made.to(like.dtype).train(block.training)
     for parameter in made.parameters():
         parameter.requires_grad_(like.requires_grad)
+    if made is copied:
+        _once_(made, method)
     if scaled:
         made = scaled_like(made, block)
     return made  # type: ignore[no-any-return]  # of a method that nobody has typed
+
+
+def _once_(block: nn.Module, method: str) -> None:
+    """Let a block's method do nothing from now on, if it asks for what it has taken away."""
+    try:
+        getattr(deep_copy(block), method)()
+    except Exception:  # as above
+        block.__dict__[method] = partial(bool)  # which pickles without us
 
 
 @torch.no_grad()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Iterator
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normfree.layers import ScaledOutput, alpha_of, scaled_output_class
-from normfree.rewriting.changing import set_class
+from normfree.planning.hooks import hooks_on
+from normfree.rewriting.changing import become, set_class
 from normfree.tracing.copying import deep_copy
 
-__all__ = ["absorb_output_", "scaled_like", "unscaled_output_"]
+__all__ = ["absorb_output_", "output_in_torch_alone_", "scaled_like", "unscaled_output_"]
 
 
 def unscaled_output_(module: nn.Module) -> Tensor:
@@ -29,6 +32,40 @@ def scaled_like(module: nn.Module, like: nn.Module) -> nn.Module:
     module.register_parameter("raw_alpha", like._parameters["raw_alpha"])
     module.__dict__["alpha_unit"] = like.__dict__["alpha_unit"]
     return module
+
+
+def output_in_torch_alone_(module: nn.Module) -> None:
+    """Multiply what a :class:`ScaledOutput` returns by a program of torch.fx, for which torch is enough.
+
+    What holds nothing becomes the program, which can be scripted; anything else gets it as a hook.
+    """
+    raw, unit, alone = module._parameters["raw_alpha"], module.__dict__["alpha_unit"], _holds_nothing(module)
+    inner, graph, held = deep_copy(module) if alone else module, fx.Graph(), nn.Module()
+    unscaled_output_(inner)
+    given = graph.placeholder("input")
+    if alone:
+        held.add_module("inner", inner)
+        held.register_parameter("raw_alpha", raw)
+        output, alpha = graph.call_module("inner", (given,)), graph.get_attr("raw_alpha")
+    else:
+        module.register_parameter("raw_alpha", raw)
+        _, output = graph.placeholder("given"), graph.placeholder("output")
+        alpha = graph.call_function(getattr, (given, "raw_alpha"))
+    alpha = graph.call_function(operator.truediv, (graph.call_method("reshape", (alpha, ())), unit))
+    graph.output(graph.call_function(operator.mul, (output, alpha)))
+    made = fx.GraphModule(held, graph, class_name="ScaledOutput").train(module.training)
+    if alone:
+        become(module, made)
+    else:
+        module.register_forward_hook(made)
+
+
+def _holds_nothing(module: nn.Module) -> bool:
+    """Whether a module has nothing but alpha, is not watched, and is given one tensor."""
+    more = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name != "raw_alpha"]
+    original = cast(ScaledOutput, module)._normfree_original
+    single = len(inspect.signature(original.forward).parameters) == 2
+    return single and not (more or hooks_on(module) or any(True for _ in module.children()))
 
 
 def absorb_output_(module: nn.Module) -> bool:

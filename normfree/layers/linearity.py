@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfree.layers.carriers import Seen, scaled_weight_class
 from normfree.layers.held import CONSTANTS
+from normfree.layers.passing import Moves
 from normfree.tracing.copying import meta_copy
 
 __all__ = ["is_carrier", "takes_affine"]
@@ -52,18 +53,18 @@ def is_carrier(module: nn.Module) -> bool:
     return _inherits(cls, base) or (cls.__call__ is nn.Module.__call__ and _hands_on(module, _FUNCTIONS[base]))
 
 
-def takes_affine(layer: nn.Module) -> bool:
-    """Whether a carrier can take what is multiplied and added to each channel of its input: nothing but that is seen.
+def takes_affine(layer: nn.Module) -> Moves | None:
+    """Return what a carrier can take of what is multiplied and added to each channel of its input.
 
-    Zero padding is something else, and a transposed convolution meets fewer positions at its edges.
+    Zero padding is something else than what is added, and a transposed convolution meets fewer positions at its edges.
     """
     if isinstance(layer, nn.Linear):
-        return True
+        return "affine"
     base = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind)), None)
     if base is None or not _inherits(type(layer), base):  # another forward may pad by itself
-        return False
+        return None
     unpadded = layer.padding == "valid" or not any(cast(Any, layer.padding))
-    return unpadded or layer.padding_mode != "zeros"
+    return "affine" if unpadded or layer.padding_mode != "zeros" else "gain"
 
 
 _TAKEN = (*CONSTANTS, "alpha", "alpha_channels", "alpha_unit", "combined", "coordinates", "raw_alpha")

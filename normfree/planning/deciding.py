@@ -138,7 +138,8 @@ def _norm_edit(
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
     into = site.into if preserve and not written and may_be_absorbed(modules, name, site, apart) else None
     through = () if into is None else site.behind + site.through
-    return replace(edit, action=action, reason=obstacle or site.why, copy=written, into=into, through=through)
+    edit = edit if into is None else replace(edit, into=into, through=through, moves=site.moves)
+    return replace(edit, action=action, reason=obstacle or site.why, copy=written)
 
 
 def _why_unseen(traced: Trace) -> str:

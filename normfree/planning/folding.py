@@ -31,8 +31,9 @@ def may_be_absorbed(modules: Modules, norm: str, site: Site, apart: Named) -> bo
     """Whether what stays in a slot may move onto the layer behind it: nobody sees what passes, or uses either apart."""
     if site.into is None or any_global_hook():
         return False
-    layer, others = modules[site.into], [modules[path] for path in (norm, *site.behind, *site.through)]
-    if any(map(hooks_on, others)) or hooks_on(layer) - {"_forward_hooks"}:
+    layer, others = modules[site.into], [modules[path] for path in (norm, *site.behind)]
+    between = [module for path in site.through for module in modules[path].modules()]
+    if any(map(hooks_on, (*others, *between))) or hooks_on(layer) - {"_forward_hooks"}:
         return False
     shared = any(id(layer) in apart.read[name] for name in ("weight", "bias"))
     called = {id(module) for module in (layer, *others)} & apart.called

@@ -14,7 +14,7 @@ __all__ = ["departures", "settings"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = {"training", "_normfree_plan", "_normfree_originals", "_parameters", "_buffers", "_modules"}
-_OWN |= {"_is_full_backward_hook", "_compiled_call_impl"}  # of whoever looks on, or compiles
+_OWN |= {"_is_full_backward_hook", "_compiled_call_impl", "__overloads__"}  # of whoever looks on, or compiles
 _PLAIN = (bool, int, float, str, type(None))
 Problem = tuple[str, str]
 """What is wrong, and where."""

@@ -80,21 +80,28 @@ def _same_as_original(case: Case, original: nn.Module) -> Found:
         return Found(error <= tolerance, error, f"relative error {error:.1e}, where {tolerance:.1e} is rounding")
     exact = case.run(case.exact(original, training=False))
     # Constants are stored in the model's own dtype: that the edits are exact shows when they are made in float64.
-    again = case.exact(original, training=False)
-    rewrite(again, case.plan, {})
-    if case.plan.fused:
-        bake_(again, case.plan.merged)
+    again = _made_anew(case, original)
     error = error_between(exact, case.run(again))
     theirs = next((p.dtype for p in before.parameters() if p.is_floating_point()), case.own_dtype)
     rounding = error_between(exact, case.run(before, dtype=theirs))
     own = error_between(exact, case.run(after, dtype=case.own_dtype))
     train = _error_in_train_mode(case, again)
+    if train > TOLERANCE:  # what counts its calls has been called once more than the original
+        train = _error_in_train_mode(case, _made_anew(case, original))
     passed = max(error, train) <= TOLERANCE and own <= ROUNDINGS * max(rounding, torch.finfo(case.own_dtype).eps)
     figures = f"{own:.1e} in {str(case.own_dtype)[6:]}, where the original's is {rounding:.1e}"
     worse = f" and {train:.1e} in train mode" if train > TOLERANCE else ""
     if not passed and max(error, train) <= TOLERANCE:
         figures += "; made anew it is exact: trained since, or of another model?"
     return Found(passed, error, f"relative error {error:.1e} in float64{worse}; {figures}")
+
+
+def _made_anew(case: Case, original: nn.Module) -> nn.Module:
+    again = case.exact(original, training=False)
+    rewrite(again, case.plan, {})
+    if case.plan.fused:
+        bake_(again, case.plan.merged)
+    return again
 
 
 def _error_in_train_mode(case: Case, again: nn.Module) -> float:

@@ -204,6 +204,15 @@ def test_training_mode_dtype_and_frozen_parameters_survive() -> None:
     assert fused.layer1[0].conv1.weight.requires_grad
 
 
+def test_a_converted_network_without_scalars_is_fused_too() -> None:
+    model = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), init="skipinit")
+    fused, x = normfree.fuse(model), noise(2, 3, 8, 8)
+    assert torch.equal(fused(x), model(x))
+    assert type(fused[1]) is nn.Identity
+    with pytest.raises(normfree.errors.UsageError, match="this Sequential is fused already"):
+        normfree.fuse(fused)
+
+
 def test_nothing_to_fuse_is_an_error() -> None:
     model = timm.create_model("test_resnet")
     with pytest.raises(normfree.errors.UsageError, match="this ResNet carries no gain and no alpha: convert it first"):
@@ -273,13 +282,15 @@ class Alone(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies"])
+@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies", "squeeze", "ghost"])
 def test_a_fused_model_is_unpickled_without_this_package(kind: str) -> None:
     """Gains and biases in slots (with activations, of any dimension), scalars on activations, copies."""
     build: dict[str, Callable[[], nn.Module]] = {
         "layers": lambda: timm.create_model("test_resnet"),
         "pre-activation": lambda: preactivated(1, 1),
         "gates": lambda: timm.create_model("rexnet_100", depth_mult=0.5, width_mult=0.25),
+        "squeeze": lambda: timm.create_model("seresnet18"),
+        "ghost": lambda: timm.create_model("ghostnet_050"),
         "copies": lambda: nn.Sequential(
             nn.Linear(3, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU(), nn.Unflatten(1, (6, 1))
         ),

@@ -95,8 +95,10 @@ class Forgets(Stem):
 def test_a_model_whose_identical_calls_differ_is_said_to(init: str) -> None:
     model = randomise(Forgets())
     converted = normfree.convert(model, init=init, inputs=X, check=False)
-    proof = normfree.verify(converted, model, X).proofs[1]
+    report = normfree.verify(converted, model, X)
+    proof = report.proofs[1]
     assert proof.passed is None, "so it was before: nothing is claimed"
+    assert report.ok, "compared are calls of the same number"
     assert proof.detail.startswith("two identical calls differ by ")
     steady = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     changed = normfree.convert(steady, init=init, inputs=X)
@@ -172,3 +174,12 @@ def test_fused_without_its_original_is_not_said_to_be_ok(tmp_path: Path) -> None
     normfree.save(fused, tmp_path / "fused.safetensors")
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "fused.safetensors"), "--json"])
     assert (done.exit_code, json.loads(done.stdout)["ok"]) == (0, None)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_model_that_was_scripted_is_what_it_was() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    fused = normfree.fuse(normfree.convert(model, init="preserve", inputs=X))
+    assert torch.allclose(torch.jit.script(fused)(X), model(X), atol=1e-5)
+    report = normfree.verify(fused, model, X)
+    assert report.ok, str(report)
