@@ -12,17 +12,29 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from types import CodeType
 
 from torch import nn
 
-from normfree.code.bytecode import index_of, instructions, is_plain
+from normfree.code.bytecode import index_of, instructions
 from normfree.code.chains import Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import reached
 from normfree.code.reach import Function
-from normfree.code.straight import comes_elsewhere, is_dead, shared
-from normfree.code.using import calls_variable, is_handed_out, is_test, is_used, part_of, passes, takes_some
+from normfree.code.stepping import Loop, loop_over
+from normfree.code.straight import comes_elsewhere, passes_on, shared
+from normfree.code.using import (
+    calls_variable,
+    is_handed_out,
+    is_read,
+    is_sequence,
+    is_test,
+    is_used,
+    part_of,
+    passes,
+    takes_some,
+)
 from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
 from normfree.tracing.callers import Call, Place
 
@@ -92,6 +104,8 @@ class _Reading:
         self.passing: set[type] = set()  # classes whose forwards give themselves to others
         self.holders: dict[int, nn.Module] = {}
         self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
+        self.loops: dict[tuple[int, CodeType], Loop | None] = {}
+        self.changed: set[str] = set()  # attributes that are not only read
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
@@ -108,7 +122,7 @@ class _Reading:
         for chain, module, rest in uses:
             norms = self.pairs.get(id(module), frozenset())
             if not rest and chain.calls and norms:
-                then = _passes_on(function.code, chain, norms, ends)
+                then = passes_on(function.code, chain, norms, ends)
                 if then is not None:
                     passed |= {(chain.end, id(module)), then}
         put = {id(module) for chain, module, rest in uses if chain.puts and not rest}
@@ -133,8 +147,11 @@ class _Reading:
                     self.named.called.add(id(module))
                 if holds(module):
                     self._open(module, function.code, part)
+                    self.loops[id(module), function.code] = self._loop(module, chain, function)
                     if function.forward and takes_some(steps, chain.end):
                         self.named.called.update(map(id, module._modules.values()))
+        for chain in chains:
+            self.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
         self.names.update(set(function.code.co_names))
         self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
         if function.owner is not None and function.forward and passes(steps, function.owner_name):
@@ -201,6 +218,24 @@ class _Reading:
         self.holders[id(module)] = module
         self.parts[id(module), code] |= {id(m) for m in module._modules.values()} if part is None else {id(part)}
 
+    def _loop(self, module: nn.Module, chain: Chain, function: Function) -> Loop | None:
+        """Return the loop in which a method goes through a sequence of its module, if no other holds that."""
+        own = chain.base == function.owner_name and len(chain.names) == 1
+        owners = self.instances[function.owner] if own and function.owner is not None else []
+        mine = [owner for owner in owners if owner._modules.get(chain.names[0]) is module]
+        return loop_over(function, chain.names[0], mine[0]) if len(mine) == 1 and is_sequence(module) else None
+
+    def _together(self, holder: int, code: CodeType) -> set[int]:
+        """Return the layers and norms of a sequence that a loop calls one after the other, keeping nothing between."""
+        loop, held = self.loops.get((holder, code)), [id(m) for m in self.holders[holder]._modules.values()]
+        known = loop is not None and loop.mentions == self.opened[holder, code] and len(set(held)) == len(held)
+        if not known or loop is None or not self.changed.isdisjoint(loop.told_by):
+            return set()
+        behind = {a: b for k, (a, b) in enumerate(pairwise(held)) if k not in loop.seen and b in self.pairs.get(a, ())}
+        before = {b: a for a, b in behind.items()}
+        found = {*behind, *before}
+        return {m for m in found if self.pairs.get(m, set()) <= {behind.get(m)} and self.backs[m] <= {before.get(m)}}
+
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
         for code in self.strangers:
@@ -209,7 +244,8 @@ class _Reading:
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
         for (holder, code), count in self.opened.items():
-            for child in self.holders[holder]._modules.values():
+            together = self._together(holder, code)
+            for child in (m for m in self.holders[holder]._modules.values() if id(m) not in together):
                 if id(child) not in self.parts[holder, code] and count == self.mentioned[holder, code]:
                     continue
                 seen = (place.code for call in self.called.get(id(child), ()) for place in call.places)
@@ -224,21 +260,6 @@ class _Reading:
         if self.loose:
             for read in self.named.read.values():
                 read.update(self.named.called)
-
-
-def _passes_on(
-    code: CodeType, chain: Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], Chain]
-) -> tuple[int, int] | None:
-    """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
-    steps = instructions(code)
-    calls = [i for i in range(chain.end + 1, len(steps)) if steps[i].opname.startswith("CALL")][:2]
-    if len(calls) < 2 or not is_plain(steps[chain.end + 1 : calls[0]]) or not is_plain(steps[calls[0] + 1 : calls[1]]):
-        return None
-    named = [(end, module) for end, module in ends if module in norms and ends[end, module].calls]
-    between = [(end, module) for end, module in named if calls[0] < end < calls[1] or end == chain.start - 1]
-    kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
-    dead = all(isinstance(name, str) and is_dead(code, name, calls[1]) for name in kept)
-    return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None
 
 
 def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:

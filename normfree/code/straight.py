@@ -16,9 +16,10 @@ from torch import nn
 
 from normfree.code.branching import behind, is_stored
 from normfree.code.bytecode import LAST, ONE_WAY, Step, index_of, instructions, is_plain, returns
+from normfree.code.chains import Chain
 from normfree.tracing.callers import Call, Place
 
-__all__ = ["always_together", "comes_elsewhere", "is_dead", "shared"]
+__all__ = ["always_together", "comes_elsewhere", "passes_on", "shared"]
 
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE")
 _CHAIN = nn.Sequential.forward.__code__
@@ -36,7 +37,7 @@ def always_together(layer: Call, norm: Call) -> bool:
         meet
         and all(p.code is _CHAIN or _returns(p) for p in layer.places[count:])
         and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p)) for p in norm.places[count:])
-        and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
+        and all(_is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
 
 
@@ -151,7 +152,7 @@ def _returns(place: Place) -> bool:
     )
 
 
-def is_dead(code: CodeType, name: str, index: int) -> bool:
+def _is_dead(code: CodeType, name: str, index: int) -> bool:
     """Whether nothing behind an instruction reads a variable before something else is put into it."""
     if name in code.co_cellvars + code.co_freevars:
         return False
@@ -175,3 +176,18 @@ def is_dead(code: CodeType, name: str, index: int) -> bool:
         if step.opname not in (*ONE_WAY, *LAST):
             waiting.append(i + 1)
     return True
+
+
+def passes_on(
+    code: CodeType, chain: Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], Chain]
+) -> tuple[int, int] | None:
+    """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
+    steps = instructions(code)
+    calls = [i for i in range(chain.end + 1, len(steps)) if steps[i].opname.startswith("CALL")][:2]
+    if len(calls) < 2 or not is_plain(steps[chain.end + 1 : calls[0]]) or not is_plain(steps[calls[0] + 1 : calls[1]]):
+        return None
+    named = [(end, module) for end, module in ends if module in norms and ends[end, module].calls]
+    between = [(end, module) for end, module in named if calls[0] < end < calls[1] or end == chain.start - 1]
+    kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
+    dead = all(isinstance(name, str) and _is_dead(code, name, calls[1]) for name in kept)
+    return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None

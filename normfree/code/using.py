@@ -10,11 +10,13 @@ from torch import nn
 
 from normfree.code.bytecode import Step, called_by, callee, instructions
 
-__all__ = ["calls_variable", "is_called", "is_handed_out", "is_test", "is_used", "part_of", "passes", "takes_some"]
+__all__ = ["calls_variable", "is_called", "is_handed_out", "is_read", "is_sequence", "is_test", "is_used", "part_of"]
+__all__ += ["passes", "takes_some"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
+_READING = ("BINARY_SUBSCR", "BINARY_SLICE", "COMPARE_OP", "CONTAINS_OP", "IS_OP")
 _TAKING = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 
 
@@ -71,6 +73,12 @@ def is_test(steps: Sequence[Step], i: int) -> bool:
     return none and steps[i + 1].opname == "IS_OP"
 
 
+def is_read(steps: Sequence[Step], i: int) -> bool:
+    """Whether a value that an instruction puts onto the stack is only looked into, or compared."""
+    end = _taken(steps, i)
+    return steps[end].opname.startswith((*_READING, "POP_JUMP_IF_")) or _asks(steps, end)
+
+
 def is_handed_out(steps: Sequence[Step], i: int) -> bool:
     """Whether the value that an instruction puts onto the stack is returned, or put into what may be."""
     return steps[_taken(steps, i)].opname.startswith(("RETURN_", "YIELD_", "BUILD_", "LIST_"))
@@ -100,14 +108,19 @@ def takes_some(steps: Sequence[Step], i: int) -> bool:
 
 def part_of(module: nn.Module, steps: Sequence[Step]) -> nn.Module | None:
     """Return what a number behind the name of a sequence or list takes out of it: of ``self.rep[0]`` the first."""
-    get = getattr(type(module), "__getitem__", None)
-    if get not in (nn.Sequential.__getitem__, nn.ModuleList.__getitem__) or len(steps) < 2:
+    if not is_sequence(module) or len(steps) < 2:
         return None
     constant, subscript = steps[0], steps[1]
     index, held = constant.argval, list(module._modules.values())
     if constant.opname != "LOAD_CONST" or subscript.opname != "BINARY_SUBSCR":
         return None
     return held[index] if type(index) is int and -len(held) <= index < len(held) else None
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module is torch's sequence or list, as to what one gets by a number or in a loop."""
+    found = [getattr(type(module), name, None) for name in ("__getitem__", "__iter__")]
+    return any(found == [kind.__getitem__, kind.__iter__] for kind in (nn.Sequential, nn.ModuleList))
 
 
 def calls_variable(code: CodeType, *, result: bool = False) -> bool:
