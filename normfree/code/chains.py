@@ -45,6 +45,8 @@ def chains(code: CodeType) -> list[Chain]:
         names: list[str] = []
         calls = False
         while i < len(steps) and steps[i].opname in ("LOAD_ATTR", "LOAD_METHOD") and not calls:
+            if steps[i].is_jump_target and i > start:
+                break  # what is asked here may be something else
             names.append(steps[i].argval)
             calls = steps[i].opname == "LOAD_METHOD"
             i += 1

@@ -17,6 +17,7 @@ from types import CodeType
 
 from torch import nn
 
+from normfree.code.asking import Fate, fate_of
 from normfree.code.bytecode import index_of, instructions
 from normfree.code.chains import Chain
 from normfree.code.chains import chains as chains_of
@@ -26,11 +27,9 @@ from normfree.code.stepping import Loop, loop_over
 from normfree.code.straight import comes_elsewhere, passes_on, shared
 from normfree.code.using import (
     calls_variable,
-    is_handed_out,
     is_read,
     is_sequence,
     is_test,
-    is_used,
     part_of,
     passes,
     takes_some,
@@ -138,9 +137,11 @@ class _Reading:
             elif chain.start and steps[chain.start - 1].argval == "checkpoint":
                 pass  # torch's, which calls it whole
             elif not is_test(steps, chain.end + 1):
-                if not function.forward and not (keeps and is_used(steps, chain.end, holds(module))):
-                    if not function.broken and is_handed_out(steps, chain.end):
-                        self.handed[function.code.co_name].add(id(module))
+                fate = fate_of(function.code, chain.end, function.whole.__globals__, holds=holds(module))
+                if not function.forward and not (keeps and fate is Fate.USED):
+                    if fate is not Fate.ASKED and not function.broken:
+                        inner = function.code is not function.whole.__code__
+                        (self.named.called if inner else self.handed[function.code.co_name]).add(id(module))
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:

@@ -12,7 +12,7 @@ from normfree.code.chains import ANY, Chain
 from normfree.code.reach import Function
 from normfree.code.using import calls_variable, is_called
 
-__all__ = ["holds", "leads_in", "looks_at_variables", "may_take_any", "meaning"]
+__all__ = ["holds", "is_way_in", "leads_in", "looks_at_variables", "may_take_any", "meaning"]
 
 _ALL = {"_modules", "children", "named_children", "__dict__", "values", "items", "forward", "__call__", "_conv_forward"}
 _ALL |= {"__iter__", "__getitem__"}
@@ -32,6 +32,14 @@ _ABOUT = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_
 _CHANGING = {"pop", "append", "insert", "extend", "__delitem__", "__setitem__", "add_module", "update"}
 """By these a sequence comes to hold something else."""
 _HARMLESS = {"train", "eval", "requires_grad_", "to", "type", "float", "half", "double", "zero_grad"}
+_RUNNING = {"forward"}
+"""Methods of torch's modules by which they run."""
+for _ in range(3):
+    _RUNNING |= {
+        name
+        for name, method in vars(nn.Module).items()
+        if isinstance(method, FunctionType) and not _RUNNING.isdisjoint(method.__code__.co_names)
+    }
 _FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
 """By these a weight works."""
 
@@ -46,12 +54,12 @@ def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Fu
     """
     name, code = rest[0], function.code
     reaches = function.forward or calls_variable(code, result=True)
+    works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(code.co_names))
     if name in ("weight", "bias"):
-        works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(code.co_names))
         return name if works and not chain.puts and _ABOUT.isdisjoint(rest[1:2]) else ""
     if name in _READ:
         behind = [s.argval for s in instructions(code)[chain.end + 1 : chain.end + 8] if s.opname.startswith("LOAD_")]
-        return "parameters" if function.forward and _ABOUT.isdisjoint(behind[:1]) else ""
+        return "parameters" if works and _ABOUT.isdisjoint(behind[:1]) else ""
     if name.startswith("register_") and name.endswith("hook"):
         return "use"
     if name in _CHANGING and holds(module):
@@ -60,9 +68,18 @@ def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Fu
         return "open all"
     if (name in _ALL and reaches) or (name == ANY and function.forward):
         return "open"
+    if name in _RUNNING or (name == "_conv_forward" and not module._modules):
+        return "use"
     method = getattr(type(module), name, None)
     own = function.forward and not module._modules and name not in _HARMLESS
     return "use" if own and isinstance(method, FunctionType) else ""
+
+
+def is_way_in(name: str, code: CodeType) -> bool:
+    """Whether an attribute of a layer, or of what holds some, may lead to a call, or to a weight that works."""
+    if name in _READ or name in ("weight", "bias"):
+        return not _FUNCTIONS.isdisjoint(code.co_names)
+    return name in _RUNNING or leads_in(name) or name in _CHANGING or (name.startswith("register") and "hook" in name)
 
 
 def leads_in(name: str, *, unknown: bool = False) -> bool:
