@@ -10,7 +10,9 @@ from enum import IntEnum
 from types import CodeType, FunctionType
 from typing import Any
 
-from normfree.code.bytecode import called_by, instructions
+from torch import nn
+
+from normfree.code.bytecode import called_by, callee, function_of, instructions
 from normfree.code.using import asks, taken
 from normfree.code.words import is_way_in, looks_at_variables
 
@@ -19,6 +21,8 @@ __all__ = ["Fate", "fate_of"]
 _SEQUENCE = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 """What takes something out of a sequence, or keeps it for later."""
 _MOVING = ("COPY", "SWAP", "ROT_", "DUP_")
+_HOLDERS = (nn.Sequential, nn.ModuleList)
+_TAKING_IN = ("append", "extend", "insert")
 _ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_")
 
 
@@ -48,11 +52,12 @@ def fate_of(code: CodeType, i: int, around: Mapping[str, Any], *, holds: bool = 
     return Fate.HANDED_OUT if steps[end].opname.startswith(("RETURN_", "YIELD_", "BUILD_", "LIST_")) else Fate.ASKED
 
 
-_Seen = frozenset[tuple[CodeType, str]]
+_Seen = frozenset[tuple[CodeType, str, bool]]
 """Variables that are being followed."""
 
 
-def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen) -> Fate:
+def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, listed: bool = False) -> Fate:
+    """Return what becomes of a value, or, if ``listed``, of what has been put into it."""
     steps = instructions(code)
     end = taken(steps, i)
     step = steps[end]
@@ -60,39 +65,30 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen) -> F
         return Fate.USED  # there may be two of it now
     if step.opname.startswith(("RETURN_", "YIELD_")):
         return Fate.HANDED_OUT
-    if step.opname.startswith("BUILD_"):
-        return max(_follow(code, end, around, seen), Fate.HANDED_OUT)
     if step.opname == "STORE_FAST":
-        return _of_variable(code, step.argval, around, seen)
-    asked = step.opname.startswith(_ASKING)
+        return _of_variable(code, step.argval, around, seen, listed)
+    called = called_by(steps, end)
+    function = function_of(called, around)
+    if step.opname.startswith("BUILD_") or (listed and step.opname == "BINARY_OP") or any(function is kind for kind in _HOLDERS):
+        return max(_follow(code, end, around, seen, listed=True), Fate.HANDED_OUT)
+    asked = step.opname.startswith(_ASKING) or asks(steps, end)
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):  # what is stored there itself is kept
         stored = step.opname == "STORE_ATTR" and end > i + 1 and steps[end - 1].opname != "JUMP_FORWARD"
-        asked = not stored and not is_way_in(step.argval, code)
-    if step.opname.startswith("CALL"):
-        asked = asks(steps, end) or _is_asked_by(code, i, end, around, seen)
+        asked = not stored and (step.argval in _TAKING_IN if listed else not is_way_in(step.argval, code))
+    elif step.opname == "CALL" and isinstance(function, FunctionType):  # of some file
+        before = sum(part.effect for part in called[len(callee(called)) : i - (end - len(called)) + 1]) - 1
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        known = 0 <= before < len(names)
+        asked = known and not _of_variable(function.__code__, names[before], function.__globals__, seen, listed)
     return Fate.ASKED if asked else Fate.USED
 
 
-def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Seen) -> Fate:
+def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Seen, listed: bool) -> Fate:
     """Return what becomes of what a variable holds, wherever it is read."""
     if name in code.co_cellvars or looks_at_variables(code):
         return Fate.USED
-    if (code, name) in seen:
+    if (code, name, listed) in seen:
         return Fate.ASKED
+    seen |= {(code, name, listed)}
     loads = [i for i, s in enumerate(instructions(code)) if s.argval == name and s.opname.startswith("LOAD_FAST")]
-    return max((_follow(code, i, around, seen | {(code, name)}) for i in loads), default=Fate.ASKED)
-
-
-def _is_asked_by(code: CodeType, i: int, call: int, around: Mapping[str, Any], seen: _Seen) -> bool:
-    """Whether a value is given to a function of some file, which only asks it something."""
-    steps = instructions(code)
-    parts = called_by(steps, call)
-    function = around.get(parts[0].argval) if parts and parts[0].opname == "LOAD_GLOBAL" else None
-    if not isinstance(function, FunctionType) or steps[call].opname != "CALL" or parts[1].opname in _LOADED:
-        return False
-    before = sum(step.effect for step in parts[1 : i - (call - len(parts)) + 1]) - 1
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return before < len(names) and not _of_variable(function.__code__, names[before], function.__globals__, seen)
-
-
-_LOADED = ("LOAD_ATTR", "LOAD_METHOD")
+    return max((_follow(code, i, around, seen, listed) for i in loads), default=Fate.ASKED)

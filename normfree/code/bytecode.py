@@ -13,13 +13,13 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
 from normfree.tracing.callers import Place
 
-__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "index_of", "instructions"]
+__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "function_of", "index_of", "instructions"]
 __all__ += ["is_plain", "raw", "read", "returns"]
 
 ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
@@ -199,3 +199,18 @@ def callee(parts: Sequence[Step]) -> Sequence[Step]:
     before = heights[:first]
     decided = first < len(parts) and heights[first] - parts[first].effect < 2  # the function itself
     return parts[: first - before[::-1].index(1)] if 1 in before and not decided else ()
+
+
+def function_of(parts: Sequence[Step], names: Mapping[str, Any]) -> Any:
+    """Return what a call calls, if globals lead to it: ``torch.utils.checkpoint.checkpoint``.
+
+    Args:
+        parts: What :func:`called_by` returns.
+        names: The globals.
+    """
+    own = callee(parts)
+    found = names.get(own[0].argval) if own and own[0].opname == "LOAD_GLOBAL" else None
+    for step in own[1:]:
+        attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        found = inspect.getattr_static(found, step.argval, None) if attribute else None
+    return found

@@ -134,18 +134,19 @@ class _Reading:
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
-            elif chain.start and steps[chain.start - 1].argval == "checkpoint":
-                pass  # torch's, which calls it whole
             elif not is_test(steps, chain.end + 1):
                 fate = fate_of(function.code, chain.end, function.whole.__globals__, holds=holds(module))
                 if not function.forward and not (keeps and fate is Fate.USED):
                     if fate is not Fate.ASKED and not function.broken:
                         inner = function.code is not function.whole.__code__
-                        (self.named.called if inner else self.handed[function.code.co_name]).add(id(module))
+                        if inner:
+                            self._use(module)
+                        else:
+                            self.handed[function.code.co_name].add(id(module))
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
-                    self.named.called.add(id(module))
+                    self._use(module)
                 if holds(module):
                     self._open(module, function.code, part)
                     self.loops[id(module), function.code] = self._loop(module, chain, function)
@@ -213,6 +214,11 @@ class _Reading:
                     if chain.end < at and not same:
                         return True
         return id(module) not in self.called
+
+    def _use(self, module: nn.Module) -> None:
+        """Note that somebody has a layer, and may do with it and its parameters what he likes."""
+        for noted in (self.named.called, *self.named.read.values()):
+            noted.add(id(module))
 
     def _open(self, module: nn.Module, code: CodeType, part: nn.Module | None = None) -> None:
         self.opened[id(module), code] += 1
