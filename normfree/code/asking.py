@@ -69,7 +69,8 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, list
         return _of_variable(code, step.argval, around, seen, listed)
     called = called_by(steps, end)
     function = function_of(called, around)
-    if step.opname.startswith("BUILD_") or (listed and step.opname == "BINARY_OP") or any(function is kind for kind in _HOLDERS):
+    put = step.opname.startswith("BUILD_") or (listed and step.opname == "BINARY_OP")
+    if put or any(function is kind for kind in _HOLDERS):
         return max(_follow(code, end, around, seen, listed=True), Fate.HANDED_OUT)
     asked = step.opname.startswith(_ASKING) or asks(steps, end)
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):  # what is stored there itself is kept

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import CodeType
 
 from normfree.code.bytecode import instructions
+from normfree.code.using import taken
 
 __all__ = ["ANY", "Chain", "chains"]
 
@@ -53,7 +54,8 @@ def chains(code: CodeType) -> list[Chain]:
         by = steps[start - 1].argval if start and base is not None and not calls else None
         puts = by in _BY_TEXT[1:]
         if by in _BY_TEXT:
-            text = steps[i].argval if steps[i].opname == "LOAD_CONST" else ANY
+            written = steps[i].opname == "LOAD_CONST" and steps[taken(steps, i)].opname.startswith("CALL")
+            text = steps[i].argval if written else ANY  # of ``f"c{i}"``, only the beginning is written
             names, i = [*names, str(text)], i + 1
         elif (names or base is not None) and not calls and steps[i].opname in ("STORE_ATTR", "DELETE_ATTR"):
             names, i, puts = [*names, steps[i].argval], i + 1, True

@@ -61,6 +61,15 @@ def test_every_path_of_a_random_network_is_preserved(network: Paths) -> None:
     hold(network)
 
 
+WRONG_ONCE = (52, 707)
+"""A layer whose name only begins as it is written, ``getattr(net, f"c{i}")``; a network that is dead."""
+
+
+@pytest.mark.parametrize("seed", WRONG_ONCE)
+def test_every_path_of_a_network_that_was_wrong_is_preserved(seed: int) -> None:
+    assert not failure(seed), failure(seed)
+
+
 @pytest.mark.broad
 @pytest.mark.parametrize("first", range(0, 5000, 100))
 def test_every_path_of_a_hundred_networks_is_preserved(first: int) -> None:
