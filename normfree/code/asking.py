@@ -72,12 +72,15 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, list
     put = step.opname.startswith("BUILD_") or (listed and step.opname == "BINARY_OP")
     if put or any(function is kind for kind in _HOLDERS):
         return max(_follow(code, end, around, seen, listed=True), Fate.HANDED_OUT)
+    own = callee(called)
+    if len(own) == 2 and own[0].opname == "LOAD_FAST" and own[1].argval in _TAKING_IN:
+        return max(_of_variable(code, own[0].argval, around, seen, listed=True), Fate.HANDED_OUT)
     asked = step.opname.startswith(_ASKING) or asks(steps, end)
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):  # what is stored there itself is kept
         stored = step.opname == "STORE_ATTR" and end > i + 1 and steps[end - 1].opname != "JUMP_FORWARD"
         asked = not stored and (step.argval in _TAKING_IN if listed else not is_way_in(step.argval, code))
     elif step.opname == "CALL" and isinstance(function, FunctionType):  # of some file
-        before = sum(part.effect for part in called[len(callee(called)) : i - (end - len(called)) + 1]) - 1
+        before = sum(part.effect for part in called[len(own) : i - (end - len(called)) + 1]) - 1
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         known = 0 <= before < len(names)
         asked = known and not _of_variable(function.__code__, names[before], function.__globals__, seen, listed)
