@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType
 
-from normfree.code.bytecode import instructions
+from normfree.code.bytecode import Step, instructions
 from normfree.code.using import taken
 
 __all__ = ["ANY", "Chain", "chains"]
@@ -25,6 +26,7 @@ class Chain:
         base: The variable that it begins with, if it begins with one.
         names: The names behind that.
         calls: Whether the last is called at once.
+        value: The number of the instruction that leaves on the stack what it ends at: with ``getattr``, the call.
         puts: Whether something is put under the last name, or what is there is taken away.
     """
 
@@ -33,6 +35,7 @@ class Chain:
     base: str | None
     names: tuple[str, ...]
     calls: bool
+    value: int
     puts: bool
 
 
@@ -52,15 +55,22 @@ def chains(code: CodeType) -> list[Chain]:
             calls = steps[i].opname == "LOAD_METHOD"
             i += 1
         by = steps[start - 1].argval if start and base is not None and not calls else None
-        puts = by in _BY_TEXT[1:]
+        puts, value = by in _BY_TEXT[1:], i - 1
         if by in _BY_TEXT:
             written = steps[i].opname == "LOAD_CONST" and steps[taken(steps, i)].opname.startswith("CALL")
             text = steps[i].argval if written else ANY  # of ``f"c{i}"``, only the beginning is written
-            names, i = [*names, str(text)], i + 1
+            names, value, i = [*names, str(text)], _call_with(steps, i), i + 1
         elif (names or base is not None) and not calls and steps[i].opname in ("STORE_ATTR", "DELETE_ATTR"):
             names, i, puts = [*names, steps[i].argval], i + 1, True
         if names:
-            found.append(Chain(start, i - 1, base, tuple(names), calls, puts))
+            found.append(Chain(start, i - 1, base, tuple(names), calls, value, puts))
         else:
             i = start + 1
     return found
+
+
+def _call_with(steps: Sequence[Step], i: int) -> int:
+    """Return the call that what an instruction puts onto the stack becomes an argument of."""
+    while not steps[i].opname.startswith("CALL") and i < len(steps) - 1:
+        i = taken(steps, i)
+    return i

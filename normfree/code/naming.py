@@ -19,7 +19,7 @@ from torch import nn
 
 from normfree.code.asking import Fate, fate_of
 from normfree.code.bytecode import index_of, instructions
-from normfree.code.chains import Chain
+from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import reached
 from normfree.code.reach import Function
@@ -99,8 +99,8 @@ class _Reading:
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
         self.loads: Counter[object] = Counter()
-        self.strangers: list[CodeType] = []  # what goes into whatever it is given
-        self.passing: set[type] = set()  # classes whose forwards give themselves to others
+        self.strangers: dict[bool, list[CodeType]] = {True: [], False: []}  # forwards that go into what they are given
+        self.passing: dict[bool, set[type]] = {True: set(), False: set()}  # classes that give themselves to others
         self.holders: dict[int, nn.Module] = {}
         self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
         self.loops: dict[tuple[int, CodeType], Loop | None] = {}
@@ -110,6 +110,7 @@ class _Reading:
         """Note what one function names."""
         steps, chains = instructions(function.code), chains_of(function.code)
         passed: set[tuple[int, int]] = set()  # calls of a norm right behind its layer
+        around = function.whole.__globals__
         keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
@@ -134,15 +135,14 @@ class _Reading:
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
-            elif not is_test(steps, chain.end + 1):
-                fate = fate_of(function.code, chain.end, function.whole.__globals__, holds=holds(module))
-                if not function.forward and not (keeps and fate is Fate.USED):
-                    if fate is not Fate.ASKED and not function.broken:
-                        inner = function.code is not function.whole.__code__
-                        if inner:
-                            self._use(module)
-                        else:
-                            self.handed[function.code.co_name].add(id(module))
+            elif not is_test(steps, chain.value + 1):
+                whole = function.forward and holds(module)
+                fate = Fate.USED if whole else fate_of(function.code, chain.value, around, holds=holds(module))
+                inner = function.code is not function.whole.__code__
+                if fate is Fate.ASKED or not keeps or (fate is Fate.HANDED_OUT and function.broken):
+                    continue
+                if fate is Fate.HANDED_OUT and not (function.forward or inner):
+                    self.handed[function.code.co_name].add(id(module))
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
@@ -156,13 +156,14 @@ class _Reading:
             self.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
         self.names.update(set(function.code.co_names))
         self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
-        if function.owner is not None and function.forward and passes(steps, function.owner_name):
-            self.passing.add(function.owner)
+        if function.owner is not None and passes(steps, function.owner_name):
+            self.passing[function.forward].add(function.owner)
         self._read_texts(function)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
         said = meaning(chain, module, rest, function)
+        said = said or ("open" if rest[0] == ANY and _is_used(chain, function) else "")
         if said in self.named.read:
             self.named.read[said].add(id(module))
         elif said == "parameters":
@@ -192,8 +193,10 @@ class _Reading:
             starts, names = self.instances.get(function.owner, []) if function.owner else [], chain.names
         else:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
-            if known is None and leads_in(chain.names[0], unknown=True) and function.forward:
-                self.strangers += [function.code] if calls_variable(function.code, result=True) else []
+            if known is None and leads_in(chain.names[0], unknown=True):
+                goes_in = function.forward and calls_variable(function.code, result=True)
+                goes_in |= chain.names[0] == ANY and _is_used(chain, function)
+                self.strangers[function.forward] += [function.code] if goes_in else []
             if known is None:
                 return
             starts, names = self.by_name[chain.names[known]], chain.names[known + 1 :]
@@ -245,9 +248,11 @@ class _Reading:
 
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
-        for code in self.strangers:
-            for module in {below for cls in self.passing for own in self.instances[cls] for below in own.modules()}:
-                self._open(module, code)
+        for forward, strangers in self.strangers.items():
+            classes = self.passing[True] | (set() if forward else self.passing[False])
+            for code in strangers:
+                for module in {below for cls in classes for own in self.instances[cls] for below in own.modules()}:
+                    self._open(module, code)
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
         for (holder, code), count in self.opened.items():
@@ -274,3 +279,8 @@ def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
     forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     around = any(place.code is forward for place in call.places)  # else it is the layer itself
     return around == (inner is not None) and (inner is None or inner.code is forward)
+
+
+def _is_used(chain: Chain, function: Function) -> bool:
+    """Whether what a chain ends at, whatever that is, may be called."""
+    return not chain.puts and fate_of(function.code, chain.value, function.whole.__globals__) is Fate.USED
