@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from types import CodeType
 
 from torch import nn
@@ -22,13 +21,12 @@ from normfree.code.bytecode import index_of, instructions
 from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import reached
+from normfree.code.opening import Opened
 from normfree.code.reach import Function
-from normfree.code.stepping import Loop, loop_over
 from normfree.code.straight import comes_elsewhere, passes_on, shared
 from normfree.code.using import (
     calls_variable,
     is_read,
-    is_sequence,
     is_test,
     part_of,
     passes,
@@ -93,18 +91,13 @@ class _Reading:
             for name, child in module._modules.items():
                 if child is not None:
                     self.by_name[name].append(child)
-        self.opened: Counter[tuple[int, CodeType]] = Counter()
-        self.mentioned: Counter[tuple[int, CodeType]] = Counter()
+        self.opened = Opened(pairs, self.backs)
         self.loose = False  # some forward reads the weight of what it was handed
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
         self.loads: Counter[object] = Counter()
         self.strangers: dict[bool, list[CodeType]] = {True: [], False: []}  # forwards that go into what they are given
         self.passing: dict[bool, set[type]] = {True: set(), False: set()}  # classes that give themselves to others
-        self.holders: dict[int, nn.Module] = {}
-        self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
-        self.loops: dict[tuple[int, CodeType], Loop | None] = {}
-        self.changed: set[str] = set()  # attributes that are not only read
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
@@ -114,7 +107,7 @@ class _Reading:
         keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
-        self.mentioned.update((id(module), function.code) for _, module, _ in uses)
+        self.opened.mentioned.update((id(module), function.code) for _, module, _ in uses)
         local = (
             chain for chain in chains if chain.base != function.owner_name and chain.names[0] in ("weight", "bias")
         )
@@ -130,8 +123,8 @@ class _Reading:
             if rest:
                 self._read_attribute(chain, module, rest, function)
             elif chain.puts:  # something else comes in its place, and not in that of what goes with it
-                around = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
-                self.named.called |= set() if function.broken or put >= around else {id(module)}
+                together = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
+                self.named.called |= set() if function.broken or put >= together else {id(module)}
             elif chain.calls:
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
@@ -148,12 +141,13 @@ class _Reading:
                 if part is None:
                     self._use(module)
                 if holds(module):
-                    self._open(module, function.code, part)
-                    self.loops[id(module), function.code] = self._loop(module, chain, function)
+                    self.opened.open(module, function.code, part)
+                    owners = self.instances[function.owner] if function.owner is not None else []
+                    self.opened.go_through(module, chain, function, owners)
                     if function.forward and takes_some(steps, chain.end):
                         self.named.called.update(map(id, module._modules.values()))
         for chain in chains:
-            self.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
+            self.opened.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
         self.names.update(set(function.code.co_names))
         self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
         if function.owner is not None and passes(steps, function.owner_name):
@@ -175,7 +169,7 @@ class _Reading:
             self.named.called.update(map(id, module._modules.values()))
         elif said:
             for opened in module.modules() if said == "open all" else [module]:
-                self._open(opened, function.code)
+                self.opened.open(opened, function.code)
 
     def _read_texts(self, function: Function) -> None:
         """Note what a text may lead to, or whoever looks at the variables of a function."""
@@ -223,47 +217,16 @@ class _Reading:
         for noted in (self.named.called, *self.named.read.values()):
             noted.add(id(module))
 
-    def _open(self, module: nn.Module, code: CodeType, part: nn.Module | None = None) -> None:
-        self.opened[id(module), code] += 1
-        self.holders[id(module)] = module
-        self.parts[id(module), code] |= {id(m) for m in module._modules.values()} if part is None else {id(part)}
-
-    def _loop(self, module: nn.Module, chain: Chain, function: Function) -> Loop | None:
-        """Return the loop in which a method goes through a sequence of its module, if no other holds that."""
-        own = chain.base == function.owner_name and len(chain.names) == 1
-        owners = self.instances[function.owner] if own and function.owner is not None else []
-        mine = [owner for owner in owners if owner._modules.get(chain.names[0]) is module]
-        return loop_over(function, chain.names[0], mine[0]) if len(mine) == 1 and is_sequence(module) else None
-
-    def _together(self, holder: int, code: CodeType) -> set[int]:
-        """Return the layers and norms of a sequence that a loop calls one after the other, keeping nothing between."""
-        loop, held = self.loops.get((holder, code)), [id(m) for m in self.holders[holder]._modules.values()]
-        known = loop is not None and loop.mentions == self.opened[holder, code] and len(set(held)) == len(held)
-        if not known or loop is None or not self.changed.isdisjoint(loop.told_by):
-            return set()
-        behind = {a: b for k, (a, b) in enumerate(pairwise(held)) if k not in loop.seen and b in self.pairs.get(a, ())}
-        before = {b: a for a, b in behind.items()}
-        found = {*behind, *before}
-        return {m for m in found if self.pairs.get(m, set()) <= {behind.get(m)} and self.backs[m] <= {before.get(m)}}
-
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
         for forward, strangers in self.strangers.items():
             classes = self.passing[True] | (set() if forward else self.passing[False])
             for code in strangers:
                 for module in {below for cls in classes for own in self.instances[cls] for below in own.modules()}:
-                    self._open(module, code)
+                    self.opened.open(module, code)
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
-        for (holder, code), count in self.opened.items():
-            together = self._together(holder, code)
-            for child in (m for m in self.holders[holder]._modules.values() if id(m) not in together):
-                if id(child) not in self.parts[holder, code] and count == self.mentioned[holder, code]:
-                    continue
-                seen = (place.code for call in self.called.get(id(child), ()) for place in call.places)
-                mentions = max(count, self.mentioned[holder, code]) + self.mentioned[id(child), code]
-                if mentions > 1 or code not in seen:
-                    self.named.called.add(id(child))
+        self.named.called |= self.opened.reached(self.called)
         for layer, norms in self.pairs.items():
             for norm in norms:
                 for call in self.called[layer]:
