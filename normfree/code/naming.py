@@ -108,17 +108,15 @@ class _Reading:
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
         self.opened.mentioned.update((id(module), function.code) for _, module, _ in uses)
-        local = (
-            chain for chain in chains if chain.base != function.owner_name and chain.names[0] in ("weight", "bias")
-        )
-        self.loose |= function.forward and any(True for _ in local)
+        others = (chain for chain in chains if chain.base != function.owner_name)
+        self.loose |= function.forward and any(chain.names[0] in ("weight", "bias") for chain in others)
         for chain, module, rest in uses:
             norms = self.pairs.get(id(module), frozenset())
             if not rest and chain.calls and norms:
                 then = passes_on(function.code, chain, norms, ends)
                 if then is not None:
                     passed |= {(chain.end, id(module)), then}
-        put = {id(module) for chain, module, rest in uses if chain.puts and not rest}
+        put = {id(below) for chain, module, rest in uses if chain.puts and not rest for below in module.modules()}
         for chain, module, rest in uses:
             if rest:
                 self._read_attribute(chain, module, rest, function)
@@ -141,7 +139,7 @@ class _Reading:
                 if part is None:
                     self._use(module)
                 if holds(module):
-                    self.opened.open(module, function.code, part)
+                    self.opened.open(module, function.code, None if part is None else [part])
                     owners = self.instances[function.owner] if function.owner is not None else []
                     self.opened.go_through(module, chain, function, owners)
                     if function.forward and takes_some(steps, chain.end):
@@ -157,7 +155,7 @@ class _Reading:
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
         said = meaning(chain, module, rest, function)
-        said = said or ("open" if rest[0] == ANY and _is_used(chain, function) else "")
+        said = said or ("open" if rest[0].endswith(ANY) and _is_used(chain, function) else "")
         if said in self.named.read:
             self.named.read[said].add(id(module))
         elif said == "parameters":
@@ -168,8 +166,10 @@ class _Reading:
         elif said == "change":
             self.named.called.update(map(id, module._modules.values()))
         elif said:
+            written = rest[0].removesuffix(ANY) if rest[0].endswith(ANY) else ""
             for opened in module.modules() if said == "open all" else [module]:
-                self.opened.open(opened, function.code)
+                parts = [part for name, part in opened._modules.items() if name.startswith(written)]
+                self.opened.open(opened, function.code, parts)
 
     def _read_texts(self, function: Function) -> None:
         """Note what a text may lead to, or whoever looks at the variables of a function."""
@@ -189,7 +189,7 @@ class _Reading:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
             if known is None and leads_in(chain.names[0], unknown=True):
                 goes_in = function.forward and calls_variable(function.code, result=True)
-                goes_in |= chain.names[0] == ANY and _is_used(chain, function)
+                goes_in |= chain.names[0].endswith(ANY) and _is_used(chain, function)
                 self.strangers[function.forward] += [function.code] if goes_in else []
             if known is None:
                 return

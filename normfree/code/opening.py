@@ -35,11 +35,11 @@ class Opened:
         self._parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
         self._loops: dict[tuple[int, CodeType], Loop | None] = {}
 
-    def open(self, module: nn.Module, code: CodeType, part: nn.Module | None = None) -> None:
-        """Note that some code takes what a module holds, or only one part of it."""
+    def open(self, module: nn.Module, code: CodeType, parts: Iterable[nn.Module | None] | None = None) -> None:
+        """Note that some code takes what a module holds, or only some parts of it."""
         self._opened[id(module), code] += 1
         self._holders[id(module)] = module
-        self._parts[id(module), code] |= {id(m) for m in module._modules.values()} if part is None else {id(part)}
+        self._parts[id(module), code] |= {id(m) for m in (module._modules.values() if parts is None else parts)}
 
     def go_through(self, module: nn.Module, chain: Chain, function: Function, owners: Iterable[nn.Module]) -> None:
         """Note how a method goes through a sequence of its module, if no other holds that.

@@ -23,7 +23,7 @@ __all__ = ["Loop", "loop_over"]
 _CALLS = ("STORE_FAST", "LOAD_FAST", "LOAD_FAST", "CALL", "STORE_FAST")
 """``layer = ...; x = layer(x)``."""
 _CUTS = (("BUILD_SLICE", "BINARY_SUBSCR"), ("BINARY_SLICE",))
-_UP_TO = ("LOAD_CONST", "LOAD_FAST", "LOAD_ATTR", "LOAD_FAST", "BINARY_SUBSCR", "LOAD_CONST", "BINARY_OP")
+_UP_TO = ("LOAD_CONST", "LOAD_FAST", "LOAD_ATTR", "LOAD_", "BINARY_SUBSCR", "LOAD_CONST", "BINARY_OP")
 """``: self.ends[k] + 1`` of ``self.layers[: self.ends[k] + 1]``."""
 
 
@@ -156,7 +156,8 @@ def _cut(steps: Sequence[Step], end: int, own: str, name: str) -> str | None:
     cut = next((cut for cut in _CUTS if names[-len(cut) :] == cut), ())
     last = end + 1 - len(cut)
     first = last - len(_UP_TO)
-    if not cut or names[first:last] != _UP_TO or not _whole(steps, first - 1, own, name):
+    known = all(map(str.startswith, names[first:last], _UP_TO)) and names[first + 3] in ("LOAD_FAST", "LOAD_CONST")
+    if not cut or not known or not _whole(steps, first - 1, own, name):
         return None
     start, holder, attribute, _, _, one, plus = steps[first:last]
     straight = not any(step.is_jump_target for step in steps[first : end + 1])

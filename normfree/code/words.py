@@ -66,7 +66,7 @@ def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Fu
         return "" if function.broken else "change"
     if name in _DEEP and reaches:
         return "open all"
-    if (name in _ALL and reaches) or (name == ANY and function.forward):
+    if (name in _ALL and reaches) or (name.endswith(ANY) and function.forward):
         return "open"
     if name in _RUNNING or (name == "_conv_forward" and not module._modules):
         return "use"
@@ -84,7 +84,7 @@ def is_way_in(name: str, code: CodeType) -> bool:
 
 def leads_in(name: str, *, unknown: bool = False) -> bool:
     """Whether an attribute of any module leads to others; if ``unknown``, whether none but a module has such a one."""
-    return name in (_DEEP | _OF_MODULES if unknown else _ALL | _DEEP | _READ) | {ANY}
+    return name in (_DEEP | _OF_MODULES if unknown else _ALL | _DEEP | _READ) or name.endswith(ANY)
 
 
 def holds(module: nn.Module) -> bool:

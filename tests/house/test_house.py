@@ -80,7 +80,7 @@ FLOORS = (
     "norms layers training.initialization rewriting.changing tracing.roles tracing.inputs tracing.randomness",
     "tracing.leaves tracing.traces options code.bytecode",
     "code.branching code.using code.chains code.reach",
-    "tracing.notes code.straight code.holding code.words code.settings",
+    "tracing.notes code.asking code.straight code.stepping code.opening code.holding code.words code.settings",
     "tracing.recorder code.naming",
     "tracing.running rewriting.symbols",
     "tracing.trace analysis.flow",
