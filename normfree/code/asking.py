@@ -78,7 +78,9 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, list
     asked = step.opname.startswith(_ASKING) or asks(steps, end)
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):  # what is stored there itself is kept
         stored = step.opname == "STORE_ATTR" and end > i + 1 and steps[end - 1].opname != "JUMP_FORWARD"
-        asked = not stored and (step.argval in _TAKING_IN if listed else not is_way_in(step.argval, code))
+        filled = step.argval in ("weight", "bias") and str(steps[end + 1].argval).endswith("_")  # ``weight.copy_(w)``
+        way_in = not filled and is_way_in(step.argval, code)
+        asked = not stored and (step.argval in _TAKING_IN if listed else not way_in)
     elif step.opname == "CALL" and isinstance(function, FunctionType):  # of some file
         before = sum(part.effect for part in called[len(own) : i - (end - len(called)) + 1]) - 1
         names = function.__code__.co_varnames[: function.__code__.co_argcount]

@@ -32,16 +32,16 @@ class Net(nn.Module):
 
 
 def of_a_choice(self: Any, x: Tensor) -> Tensor:
-    layer = self.d if self.flag else self.c
+    layer = self.c if not self.flag else self.d
     return layer(x)
 
 
 def of_a_choice_at_once(self: Any, x: Tensor) -> Tensor:
-    return (self.d if self.flag else self.c)(x)
+    return (self.c if not self.flag else self.d)(x)
 
 
 def by_forward_of_a_choice(self: Any, x: Tensor) -> Tensor:
-    return (self.d if self.flag else self.c).forward(x)
+    return (self.c if not self.flag else self.d).forward(x)
 
 
 def unpacked(self: Any, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def of_a_comprehension(self: Any, x: Tensor) -> Tensor:
 
 
 def _chosen(net: Any, x: Tensor) -> Tensor:
-    part = net.d if net.flag else net.c
+    part = net.c if not net.flag else net.d
     return part(x)
 
 
