@@ -7,7 +7,6 @@ first returned. What cannot be told is told no.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping, Sequence
 from types import CodeType, FunctionType
@@ -119,16 +118,16 @@ def _is_missing(owner: nn.Module, name: str) -> bool:
     kinds = type(owner).__mro__[: type(owner).__mro__.index(nn.Module)]
     if any(name in vars(kind) or "__getattribute__" in vars(kind) for kind in kinds):
         return False
-    return not any(name in _stored_in(kind.__module__) for kind in kinds)
+    return not any(_is_stored_in(kind.__module__, name) for kind in kinds)
 
 
-@functools.cache
-def _stored_in(module: str) -> frozenset[str]:
-    """Return the attributes that functions of a file assign, but for those that build a module."""
+def _is_stored_in(module: str, name: str) -> bool:
+    """Whether functions of a file assign an attribute, but for those that build a module; a notebook's grow."""
     held = [value for value in vars(sys.modules[module]).values() if getattr(value, "__module__", None) == module]
     own = [vars(value).items() if isinstance(value, type) else [("", value)] for value in held]
     codes = [m.__code__ for items in own for key, m in items if key != "__init__" and isinstance(m, FunctionType)]
-    return frozenset(s.argval for code in codes for s in instructions(code) if s.opname == "STORE_ATTR")
+    puts = (step for code in codes if name in code.co_names for step in instructions(code))
+    return any(step.opname == "STORE_ATTR" and step.argval == name for step in puts)
 
 
 def _asks_for_called(steps: Sequence[Step], jump: int) -> bool:
