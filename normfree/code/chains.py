@@ -63,6 +63,10 @@ def chains(code: CodeType) -> list[Chain]:
             texts, value, i = _texts(code, i), _call_with(steps, i), i + 1
         elif (names or base is not None) and not calls and steps[i].opname in ("STORE_ATTR", "DELETE_ATTR"):
             names, i, puts = [*names, steps[i].argval], i + 1, True
+        elif names[-1:] in (["add_module"], ["register_module"]):
+            names, texts, puts = names[:-1], _texts(code, i), True
+        elif names[-1:] == ["_modules"] and steps[taken(steps, i)].opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            names, texts, puts = names[:-1], [str(steps[i].argval) if steps[i].opname == "LOAD_CONST" else ANY], True
         ends = [(*names, text) for text in texts] or ([tuple(names)] if names else [])
         found += [Chain(start, i - 1, base, end, calls, value, puts) for end in ends]
         i = i if ends else start + 1

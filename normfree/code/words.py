@@ -9,7 +9,7 @@ from torch import nn
 
 from normfree.code.bytecode import instructions
 from normfree.code.chains import ANY, Chain
-from normfree.code.reach import Function
+from normfree.code.reach import Function, codes_of
 from normfree.code.using import calls_variable, is_called
 
 __all__ = ["holds", "is_way_in", "leads_in", "looks_at_variables", "may_take_any", "meaning"]
@@ -53,7 +53,8 @@ def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Fu
         it; ``""``: nothing.
     """
     name, code = rest[0], function.code
-    reaches = function.forward or calls_variable(code, result=True)
+    codes = codes_of(function.whole.__code__)
+    reaches = function.forward or any(calls_variable(inner, result=True) for inner in codes)
     works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(code.co_names))
     if name in ("weight", "bias"):
         return name if works and not chain.puts and _ABOUT.isdisjoint(rest[1:2]) else ""
@@ -93,11 +94,20 @@ def holds(module: nn.Module) -> bool:
 
 
 def may_take_any(code: CodeType) -> bool:
-    """Whether a function makes attributes of texts, in ways that cannot be read."""
+    """Whether a function makes attributes of texts in ways that cannot be read, or an object one of another class."""
     steps = instructions(code)
     loaded = {i: s.argval for i, s in enumerate(steps) if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     named = not (_ANY_ATTRIBUTE.isdisjoint(code.co_names) and _ANY_GLOBAL.isdisjoint(loaded.values()))
-    return named or any(name == "getattr" and not is_called(steps, i) for i, name in loaded.items())
+    classes = any(step.opname == "STORE_ATTR" and step.argval == "__class__" for step in steps)
+    inside = "vars" in loaded.values() and calls_variable(code, result=True)
+    given = code.co_name == "__get__" and not _OF_MODULES.isdisjoint(code.co_names)
+    return (
+        named
+        or classes
+        or inside
+        or given
+        or any(n == "getattr" and not is_called(steps, i) for i, n in loaded.items())
+    )
 
 
 def looks_at_variables(code: CodeType) -> bool:
