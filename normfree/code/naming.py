@@ -17,6 +17,7 @@ from types import CodeType
 from torch import nn
 
 from normfree.code.asking import Fate, fate_of
+from normfree.code.branching import is_run_whole
 from normfree.code.bytecode import index_of, instructions
 from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
@@ -123,7 +124,7 @@ class _Reading:
             elif chain.puts:  # something else comes in its place, and not in that of what goes with it
                 together = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
                 self.named.called |= set() if function.broken or put >= together else {id(module)}
-            elif chain.calls:
+            elif chain.calls or is_run_whole(steps, chain.start, chain.value, around):
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
             elif not is_test(steps, chain.value + 1):
