@@ -17,10 +17,11 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normfree.code.bytecode import LAST, ONE_WAY, Step, called_by, index_of, instructions, returns
+from normfree.code.bytecode import LAST, ONE_WAY, Step, called_by, callee, function_of, index_of, instructions, returns
+from normfree.code.using import taken
 from normfree.tracing.callers import Place
 
-__all__ = ["behind", "is_stored"]
+__all__ = ["behind", "is_run_whole", "is_stored"]
 
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _LOADS = ("LOAD_FAST", "LOAD_DEREF")
@@ -117,14 +118,9 @@ def is_stored(code: CodeType, name: str | None) -> bool:
 
 def _first_given(parts: Sequence[Step], names: Mapping[str, Any]) -> str | None:
     """Return the variable that a function is given first, if all that this does is to call it and return the result."""
-    if not parts or parts[0].opname != "LOAD_GLOBAL":
-        return None
-    end = next((i for i, step in enumerate(parts) if i and step.opname not in _ATTRIBUTES), len(parts))
-    function = names.get(parts[0].argval)
-    for step in parts[1:end]:
-        function = inspect.getattr_static(function, step.argval, None)
-    first = parts[end] if end < len(parts) else None
-    return first.argval if first is not None and first.opname in _LOADS and _runs_whole(function) else None
+    first = next(iter(parts[len(callee(parts)) :]), None)
+    whole = first is not None and first.opname in _LOADS and _runs_whole(function_of(parts, names))
+    return str(first.argval) if whole and first is not None else None
 
 
 def _runs_whole(function: Any) -> bool:
@@ -136,6 +132,14 @@ def _runs_whole(function: Any) -> bool:
     given = [_first_given(_simple(steps, i - 1), function.__globals__) for i in returns(code)]
     whole = all(name == first for name in given) and not any(steps[i].is_jump_target for i in returns(code))
     return bool(given) and whole and code.co_argcount > 0 and not is_stored(code, first)
+
+
+def is_run_whole(steps: Sequence[Step], start: int, end: int, names: Mapping[str, Any]) -> bool:
+    """Whether what some instructions leave on the stack is what a checkpointing call runs."""
+    call = taken(steps, end)
+    parts = called_by(steps, call)
+    first = call - len(parts) + len(callee(parts)) == start
+    return bool(parts) and first and _runs_whole(function_of(parts, names))
 
 
 def _made(code: CodeType, name: str) -> CodeType | None:

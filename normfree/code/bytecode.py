@@ -13,13 +13,13 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
 from normfree.tracing.callers import Place
 
-__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "index_of", "instructions"]
+__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "function_of", "index_of", "instructions"]
 __all__ += ["is_plain", "raw", "read", "returns"]
 
 ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
@@ -59,7 +59,7 @@ class Step(NamedTuple):
         offset: Where it stands.
         is_jump_target: Whether something jumps to it.
         jumps: Whether it may jump.
-        effect: By how much the stack grows.
+        effect: By how much the stack grows, if it does not jump.
         told: What is said about its argument.
     """
 
@@ -84,7 +84,8 @@ def raw(code: CodeType) -> list[Step]:
     jumps = {*dis.hasjrel, *dis.hasjabs}
     found = list(dis.Bytecode(code))  # which tells what exceptions lead to, too
     values = ((i.opname, i.argval, i.arg, i.offset, i.is_jump_target, i.opcode in jumps) for i in found)
-    return [Step(*own, dis.stack_effect(i.opcode, i.arg), i.argrepr) for own, i in zip(values, found, strict=True)]
+    effects = (dis.stack_effect(i.opcode, i.arg, jump=False) for i in found)
+    return [Step(*own, effect, i.argrepr) for own, effect, i in zip(values, effects, found, strict=True)]
 
 
 def read(steps: Iterable[Step]) -> Iterator[Step]:
@@ -96,6 +97,8 @@ def read(steps: Iterable[Step]) -> Iterator[Step]:
         name = re.sub("JUMP_(FORWARD|BACKWARD)_IF", "JUMP_IF", _SAME.get(step.opname, step.opname))
         if name in _NOTHING and not step.is_jump_target:
             continue
+        if name in _NOTHING:
+            name, step = "NOP", step._replace(effect=0)
         kept, behind = step.opname, kept
         if waiting and (step.is_jump_target or name not in ("IS_OP", "POP_JUMP_IF_TRUE", "POP_JUMP_IF_FALSE")):
             yield from waiting
@@ -170,15 +173,21 @@ def returns(code: CodeType) -> list[int]:
     return [i for i, step in enumerate(instructions(code)) if step.opname.startswith("RETURN_")]
 
 
-def called_by(steps: Sequence[Step], end: int) -> Sequence[Step]:
-    """Return what puts function and arguments of a call onto the stack, if it is one and nothing decides in it."""
+def called_by(steps: Sequence[Step], end: int, *, deciding: bool = False) -> Sequence[Step]:
+    """Return what puts function and arguments of a call onto the stack, if it is one.
+
+    Args:
+        steps: The code.
+        end: The number of the instruction that may be a call.
+        deciding: Whether something may be decided in it, as in ``part(x or y)``.
+    """
     height, i = 0, end if steps[end].opname.startswith("CALL") else -1
-    while i >= 0 and (i == end or not steps[i].jumps):
+    while i >= 0 and (i == end or not steps[i].jumps or (deciding and steps[i].opname not in ONE_WAY)):
         height += steps[i].effect
         if height == 1:
-            return steps[i:end]
-        if steps[i].is_jump_target:
-            break
+            ways = {step.argval for step in steps[i:end] if step.jumps}
+            inside = {step.offset for step in steps[i + 1 : end + 1] if step.is_jump_target}
+            return steps[i:end] if ways == inside else []
         i -= 1
     return []
 
@@ -186,4 +195,22 @@ def called_by(steps: Sequence[Step], end: int) -> Sequence[Step]:
 def callee(parts: Sequence[Step]) -> Sequence[Step]:
     """Return what puts the function onto the stack, of what :func:`called_by` returns."""
     heights = list(itertools.accumulate(step.effect for step in parts))
-    return parts[: len(heights) - heights[::-1].index(1)] if 1 in heights else ()
+    first = next((i for i, step in enumerate(parts) if step.jumps), len(parts))
+    before = heights[:first]
+    decided = first < len(parts) and heights[first] - parts[first].effect < 2  # the function itself
+    return parts[: first - before[::-1].index(1)] if 1 in before and not decided else ()
+
+
+def function_of(parts: Sequence[Step], names: Mapping[str, Any]) -> Any:
+    """Return what a call calls, if globals lead to it: ``torch.utils.checkpoint.checkpoint``.
+
+    Args:
+        parts: What :func:`called_by` returns.
+        names: The globals.
+    """
+    own = callee(parts)
+    found = names.get(own[0].argval) if own and own[0].opname == "LOAD_GLOBAL" else None
+    for step in own[1:]:
+        attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        found = inspect.getattr_static(found, step.argval, None) if attribute else None
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from normfree.code.reach import Function, functions_of, is_foreign, named_by
 __all__ = ["Held", "reached"]
 
 _ATOMS = (int, float, str, bytes, type(None), type, ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
+_METHODS = (property, staticmethod, classmethod, functools.cached_property)
 _KEEPERS = ("builtins", "functools", "collections", "types")
 _OWN = ("_parameters", "_buffers", "_modules")
 
@@ -43,7 +45,7 @@ class Held:
         self._seen: dict[int, Any] = {}  # holds them, so that no other gets their identity
         self.follow(value for m in modules.values() for name, value in vars(m).items() if name not in _OWN)
         classes = {cls for m in modules.values() for cls in type(m).__mro__ if not is_foreign(cls)}
-        self.follow(value for cls in classes for value in vars(cls).values() if isinstance(value, (list, dict, set)))
+        self.follow(value for cls in classes for value in vars(cls).values() if _may_hold(value))
 
     def follow(self, values: Iterable[Any]) -> None:
         """Note what some values are, and what they hold."""
@@ -92,4 +94,5 @@ def reached(model: nn.Module) -> tuple[Held, list[Function]]:
 def _may_hold(value: object) -> bool:
     """Whether a value of a file may hold a layer, or come to one: a list, a partial, an object of somebody's class."""
     kind = type(value)
-    return not isinstance(value, (nn.Module, FunctionType)) and (kind.__module__ in _KEEPERS or not is_foreign(kind))
+    plain = isinstance(value, (nn.Module, FunctionType, *_METHODS))
+    return not plain and (kind.__module__ in _KEEPERS or not is_foreign(kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence, Set
 from types import FunctionType
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.code.branching import is_stored
-from normfree.code.bytecode import Step, called_by, callee, instructions
+from normfree.code.bytecode import Step, called_by, callee, function_of, instructions
 from normfree.tracing.callers import Place
 
 __all__ = ["asks_for_shape", "is_own", "known_calls", "through_identity"]
@@ -47,9 +46,7 @@ def _is_known(place: Place, parts: Sequence[Step], passed: Set[Any]) -> bool:
     if name not in passed | {"size"}:
         return False
     if parts[0].opname == "LOAD_GLOBAL" and all(step.opname.startswith("LOAD_") for step in parts):
-        value = _globals(place).get(parts[0].argval)
-        for step in parts[1:]:
-            value = inspect.getattr_static(value, step.argval, None)
+        value = function_of(parts, _globals(place))
         return value is not None and value in (getattr(torch, name, None), getattr(F, name, None))
     return parts[-1].opname == "LOAD_METHOD" and (parts[-2].opname == "CALL" or len(parts) == 2)
 

@@ -16,13 +16,23 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.code.bytecode import index_of, instructions, is_plain
-from normfree.code.chains import Chain
+from normfree.code.asking import Fate, fate_of
+from normfree.code.branching import is_run_whole
+from normfree.code.bytecode import index_of, instructions
+from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
 from normfree.code.holding import reached
+from normfree.code.opening import Opened
 from normfree.code.reach import Function
-from normfree.code.straight import comes_elsewhere, is_dead, shared
-from normfree.code.using import calls_variable, is_handed_out, is_test, is_used, part_of, passes, takes_some
+from normfree.code.straight import comes_elsewhere, passes_on, shared
+from normfree.code.using import (
+    calls_variable,
+    is_read,
+    is_test,
+    part_of,
+    passes,
+    takes_some,
+)
 from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
 from normfree.tracing.callers import Call, Place
 
@@ -82,68 +92,71 @@ class _Reading:
             for name, child in module._modules.items():
                 if child is not None:
                     self.by_name[name].append(child)
-        self.opened: Counter[tuple[int, CodeType]] = Counter()
-        self.mentioned: Counter[tuple[int, CodeType]] = Counter()
+        self.opened = Opened(pairs, self.backs)
         self.loose = False  # some forward reads the weight of what it was handed
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
         self.loads: Counter[object] = Counter()
-        self.strangers: list[CodeType] = []  # what goes into whatever it is given
-        self.passing: set[type] = set()  # classes whose forwards give themselves to others
-        self.holders: dict[int, nn.Module] = {}
-        self.parts: dict[tuple[int, CodeType], set[int]] = defaultdict(set)  # which of what they hold is taken
+        self.strangers: dict[bool, list[CodeType]] = {True: [], False: []}  # forwards that go into what they are given
+        self.passing: dict[bool, set[type]] = {True: set(), False: set()}  # classes that give themselves to others
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
         steps, chains = instructions(function.code), chains_of(function.code)
         passed: set[tuple[int, int]] = set()  # calls of a norm right behind its layer
+        around = function.whole.__globals__
         keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
-        self.mentioned.update((id(module), function.code) for _, module, _ in uses)
-        local = (
-            chain for chain in chains if chain.base != function.owner_name and chain.names[0] in ("weight", "bias")
-        )
-        self.loose |= function.forward and any(True for _ in local)
+        self.opened.mentioned.update((id(module), function.code) for _, module, _ in uses)
+        others = (chain for chain in chains if chain.base != function.owner_name)
+        self.loose |= function.forward and any(chain.names[0] in ("weight", "bias") for chain in others)
         for chain, module, rest in uses:
             norms = self.pairs.get(id(module), frozenset())
             if not rest and chain.calls and norms:
-                then = _passes_on(function.code, chain, norms, ends)
+                then = passes_on(function.code, chain, norms, ends)
                 if then is not None:
                     passed |= {(chain.end, id(module)), then}
-        put = {id(module) for chain, module, rest in uses if chain.puts and not rest}
+        put = {id(below) for chain, module, rest in uses if chain.puts and not rest for below in module.modules()}
         for chain, module, rest in uses:
             if rest:
                 self._read_attribute(chain, module, rest, function)
             elif chain.puts:  # something else comes in its place, and not in that of what goes with it
-                around = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
-                self.named.called |= set() if function.broken or put >= around else {id(module)}
-            elif chain.calls:
+                together = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
+                self.named.called |= set() if function.broken or put >= together else {id(module)}
+            elif chain.calls or is_run_whole(steps, chain.start, chain.value, around):
                 if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
                     self.named.called.add(id(module))
-            elif chain.start and steps[chain.start - 1].argval == "checkpoint":
-                pass  # torch's, which calls it whole
-            elif not is_test(steps, chain.end + 1):
-                if not function.forward and not (keeps and is_used(steps, chain.end, holds(module))):
-                    if not function.broken and is_handed_out(steps, chain.end):
-                        self.handed[function.code.co_name].add(id(module))
+            elif not is_test(steps, chain.value + 1):
+                whole = function.forward and holds(module)
+                fate = Fate.USED if whole else fate_of(function.code, chain.value, around, holds=holds(module))
+                inner = function.code is not function.whole.__code__
+                if fate is Fate.ASKED or not keeps or (fate is Fate.HANDED_OUT and function.broken):
+                    continue
+                if fate is Fate.HANDED_OUT and not (function.forward or inner):
+                    self.handed[function.code.co_name].add(id(module))
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
-                    self.named.called.add(id(module))
+                    self._use(module)
                 if holds(module):
-                    self._open(module, function.code, part)
+                    self.opened.open(module, function.code, None if part is None else [part])
+                    owners = self.instances[function.owner] if function.owner is not None else []
+                    self.opened.go_through(module, chain, function, owners)
                     if function.forward and takes_some(steps, chain.end):
                         self.named.called.update(map(id, module._modules.values()))
+        for chain in chains:
+            self.opened.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
         self.names.update(set(function.code.co_names))
         self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
-        if function.owner is not None and function.forward and passes(steps, function.owner_name):
-            self.passing.add(function.owner)
+        if function.owner is not None and passes(steps, function.owner_name):
+            self.passing[function.forward].add(function.owner)
         self._read_texts(function)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
         said = meaning(chain, module, rest, function)
+        said = said or ("open" if rest[0].endswith(ANY) and _is_used(chain, function) else "")
         if said in self.named.read:
             self.named.read[said].add(id(module))
         elif said == "parameters":
@@ -154,8 +167,10 @@ class _Reading:
         elif said == "change":
             self.named.called.update(map(id, module._modules.values()))
         elif said:
+            written = rest[0].removesuffix(ANY) if rest[0].endswith(ANY) else ""
             for opened in module.modules() if said == "open all" else [module]:
-                self._open(opened, function.code)
+                parts = [part for name, part in opened._modules.items() if name.startswith(written)]
+                self.opened.open(opened, function.code, parts)
 
     def _read_texts(self, function: Function) -> None:
         """Note what a text may lead to, or whoever looks at the variables of a function."""
@@ -173,8 +188,10 @@ class _Reading:
             starts, names = self.instances.get(function.owner, []) if function.owner else [], chain.names
         else:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
-            if known is None and leads_in(chain.names[0], unknown=True) and function.forward:
-                self.strangers += [function.code] if calls_variable(function.code, result=True) else []
+            if known is None and leads_in(chain.names[0], unknown=True):
+                goes_in = function.forward and calls_variable(function.code, result=True)
+                goes_in |= chain.names[0].endswith(ANY) and _is_used(chain, function)
+                self.strangers[function.forward] += [function.code] if goes_in else []
             if known is None:
                 return
             starts, names = self.by_name[chain.names[known]], chain.names[known + 1 :]
@@ -196,26 +213,21 @@ class _Reading:
                         return True
         return id(module) not in self.called
 
-    def _open(self, module: nn.Module, code: CodeType, part: nn.Module | None = None) -> None:
-        self.opened[id(module), code] += 1
-        self.holders[id(module)] = module
-        self.parts[id(module), code] |= {id(m) for m in module._modules.values()} if part is None else {id(part)}
+    def _use(self, module: nn.Module) -> None:
+        """Note that somebody has a layer, and may do with it and its parameters what he likes."""
+        for noted in (self.named.called, *self.named.read.values()):
+            noted.add(id(module))
 
     def finish(self) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
-        for code in self.strangers:
-            for module in {below for cls in self.passing for own in self.instances[cls] for below in own.modules()}:
-                self._open(module, code)
+        for forward, strangers in self.strangers.items():
+            classes = self.passing[True] | (set() if forward else self.passing[False])
+            for code in strangers:
+                for module in {below for cls in classes for own in self.instances[cls] for below in own.modules()}:
+                    self.opened.open(module, code)
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
-        for (holder, code), count in self.opened.items():
-            for child in self.holders[holder]._modules.values():
-                if id(child) not in self.parts[holder, code] and count == self.mentioned[holder, code]:
-                    continue
-                seen = (place.code for call in self.called.get(id(child), ()) for place in call.places)
-                mentions = max(count, self.mentioned[holder, code]) + self.mentioned[id(child), code]
-                if mentions > 1 or code not in seen:
-                    self.named.called.add(id(child))
+        self.named.called |= self.opened.reached(self.called)
         for layer, norms in self.pairs.items():
             for norm in norms:
                 for call in self.called[layer]:
@@ -226,23 +238,13 @@ class _Reading:
                 read.update(self.named.called)
 
 
-def _passes_on(
-    code: CodeType, chain: Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], Chain]
-) -> tuple[int, int] | None:
-    """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
-    steps = instructions(code)
-    calls = [i for i in range(chain.end + 1, len(steps)) if steps[i].opname.startswith("CALL")][:2]
-    if len(calls) < 2 or not is_plain(steps[chain.end + 1 : calls[0]]) or not is_plain(steps[calls[0] + 1 : calls[1]]):
-        return None
-    named = [(end, module) for end, module in ends if module in norms and ends[end, module].calls]
-    between = [(end, module) for end, module in named if calls[0] < end < calls[1] or end == chain.start - 1]
-    kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
-    dead = all(isinstance(name, str) and is_dead(code, name, calls[1]) for name in kept)
-    return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None
-
-
 def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
     """Whether it is the call of a module that has brought a function where it stands, and ``inner`` to run."""
     forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     around = any(place.code is forward for place in call.places)  # else it is the layer itself
     return around == (inner is not None) and (inner is None or inner.code is forward)
+
+
+def _is_used(chain: Chain, function: Function) -> bool:
+    """Whether what a chain ends at, whatever that is, may be called."""
+    return not chain.puts and fate_of(function.code, chain.value, function.whole.__globals__) is Fate.USED

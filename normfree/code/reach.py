@@ -57,7 +57,7 @@ def functions_of(model: nn.Module, held: Iterable[FunctionType]) -> Iterator[Fun
             by_name[name].append(function)
             owners[function] = cls
     forward = _closure([*by_name["forward"], *by_name["__call__"], *held], by_name)
-    torchs = [name for name in by_name if hasattr(nn.Module, name)]  # moving, loading, changing the mode
+    torchs = [name for name in by_name if hasattr(nn.Module, name) and name != "__getattr__"]  # moving, loading, modes
     built = _closure([function for name in torchs for function in by_name[name]], by_name, calls=True)
     others = [function for function in owners if function not in built]
     broken = _broken(set(owners) - forward)

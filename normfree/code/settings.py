@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.code.bytecode import called_by, instructions
+from normfree.code.bytecode import called_by, function_of, instructions
 from normfree.code.chains import chains
 from normfree.code.reach import codes_of, own_functions
 
@@ -80,8 +80,5 @@ def _asked(function: FunctionType) -> Iterator[str]:
         steps = instructions(code)
         for i in (i for i, step in enumerate(steps) if step.opname.startswith("CALL") and step.arg == 0):
             parts = called_by(steps, i)
-            value = function.__globals__.get(parts[0].argval) if parts and parts[0].opname == "LOAD_GLOBAL" else None
-            for step in parts[1:]:
-                value = inspect.getattr_static(value, str(step.argval), None)
-            if isinstance(value, BuiltinFunctionType):
+            if isinstance(function_of(parts, function.__globals__), BuiltinFunctionType):
                 yield str(parts[-1].argval)

@@ -7,7 +7,6 @@ first returned. What cannot be told is told no.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping, Sequence, Set
 from types import CodeType, FunctionType
@@ -17,10 +16,11 @@ from torch import nn
 
 from normfree.code.branching import behind
 from normfree.code.bytecode import LAST, ONE_WAY, Step, index_of, instructions, is_plain, returns
+from normfree.code.chains import Chain
 from normfree.code.known import asks_for_shape, is_own, known_calls, through_identity
 from normfree.tracing.callers import Call, Place
 
-__all__ = ["always_together", "comes_elsewhere", "is_dead", "shared"]
+__all__ = ["always_together", "comes_elsewhere", "passes_on", "shared"]
 
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE")
 _CHAIN = nn.Sequential.forward.__code__
@@ -44,7 +44,7 @@ def always_together(layer: Call, norm: Call, passed: Set[Any] = frozenset()) -> 
         meet
         and all(p.code is _CHAIN or _returns(p, passed) for p in layer.places[count:])
         and all(p.code is _CHAIN or _is_straight(p, 0, index_of(p), passed) for p in norm.places[count:])
-        and all(is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
+        and all(_is_dead(p.code, name, index_of(p)) for p in norm.places for name in p.holding)
     )
 
 
@@ -84,7 +84,7 @@ def _is_straight(place: Place, start: int, end: int, passed: Set[Any]) -> bool:
         between = [step for step in between if step not in idle]
     own = next(iter(place.code.co_varnames), None)
     kept = {step.argval for step in between if known and step.opname.endswith(("_FAST", "_DEREF"))} - {own}
-    if not all(is_dead(place.code, name, end) for name in kept):
+    if not all(_is_dead(place.code, name, end) for name in kept):
         return False  # what is handed on has been there before, as something else
     if steps[end].is_jump_target and steps[end].offset not in entered:
         return False
@@ -114,16 +114,16 @@ def _is_missing(owner: nn.Module, name: str) -> bool:
     kinds = type(owner).__mro__[: type(owner).__mro__.index(nn.Module)]
     if any(name in vars(kind) or "__getattribute__" in vars(kind) for kind in kinds):
         return False
-    return not any(name in _stored_in(kind.__module__) for kind in kinds)
+    return not any(_is_stored_in(kind.__module__, name) for kind in kinds)
 
 
-@functools.cache
-def _stored_in(module: str) -> frozenset[str]:
-    """Return the attributes that functions of a file assign, but for those that build a module."""
+def _is_stored_in(module: str, name: str) -> bool:
+    """Whether functions of a file assign an attribute, but for those that build a module; a notebook's grow."""
     held = [value for value in vars(sys.modules[module]).values() if getattr(value, "__module__", None) == module]
     own = [vars(value).items() if isinstance(value, type) else [("", value)] for value in held]
     codes = [m.__code__ for items in own for key, m in items if key != "__init__" and isinstance(m, FunctionType)]
-    return frozenset(s.argval for code in codes for s in instructions(code) if s.opname == "STORE_ATTR")
+    puts = (step for code in codes if name in code.co_names for step in instructions(code))
+    return any(step.opname == "STORE_ATTR" and step.argval == name for step in puts)
 
 
 def _asks_for_called(steps: Sequence[Step], jump: int) -> bool:
@@ -148,7 +148,7 @@ def _returns(place: Place, passed: Set[Any]) -> bool:
     )
 
 
-def is_dead(code: CodeType, name: str, index: int) -> bool:
+def _is_dead(code: CodeType, name: str, index: int) -> bool:
     """Whether nothing behind an instruction reads a variable before something else is put into it."""
     if name in code.co_cellvars + code.co_freevars:
         return False
@@ -172,3 +172,18 @@ def is_dead(code: CodeType, name: str, index: int) -> bool:
         if step.opname not in (*ONE_WAY, *LAST):
             waiting.append(i + 1)
     return True
+
+
+def passes_on(
+    code: CodeType, chain: Chain, norms: frozenset[int], ends: Mapping[tuple[int, int], Chain]
+) -> tuple[int, int] | None:
+    """Return where a norm is named, and its identity, whose call directly follows that of the layer in front of it."""
+    steps = instructions(code)
+    calls = [i for i in range(chain.end + 1, len(steps)) if steps[i].opname.startswith("CALL")][:2]
+    if len(calls) < 2 or not is_plain(steps[chain.end + 1 : calls[0]]) or not is_plain(steps[calls[0] + 1 : calls[1]]):
+        return None
+    named = [(end, module) for end, module in ends if module in norms and ends[end, module].calls]
+    between = [(end, module) for end, module in named if calls[0] < end < calls[1] or end == chain.start - 1]
+    kept = [step.argval for step in steps[calls[0] : calls[1]] if step.opname.startswith("STORE_FAST")]
+    dead = all(isinstance(name, str) and _is_dead(code, name, calls[1]) for name in kept)
+    return between[0] if len(between) == 1 and dead and steps[calls[1]].arg == 1 else None

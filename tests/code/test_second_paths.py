@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -786,3 +788,38 @@ def test_a_module_that_returns_what_it_was_given_gets_no_alpha_of_which_others_s
     model = made(forward)
     model.gate = Gate().double()
     hold(nn.Sequential(nn.Conv2d(4, 4, 1), model).double().eval(), lambda m, x: m(x))
+
+
+NOTEBOOK = """
+from torch import nn
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.b, self.gate = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), None
+
+    def forward(self, x):
+        x = self.c(x)
+        if self.gate is not None:
+            x = self.gate(x)
+        return self.b(x)
+"""
+LATER = """
+class Opened(Gated):
+    def open(self):
+        self.gate = nn.Tanh()
+"""
+
+
+def test_a_class_that_a_notebook_defines_after_a_conversion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook: Any = ModuleType("a_notebook")
+    monkeypatch.setitem(sys.modules, "a_notebook", notebook)
+    exec(NOTEBOOK, vars(notebook))  # noqa: S102
+    assert actions(normfree.convert(randomise(notebook.Gated()).eval(), init="preserve", inputs=noise(2, 4, 6, 6)))
+    exec(LATER, vars(notebook))  # noqa: S102
+
+    def opened(model: Any, x: Tensor) -> Any:
+        model.open()
+        return model(x)
+
+    hold(randomise(notebook.Opened()).double().eval(), lambda m, x: m(x), opened)

@@ -7,6 +7,7 @@ the ways to run one.
 
 from __future__ import annotations
 
+import random
 import sys
 import textwrap
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from random_texts import ADDITIONS, AROUND, HEADER, HOOKS, LINKS
+from random_texts import ACTS, ADDITIONS, AROUND, HEADER, HOOKS, LINKS
 from torch import Tensor, nn
 
 NAME = "random_paths_made"
@@ -96,6 +97,23 @@ class Paths:
         for hook in self.hooks:
             HOOKS[hook.kind](places[hook.where % len(places)], made.SEEN)
         return model
+
+
+def drawn(seed: int) -> Paths:
+    """Return the network of a seed."""
+    by = random.Random(seed)  # noqa: S311  # no secret
+
+    def link() -> Link:
+        how = "plain" if by.random() < 0.2 else by.choice(list(LINKS))
+        return Link(how, by.choice((3, 1)), by.random() < 0.5, by.randint(1, 2), by.randint(0, 2), by.choice(ACTS))
+
+    def block() -> Block:
+        links = tuple(link() for _ in range(by.randint(1, 3)))
+        return Block(links, by.choice(list(ADDITIONS)), "plain" if by.random() < 0.5 else by.choice(list(AROUND)))
+
+    blocks = tuple(block() for _ in range(by.randint(1, 2)))
+    hooks = range(by.choice((0, 0, 1, 2)))
+    return Paths(blocks, tuple(Hook(by.choice(list(HOOKS)), by.randint(0, 15)) for _ in hooks), seed % 4)
 
 
 def _block(name: str, block: Block) -> str:
