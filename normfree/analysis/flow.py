@@ -74,8 +74,10 @@ class Flow:
                 bits |= self.descendants[user] | self.bit(user)
             self.descendants[node] = bits
         self.roles: dict[fx.Node, Role] = {}
+        self._weighted = 0
         for node in self.nodes:
-            self.roles[node] = self._role(node)
+            role = self.roles[node] = self._role(node)
+            self._weighted |= self.bit(node) if role in (Role.CONV, Role.NORM) else 0
 
     def bit(self, node: fx.Node) -> int:
         """Return the bit of ``node`` in ``ancestors`` and ``descendants``."""
@@ -216,8 +218,7 @@ class Flow:
         if self.shape(one) != self.shape(other):
             return False
         ways = [self.ancestors[node] | self.bit(node) for node in (one, other)]
-        weighted = sum(self.bit(node) for node, role in self.roles.items() if role in (Role.CONV, Role.NORM))
-        return bool((ways[0] ^ ways[1]) & weighted)
+        return bool((ways[0] ^ ways[1]) & self._weighted)
 
 
 def _stack_summed_by(node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import CodeType
 
@@ -35,7 +36,8 @@ class Chain:
     puts: bool
 
 
-def chains(code: CodeType) -> list[Chain]:
+@functools.lru_cache(maxsize=4096)
+def chains(code: CodeType) -> tuple[Chain, ...]:
     """Return the chains of a function in order; where ``getattr`` is given no written text, it ends in ``ANY``."""
     steps, found, i = instructions(code), list[Chain](), 0
     while i < len(steps):
@@ -59,4 +61,4 @@ def chains(code: CodeType) -> list[Chain]:
             found.append(Chain(start, i - 1, base, tuple(names), calls, puts))
         else:
             i = start + 1
-    return found
+    return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 from collections.abc import Sequence
 from types import CodeType
 
@@ -110,6 +111,7 @@ def part_of(module: nn.Module, steps: Sequence[Step]) -> nn.Module | None:
     return held[index] if type(index) is int and -len(held) <= index < len(held) else None
 
 
+@functools.lru_cache(maxsize=4096)
 def calls_variable(code: CodeType, *, result: bool = False) -> bool:
     """Whether a function calls what one of its variables holds.
 

@@ -99,7 +99,11 @@ class Notes:
         return out
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.seen.nodes.create_node(op, target, args, kwargs)
+        node = self.seen.nodes.create_node(op, target)
+        if args:  # later, since torch would look for symbols in what it is given, which takes long
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         self.seen.owners[node], self.seen.steps[node] = self.stack[-1], self.step
         self.seen.order[node] = len(self.seen.order)
         return node
