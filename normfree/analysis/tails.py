@@ -95,8 +95,8 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
     own = flow.additions(owner)
     if len(own) % calls:
         return None, f"{owner} adds in one of its calls and not in another"
-    if addition not in own:
-        return None, f"{owner} adds what it has stacked"
+    if addition not in own or branch not in addition.args:
+        return None, f"{owner} does not write the sum as one addition of two"
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     done = operations_of(flow, owner)
     writes = _writes_into(flow, addition, branch)

@@ -175,6 +175,8 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
         return "call_function", getattr(operator, plain), args, kwargs
     if name.startswith("__r") and plain[1:] in _REFLECTED:
         return "call_function", _REFLECTED[plain[1:]], args[::-1], kwargs
+    if name == "rsub":
+        return "call_function", torch.sub, args[::-1], kwargs
     if str(getattr(func, "__qualname__", "")).startswith(("Tensor.", "TensorBase.", "_TensorBase.")):
         return "call_method", name, args, kwargs
     return "call_function", func, args, kwargs

@@ -39,6 +39,7 @@ class Role(Enum):
 _NAMES: dict[str, Role] = {
     **dict.fromkeys(("add", "iadd", "add_"), Role.ADD),
     **dict.fromkeys(("sub", "isub", "sub_", "subtract", "lerp", "lerp_"), Role.ADD),
+    **dict.fromkeys(("index_add", "index_add_", "scatter_add", "scatter_add_"), Role.ADD),
     **dict.fromkeys(("mul", "imul", "mul_", "multiply"), Role.MUL),
     **dict.fromkeys(("truediv", "itruediv", "div", "div_", "divide"), Role.DIV),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack", "setitem", "overwritten", "copy_"), Role.CAT),
@@ -50,7 +51,7 @@ _NAMES: dict[str, Role] = {
     "interpolate": Role.UPSAMPLE,
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), Role.PASS),
     **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
-    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias", "as_tensor", "asarray"), Role.PASS),
+    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias", "neg", "negative", "as_tensor", "asarray"), Role.PASS),
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
     **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},

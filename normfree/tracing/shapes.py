@@ -77,7 +77,7 @@ def of_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     if type(x) not in _PLAIN or not x.is_floating_point():
         return None
     if name == "grid_sample" and len(args) > 1:
-        return x.new_empty((*x.shape[:2], *args[1].shape[1:-1]))
+        return torch.empty((*x.shape[:2], *args[1].shape[1:-1]), dtype=x.dtype, device="meta")
     if kwargs or str(getattr(func, "__name__", "")).endswith("_") or not x.is_contiguous():
         return None
     if (name in _OF_ONE and len(args) == 1) or (name in _OF_TWO and len(args) == 2 and _fits(args[1], x)):

@@ -76,6 +76,17 @@ SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sum with a product": lambda self, x: torch.addcmul(x, torch.ones(4, 1, 1), self.f(x)),
     "sum with a product in place": lambda self, x: x.clone().addcmul_(self.f(x), torch.ones(1), value=0.5),
     "stack by keyword": lambda self, x: torch.stack([x, self.f(x)], dim=1).sum(dim=1),
+    "joined along a new dimension": lambda self, x: torch.cat([x[None], self.f(x)[None]]).sum(0),
+    "joined and folded": lambda self, x: torch.cat([x, self.f(x)], 1).unflatten(1, (2, 4)).sum(1),
+    "joined along the batch": lambda self, x: torch.cat([self.f(x), x]).view(2, *x.shape).sum(0, keepdim=True)[0],
+    "joined and cut in two": lambda self, x: sum(torch.cat([x, self.f(x)], 1).chunk(2, 1)),
+    "stack taken apart": lambda self, x: sum(torch.stack([x, self.f(x)]).unbind()),
+    "stack added up step by step": lambda self, x: torch.stack([x, self.f(x)]).cumsum(0)[-1],
+    "stack with a constant": lambda self, x: (torch.stack([x, self.f(x)]) + 0).permute(1, 2, 3, 4, 0).sum(-1),
+    "stack in an einsum": lambda self, x: torch.einsum("kbchw,k->bchw", torch.stack([x, self.f(x)]), torch.ones(2)),
+    "stack by a matrix": lambda self, x: (torch.stack([x, self.f(x)], -1) @ torch.ones(2, 1))[..., 0],
+    "by index": lambda self, x: x.index_add(0, torch.arange(len(x)), self.f(x)),
+    "minus its negative": lambda self, x: x - (-self.f(x)),
 }
 
 
@@ -124,6 +135,31 @@ def test_mean_of_a_stack_is_a_residual_sum(init: str) -> None:
     assert (kinds(converted), alphas(converted)) == (["residual"], ["1.f.3"])
     set_alphas(converted, 0.0).eval()
     assert torch.equal(converted(X), torch.relu(converted[0](X) / 2))
+
+
+@both
+@pytest.mark.parametrize("how", ["maximum", "squares", "shuffled"])
+def test_join_that_is_not_added_is_no_sum(how: str, init: str) -> None:
+    made: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "maximum": lambda self, x: torch.stack([x, self.f(x)]).amax(0),
+        "squares": lambda self, x: torch.stack([x, self.f(x)]).square().sum(0),
+        "shuffled": lambda self, x: (
+            torch.cat([x, self.f(x)], 1).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)[:, :4]
+        ),
+    }
+    assert plan_of(prove(net(Written(made[how])), X, init=init)).sums == ()
+
+
+@both
+def test_stack_that_the_input_weighs_is_listed(init: str) -> None:
+    def weighed(self: Any, x: Tensor) -> Tensor:
+        both = torch.stack([x, self.f(x)], 1)
+        return (both * both.mean((3, 4), keepdim=True).softmax(1)).sum(1)
+
+    plan = plan_of(prove(net(Written(weighed)), X, init=init))
+    assert [(total.kind, total.reason) for total in plan.sums] == [
+        ("merge", "the input decides how much of each goes into it")
+    ]
 
 
 @both

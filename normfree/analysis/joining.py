@@ -1,0 +1,148 @@
+"""Sums that are written as a join: ``torch.stack([x, f(x)]).sum(0)``, a concatenation that is folded and averaged.
+
+However it is written, what comes of a join is a sum if it is one: what stands between is run on numbers, each part of
+the join in turn, and a sum gives every part back, times a constant. What gives one part back alone has taken it out
+again. Factors that are not known, such as weights of an ``einsum``, may only be constants or a gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normfree.tracing.roles import Role, function_role, name_of
+from normfree.tracing.traces import Graph
+
+__all__ = ["Mixture", "mixtures"]
+
+_JOINING = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "row_stack")
+_CONTRACTING = ("einsum", "tensordot", "matmul", "mv", "inner")
+"""What sums products with something over a dimension."""
+_RENAMING = ("unsqueeze", "getitem", "view", "reshape")
+"""What leaves a tensor what it was, if it leaves it as many entries."""
+
+Inputs = Mapping[fx.Node, tuple[fx.Node, ...]]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a node makes of a join.
+
+    Attributes:
+        parts: What it adds; one alone has been taken out again.
+        gates: What decides how much of each.
+        over: Nodes on the way, which nobody needs who knows the parts.
+    """
+
+    parts: tuple[fx.Node, ...]
+    gates: tuple[fx.Node, ...]
+    over: tuple[fx.Node, ...]
+
+    @property
+    def is_taken_out(self) -> bool:
+        """Whether it is nothing but one part."""
+        return len(self.parts) == 1 and not self.gates
+
+
+def mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
+    """Return the nodes that add what has been joined, or take it out again; ``inputs`` are the data inputs of each."""
+    chains: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    found: dict[fx.Node, Mixture] = {}
+    for node, given in inputs.items():
+        if name_of(node) in _JOINING and len(given) > 1:
+            joins = isinstance(node.args[0], (list, tuple)) and len(node.args[0]) == len(given)
+            chains |= {node: (node,)} if joins else {}
+        elif node.op in ("call_function", "call_method") and (held := [s for s in given if s in chains]):
+            if len(given) > 1:  # a gate may be made of the join itself, and is smaller
+                held = [source for source in held if _shape(graph, source) == _shape(graph, node)]
+                if function_role(node) is not Role.MUL or len(held) != 1:
+                    continue
+            chain = (*chains[held[0]], node)
+            mixture = _mixture(graph, inputs, chain)
+            if mixture is not None:
+                found[node] = mixture
+            elif function_role(node) is not Role.CONV:
+                chains[node] = chain
+    return found
+
+
+def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...]) -> Mixture | None:
+    """Say what the end of a chain is, of which the join is the beginning."""
+    join, end = chain[0], chain[-1]
+    shapes = [_shape(graph, node) for node in inputs[join]]
+    if None in shapes or {_squeezed(shape) for shape in shapes} != {_squeezed(_shape(graph, end))}:
+        return None
+    names = [_renamed(graph, inputs, part, join) for part in inputs[join]]
+    parts, over = [part for part, _ in names], [node for _, nodes in names for node in nodes]
+    gates = tuple(source for node in chain[1:] for source in inputs[node] if source not in chain)
+    factors = _factors(chain, [shape for shape in shapes if shape is not None])
+    if factors is None and name_of(end) not in _CONTRACTING:
+        return None
+    kept = [part for i, part in enumerate(parts) if factors is None or factors[i]]
+    return Mixture(tuple(kept), gates, (*chain[:-1], *over)) if kept else None
+
+
+def _renamed(graph: Graph, inputs: Inputs, part: fx.Node, join: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Return what a part of a join is without the dimension that it got for that, and what has given it that."""
+    if name_of(part) not in _RENAMING or list(part.users) != [join] or len(inputs[part]) != 1:
+        return part, []
+    source = inputs[part][0]
+    same = _squeezed(_shape(graph, source)) == _squeezed(_shape(graph, part))
+    return (source, [part]) if same else (part, [])
+
+
+def _shape(graph: Graph, node: fx.Node) -> tuple[int, ...] | None:
+    value = graph.values.get(node)
+    return None if value is None else value.shape
+
+
+def _squeezed(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if shape is None else tuple(size for size in shape if size != 1)
+
+
+@torch.no_grad()
+def _factors(chain: tuple[fx.Node, ...], shapes: list[tuple[int, ...]]) -> list[float] | None:
+    """Return by what a chain multiplies each part of the join before it adds them, if it does just that."""
+    found: list[float] = []
+    nothing = _run(chain, [torch.zeros(shape) for shape in shapes])
+    for i, shape in enumerate(shapes if nothing is not None else ()):
+        part = torch.linspace(1, 2, math.prod(shape))
+        for sign in (1, -1):
+            parts = [sign * part.reshape(shape) if i == j else torch.zeros(other) for j, other in enumerate(shapes)]
+            result = _run(chain, parts)
+            if nothing is None or result is None or result.numel() != part.numel():
+                return None
+            added = (result - nothing).flatten() * sign
+            found += [float(added[0])] if sign == 1 else []
+            if not torch.allclose(added, found[-1] * part, atol=1e-6):
+                return None
+    return found or None
+
+
+def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
+    """Run a chain on numbers, without what it multiplies by or adds."""
+    first = dict(zip(_nodes_of(chain[0].args[0]), parts, strict=True))
+    known: dict[fx.Node, Any] = {}
+    for node in chain:
+        sources = [known[source] for source in node.all_input_nodes if source in known]
+        if node is not chain[0] and function_role(node) in (Role.MUL, Role.ADD, Role.PASS):
+            known[node] = sources[0]
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: (first | known).get(source, "constant"))
+        try:
+            target: Any = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
+            known[node] = target(*args[isinstance(node.target, str) :], **kwargs)
+        except Exception:  # something that the graph does not tell
+            return None
+    result = known[chain[-1]]
+    return result if isinstance(result, Tensor) else None
+
+
+def _nodes_of(value: Any) -> Iterator[fx.Node]:
+    """Yield the nodes in a sequence of arguments, one that stands there twice once."""
+    yield from dict.fromkeys(item for item in value if isinstance(item, fx.Node))
