@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from normfree.errors import UsageError
 from normfree.tracing.callers import Call
 from normfree.tracing.roles import Role, function_role, makes_constants
 
@@ -19,8 +20,16 @@ MODES = ("eval", "train")
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Return what tells the memory of a tensor from any other."""
-    return int(tensor.untyped_storage()._cdata)
+    """Return what tells the memory of a tensor from any other.
+
+    Raises:
+        UsageError: It stands for many, whose memory nobody is told of.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError as error:
+        what = "what runs inside torch.vmap or another transform of torch.func cannot be written down"
+        raise UsageError(f"{what}: call these layers on the batch itself") from error
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -479,3 +480,53 @@ def test_dropout_is_the_last_place_of_a_scalar(init: str) -> None:
     converted = prove(randomise(Chained()), X, init=init)
     assert alphas(converted) == ["blocks.0.skipinit_0", "blocks.1.dropped"]
     assert plan_of(converted).declined == ()
+
+
+def _by_lambdas(model: Any) -> None:
+    model.steps = [lambda x: x + model.one(x), lambda x, other=model.other: x + other(x)]
+
+
+def _by_functions(model: Any) -> None:
+    one, others = model.one, {"other": model.other}
+
+    def second(x: Tensor) -> Tensor:
+        return x + others["other"](x)
+
+    model.steps = (lambda x: second(x + one(x)),)
+
+
+def _by_partials(model: Any) -> None:
+    def step(block: nn.Module, x: Tensor) -> Tensor:
+        return x + block(x)
+
+    model.steps = [partial(step, model.one), partial(lambda x: step(model.other, x))]
+
+
+class Stepping(nn.Module):
+    """Holds functions that call its modules: what torch copies of them would go on calling those of the original."""
+
+    def __init__(self, held: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(3, 4, 1), Branch(), Branch()
+        held(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@both
+@pytest.mark.parametrize("held", [_by_lambdas, _by_functions, _by_partials])
+def test_functions_that_a_model_holds_call_the_layers_of_its_copy(held: Callable[[Any], None], init: str) -> None:
+    model = randomise(Stepping(held))
+    converted = prove(model, X, init=init)
+    assert (kinds(converted), alphas(converted)) == (["residual"] * 2, ["one.3", "other.3"])
+    assert norms(converted) == []
+    before = model.eval()(X)
+    nn.init.zeros_(converted.one[0].weight)
+    assert torch.equal(model(X), before)
+    normfree.convert_(model, init=init)
+    assert norms(model) == []
+    assert init == "skipinit" or torch.allclose(model(X), before, atol=1e-5)
