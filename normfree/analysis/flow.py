@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normfree.analysis.joining import mixtures
+from normfree.analysis.joining import unjoin
 from normfree.layers import ChannelAffine, is_carrier
 from normfree.norms import describe, is_norm
 from normfree.tracing.roles import Role, elementwise, function_role, makes_constants, module_role, name_of, scales
@@ -56,16 +56,7 @@ class Flow:
             found = () if makes_constants(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
             if found or node.op == "placeholder":
                 self.inputs[node] = found
-        self.mixtures = mixtures(graph, self.inputs)
-        taken = {node: mixture.parts[0] for node, mixture in self.mixtures.items() if mixture.is_taken_out}
-        self.inputs |= {node: mixture.parts + mixture.gates for node, mixture in self.mixtures.items()}
-        for node, given in self.inputs.items() if taken else ():
-            while not taken.keys().isdisjoint(given):
-                given = self.inputs[node] = tuple(taken.get(source, source) for source in given)
-        over = {node for mixture in self.mixtures.values() for node in mixture.over} | taken.keys()
-        for node in sorted(over, key=lambda node: graph.order[node], reverse=True):
-            if not any(node in given for given in self.inputs.values()):
-                del self.inputs[node]
+        self.mixtures = unjoin(graph, self.inputs)
         self.nodes = tuple(self.inputs)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.users: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}

@@ -67,14 +67,14 @@ def find_sums(flow: Flow) -> tuple[SumNode, ...]:
     for node in flow.nodes:
         if flow.roles[node] is not Role.ADD or is_inner(flow, node):
             continue
-        gated = node in flow.mixtures and flow.mixtures[node].gates
-        if adds(node) and not gated:
+        doubt = flow.mixtures[node].doubt if node in flow.mixtures else ""
+        if adds(node) and not doubt:
             _classify_group(flow, node, found)
             continue
         total = _classify(flow, node, flow.operands(node), found)
         taken = "lerp" in name_of(node) or total.skip is flow.operands(node)[0]
-        if gated or len(flow.inputs[node]) > 2:
-            found[node] = SumNode(node, "merge", "the input decides how much of each goes into it")
+        if doubt or len(flow.inputs[node]) > 2:
+            found[node] = SumNode(node, "merge", doubt or "the input decides how much of each goes into it")
         elif total.kind == "residual" and taken:
             found[node] = total
     return tuple(found.values())

@@ -44,7 +44,7 @@ class Held:
         self.bound: set[int] = set()
         self._seen: dict[int, Any] = {}  # holds them, so that no other gets their identity
         kept = (value for m in modules.values() for name, value in vars(m).items() if name not in _OWN)
-        self.follow(value for value in kept if type(value) not in _ATOMS and (value or type(value) not in _EMPTY))
+        self.follow(value for value in kept if type(value) not in _ATOMS and (type(value) not in _EMPTY or value))
         classes = {cls for m in modules.values() for cls in type(m).__mro__ if not is_foreign(cls)}
         self.follow(value for cls in classes for value in vars(cls).values() if isinstance(value, (list, dict, set)))
 

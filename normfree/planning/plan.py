@@ -18,7 +18,7 @@ from normfree.options import Asked, Options, takes_options
 from normfree.planning.classes import asked, asked_unseen
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_model, is_lazy, module_problems
-from normfree.planning.hooks import hooks_left_out
+from normfree.planning.hooks import computed_elsewhere, hooks_left_out
 from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
@@ -101,7 +101,8 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         if not norms:
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
         made = _unnoticed(copied, traced, request, decide(request, traced, findings))
-        made = replace(made, opaque=(*made.opaque, *hooks_left_out(modules, copied)))
+        unseen = (*hooks_left_out(modules, copied), *computed_elsewhere(traced.graphs.values()))
+        made = replace(made, opaque=(*made.opaque, *unseen))
     return made, lambda: _met(copied, traced, sites, described, made)
 
 

@@ -50,6 +50,10 @@ class Recorder(Notes, TorchFunctionMode):
         for name, module in model.named_modules():
             self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
 
+    def __deepcopy__(self, _: Any) -> Recorder:
+        """Stay the one that writes down what copies of its modules do."""
+        return self
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

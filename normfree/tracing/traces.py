@@ -68,6 +68,7 @@ class Graph:
         calls: How often each module was called.
         called: From where each norm, and each layer that may take its gain, was called last.
         read: Norms of which a forward reads a tensor, each with the first that it reads.
+        elsewhere: Modules in whose forward something is computed by code that was not seen.
         optional: Modules that are called with more than their defaults.
         values: What each node returned.
         written: The memory that each node has written into.
@@ -81,6 +82,7 @@ class Graph:
     calls: Counter[str] = field(default_factory=Counter)
     called: dict[str, Call] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)
     optional: set[str] = field(default_factory=set)
     values: dict[fx.Node, Value] = field(default_factory=dict)
     written: dict[fx.Node, frozenset[int]] = field(default_factory=dict)

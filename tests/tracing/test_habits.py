@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -215,6 +218,81 @@ def test_difference_that_takes_no_branch_away_is_none(how: str, init: str) -> No
 
 def _twice(self: Any, x: Tensor) -> Tensor:
     return x[:, :, ::2, ::2]
+
+
+def fused(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(x + y)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch has put TorchScript away; models still hold it
+    scripted = torch.jit.script(fused)
+
+
+@torch.library.custom_op("normfree_tests::joined", mutates_args=())
+def joined(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(x + y)
+
+
+@joined.register_fake
+def _(x: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("normfree_tests::chosen", mutates_args=())
+def chosen(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x, y)
+
+
+@chosen.register_fake
+def _(x: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Marked(Tensor):
+    """A subclass of one's own."""
+
+
+def _inference(self: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode(not self.training):
+        return (x + self.f(x)).clone()
+
+
+ELSEWHERE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "in TorchScript": lambda self, x: scripted(x, self.f(x)),
+    "operator of one's own": lambda self, x: torch.ops.normfree_tests.joined(x, self.f(x)),
+    "subclass of Tensor": lambda self, x: (x.as_subclass(Marked) + self.f(x)).as_subclass(Tensor),
+    "inference mode": _inference,
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_sum_in_code_that_torch_does_not_tell_of(how: str) -> None:
+    plan = normfree.plan(net(Written(ELSEWHERE[how])), init="preserve", inputs=X)
+    assert ([total.kind for total in plan.sums], [alpha.path for alpha in plan.alphas]) == (["residual"], ["1.f.3"])
+    assert plan.opaque == ()
+
+
+def test_operator_that_may_add_is_listed() -> None:
+    model = net(Written(lambda self, x: torch.ops.normfree_tests.chosen(x, self.f(x))))
+    reasons = [total.reason for total in normfree.plan(model, init="preserve", inputs=X).sums]
+    assert reasons == ["an operator of somebody's own makes one of two, and does not say whether it adds them"]
+
+
+def test_what_another_thread_computes_is_said_to_be_unseen() -> None:
+    def threaded(self: Any, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: x + self.f(x)).result()
+
+    plan = normfree.plan(net(Written(threaded), Block()), init="preserve", inputs=X)
+    assert len(plan.alphas) == 1
+    assert plan.opaque[0][0] == "the root"
+    assert "the root computes something in code that cannot be seen (a thread, NumPy, an extension)" in str(plan)
+
+
+def test_forward_that_copies_its_block_comes_to_an_end() -> None:
+    model = net(Written(lambda self, x: x + copy.deepcopy(self.f)(x)))
+    assert len(normfree.plan(model, init="preserve", inputs=X).alphas) == 1
 
 
 PADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
