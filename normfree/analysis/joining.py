@@ -77,6 +77,7 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
     """Return the nodes that add what has been joined, or take it out again; ``inputs`` are the data inputs of each."""
     chains: dict[fx.Node, tuple[fx.Node, ...]] = {}
     found: dict[fx.Node, Mixture] = {}
+    memo: dict[Any, Any] = {}
     for node, given in inputs.items():
         if name_of(node) in _JOINING and len(given) > 1:
             joins = isinstance(node.args[0], (list, tuple)) and len(node.args[0]) == len(given)
@@ -91,7 +92,7 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
                 if function_role(node) is not Role.MUL or len(held) != 1:
                     continue
             chain = (*chains[held[0]], node)
-            mixture = _mixture(graph, inputs, chain)
+            mixture = _mixture(graph, inputs, chain, memo)
             if mixture is not None:
                 found[node] = mixture
             elif function_role(node) is not Role.CONV:
@@ -99,7 +100,7 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
     return found
 
 
-def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...]) -> Mixture | None:
+def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...], memo: dict[Any, Any]) -> Mixture | None:
     """Say what the end of a chain is, of which the join is the beginning."""
     join, end = chain[0], chain[-1]
     shapes = [_shape(graph, node) for node in inputs[join]]
@@ -108,7 +109,12 @@ def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...]) -> Mixtur
     names = [_renamed(graph, inputs, part, join) for part in inputs[join]]
     parts, over = [part for part, _ in names], [node for _, nodes in names for node in nodes]
     gates = tuple(source for node in chain[1:] for source in inputs[node] if source not in chain)
-    factors = _factors(chain, [shape for shape in shapes if shape is not None])
+    numbers = {node: str(i) for i, node in enumerate((*inputs[join], *chain))}
+    told = tuple((node.target, str(fx.map_arg((node.args, node.kwargs), numbers.get))) for node in chain)
+    key = (told, *shapes)
+    if key not in memo:  # many blocks of a network are alike
+        memo[key] = _factors(chain, [shape for shape in shapes if shape is not None])
+    factors = memo[key]
     wide = _squeezed(_shape(graph, join)) or ()
     new = sorted(wide) == sorted((*(_squeezed(shapes[0]) or ()), len(shapes)))
     if factors is None and not (new and name_of(end) in _CONTRACTING):
@@ -169,20 +175,20 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
 @torch.no_grad()
 def _factors(chain: tuple[fx.Node, ...], shapes: list[tuple[int, ...]]) -> list[float] | None:
     """Return by what a chain multiplies each part of the join before it adds them, if it does just that."""
-    found: list[float] = []
     nothing = _run(chain, [torch.zeros(shape) for shape in shapes])
-    for i, shape in enumerate(shapes if nothing is not None else ()):
-        part = torch.linspace(1, 2, math.prod(shape))
-        for sign in (1, -1):
-            parts = [sign * part.reshape(shape) if i == j else torch.zeros(other) for j, other in enumerate(shapes)]
-            result = _run(chain, parts)
-            if nothing is None or result is None or result.numel() != part.numel():
-                return None
-            added = (result - nothing).flatten() * sign
-            found += [float(added[0])] if sign == 1 else []
-            if not torch.allclose(added, found[-1] * part, atol=1e-6):
-                return None
-    return found or None
+    if nothing is None:
+        return None
+    found: list[float] = []
+    for i, shape in enumerate(shapes):
+        part = torch.linspace(-1, 2, math.prod(shape))  # of both signs: a maximum or a square gives other values back
+        result = _run(chain, [part.reshape(shape) if i == j else torch.zeros(other) for j, other in enumerate(shapes)])
+        if result is None or result.numel() != part.numel():
+            return None
+        added = (result - nothing).flatten()
+        found.append(float(added[-1]) / 2)
+        if not torch.allclose(added, found[-1] * part, atol=1e-6):
+            return None
+    return found
 
 
 def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
