@@ -40,6 +40,7 @@ class Flow:
         descendants: For each node, a bit set over ``nodes`` of everything that depends on it.
         roles: What each node does.
         memo: Answers that hold for the whole graph, for whoever asks twice.
+        reasons: The same, of why something cannot be.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Flow:
         self.shared = shared
         self.sites = frozenset(sites)
         self.memo: dict[Any, bool] = {}
+        self.reasons: dict[Any, str | None] = {}
         self._inner: dict[str, tuple[str, ...]] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes.nodes:
