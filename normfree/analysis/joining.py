@@ -158,8 +158,9 @@ def _adds(node: fx.Node, given: tuple[fx.Node, ...], shape: Any) -> bool:
     cases = ((one, -one.flip(0) / 3), (one - one.flip(0) / 3, nothing), (nothing, one - one.flip(0) / 3))
     results = [_call(node, dict(zip(given, case, strict=True))) for case in cases if len(given) == len(case)]
     first = results[0] if results else None
-    same = all(isinstance(x, Tensor) and torch.allclose(x, first, atol=1e-6) for x in results if first is not None)
-    return isinstance(first, Tensor) and same and bool(first.any())
+    if not all(isinstance(result, Tensor) and result.is_floating_point() for result in results) or first is None:
+        return False
+    return all(torch.allclose(result, first, atol=1e-6) for result in results) and bool(first.any())
 
 
 def _call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
@@ -184,7 +185,7 @@ def _factors(chain: tuple[fx.Node, ...], shapes: list[tuple[int, ...]]) -> list[
         result = _run(chain, [part.reshape(shape) if i == j else torch.zeros(other) for j, other in enumerate(shapes)])
         if result is None or result.numel() != part.numel():
             return None
-        added = (result - nothing).flatten()
+        added = (result - nothing).flatten().float()
         found.append(float(added[-1]) / 2)
         if not torch.allclose(added, found[-1] * part, atol=1e-6):
             return None
@@ -204,7 +205,7 @@ def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
         if known[node] is None:
             return None
     result = known[chain[-1]]
-    return result if isinstance(result, Tensor) else None
+    return result if isinstance(result, Tensor) and result.is_floating_point() else None
 
 
 def _nodes_of(value: Any) -> Iterator[fx.Node]:

@@ -142,10 +142,11 @@ def test_mean_of_a_stack_is_a_residual_sum(init: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("how", ["maximum", "squares", "shuffled"])
+@pytest.mark.parametrize("how", ["maximum", "squares", "any", "shuffled"])
 def test_join_that_is_not_added_is_no_sum(how: str, init: str) -> None:
     made: dict[str, Callable[[Any, Tensor], Tensor]] = {
         "maximum": lambda self, x: torch.stack([x, self.f(x)]).amax(0),
+        "any": lambda self, x: torch.stack([x, self.f(x)]).gt(0).any(0) * x,
         "squares": lambda self, x: torch.stack([x, self.f(x)]).square().sum(0),
         "shuffled": lambda self, x: (
             torch.cat([x, self.f(x)], 1).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)[:, :4]
