@@ -106,9 +106,8 @@ class Plan:
         """What a user must know who would otherwise take the plan for a whole one."""
         why = dict(self.opaque).get("", f"the input {self.looked} does not reach {some(list(self.unseen))}")
         went = f"{len(self.unseen)} of {len(self.norms)} norms went unseen"
-        return (
-            f"{went}, and residual branches around them have no scalar: {why}. Pass inputs= (--size) with which it runs"
-        )
+        way = "" if "torch.func" in why else ". Pass inputs= (--size) with which it runs"  # no input is to blame there
+        return f"{went}, and residual branches around them have no scalar: {why}{way}"
 
     def __str__(self) -> str:
         actions = Counter(edit.action for edit in self.norms)

@@ -28,7 +28,7 @@ def sum_names(flow: Flow) -> dict[fx.Node, str]:
 
 def adds(node: fx.Node) -> bool:
     """Whether an addition is no difference, nor a mean with weights of its own."""
-    return name_of(node) in ("add", "iadd", "add_", "sum", "mean")
+    return name_of(node).strip("_").removeprefix("i") not in ("sub", "subtract", "lerp")
 
 
 def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from normfree.analysis.joining import unjoin
 from normfree.layers import ChannelAffine, is_carrier
 from normfree.norms import describe, is_norm
 from normfree.tracing.roles import Role, elementwise, function_role, makes_constants, module_role, name_of, scales
@@ -33,11 +34,13 @@ class Flow:
         shared: Identities of modules that must keep their class.
         index: Position of each node in ``nodes``.
         inputs: The data inputs of each node.
+        mixtures: What adds a join of its data inputs.
         users: The data users of each node (``output`` counts).
         ancestors: For each node, a bit set over ``nodes`` of everything it depends on.
         descendants: For each node, a bit set over ``nodes`` of everything that depends on it.
         roles: What each node does.
         memo: Answers that hold for the whole graph, for whoever asks twice.
+        reasons: The same, of why something cannot be.
     """
 
     def __init__(
@@ -48,15 +51,14 @@ class Flow:
         self.shared = shared
         self.sites = frozenset(sites)
         self.memo: dict[Any, bool] = {}
+        self.reasons: dict[Any, str | None] = {}
         self._inner: dict[str, tuple[str, ...]] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes.nodes:
             found = () if makes_constants(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
             if found or node.op == "placeholder":
                 self.inputs[node] = found
-                stacked = _stack_summed_by(node)
-                if stacked is not None and stacked in self.inputs:
-                    self.inputs[node] = self.inputs.pop(stacked)
+        self.mixtures = unjoin(graph, self.inputs)
         self.nodes = tuple(self.inputs)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.users: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
@@ -74,8 +76,10 @@ class Flow:
                 bits |= self.descendants[user] | self.bit(user)
             self.descendants[node] = bits
         self.roles: dict[fx.Node, Role] = {}
+        self._weighted = 0
         for node in self.nodes:
-            self.roles[node] = self._role(node)
+            role = self.roles[node] = self._role(node)
+            self._weighted |= self.bit(node) if role in (Role.CONV, Role.NORM) else 0
 
     def bit(self, node: fx.Node) -> int:
         """Return the bit of ``node`` in ``ancestors`` and ``descendants``."""
@@ -165,8 +169,8 @@ class Flow:
                 return Role.NORM
             role = module_role(self.modules[str(node.target)])
             return Role.PASS if role is Role.OTHER and self._passes(node) else role
-        if _stack_summed_by(node) is not None:
-            return Role.ADD
+        if node in self.mixtures:
+            return Role.PASS if self.mixtures[node].is_taken_out else Role.ADD
         role = function_role(node)
         if node.target is operator.getitem:
             role = _getitem_role(node, self.roles.get(self.inputs[node][0]))
@@ -201,14 +205,18 @@ class Flow:
         A difference, or a mean of two with weights, is a sum if layers stand in only one of the ways to it: ``x`` less
         its own mean is none.
         """
-        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in self.inputs]
+        operands = self.operands(node)
         if len(operands) == 2:
             if role is Role.ADD and name_of(node) not in ("add", "iadd", "add_") and not self._differ(*operands):
                 return Role.OTHER
             return Role.OTHER if role is Role.DIV else role
         if role is Role.DIV:
             return Role.PASS if operands == [node.args[0]] else Role.OTHER
-        neutral = role is Role.ADD and any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
+        neutral = (
+            role is Role.ADD
+            and len(node.args) == 2
+            and any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
+        )
         return Role.PASS if len(operands) == 1 and (role is Role.MUL or neutral) else Role.OTHER
 
     def _differ(self, one: fx.Node, other: fx.Node) -> bool:
@@ -216,17 +224,7 @@ class Flow:
         if self.shape(one) != self.shape(other):
             return False
         ways = [self.ancestors[node] | self.bit(node) for node in (one, other)]
-        weighted = sum(self.bit(node) for node, role in self.roles.items() if role in (Role.CONV, Role.NORM))
-        return bool((ways[0] ^ ways[1]) & weighted)
-
-
-def _stack_summed_by(node: fx.Node) -> fx.Node | None:
-    """Return the stack of tensors of which a node is the sum or the mean, if nothing else becomes of it."""
-    stack = node.args[0] if node.args and name_of(node) in ("sum", "mean") else None
-    if not isinstance(stack, fx.Node) or name_of(stack) != "stack" or len(stack.users) != 1:
-        return None
-    dims = [n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else start) for n, start in ((stack, 0), (node, None))]
-    return stack if dims[1] == dims[0] or dims[1] in ([dims[0]], (dims[0],)) else None
+        return bool((ways[0] ^ ways[1]) & self._weighted)
 
 
 def _getitem_role(node: fx.Node, source: Role | None) -> Role:

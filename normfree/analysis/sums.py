@@ -67,13 +67,14 @@ def find_sums(flow: Flow) -> tuple[SumNode, ...]:
     for node in flow.nodes:
         if flow.roles[node] is not Role.ADD or is_inner(flow, node):
             continue
-        if adds(node):
+        doubt = flow.mixtures[node].doubt if node in flow.mixtures else ""
+        if adds(node) and not doubt:
             _classify_group(flow, node, found)
             continue
         total = _classify(flow, node, flow.operands(node), found)
         taken = "lerp" in name_of(node) or total.skip is flow.operands(node)[0]
-        if len(flow.inputs[node]) > 2:
-            found[node] = SumNode(node, "merge", "the input decides how much of each goes into it")
+        if doubt or len(flow.inputs[node]) > 2:
+            found[node] = SumNode(node, "merge", doubt or "the input decides how much of each goes into it")
         elif total.kind == "residual" and taken:
             found[node] = total
     return tuple(found.values())
@@ -115,7 +116,7 @@ def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping
         position = next((p for p in walk if all(_splits(flow, p, o) for o in others)), None)
         if position is None:
             continue
-        if flow.shape(operands[i]) != flow.shape(node):
+        if flow.shape(operands[i]) != flow.shape(node) and node not in flow.mixtures:
             refusal = "the skip path is broadcast over the sum"
             continue
         problem = next((r for o in others if (r := _not_a_branch(flow, position, o, found))), None)

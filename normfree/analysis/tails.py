@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -95,17 +95,29 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
     own = flow.additions(owner)
     if len(own) % calls:
         return None, f"{owner} adds in one of its calls and not in another"
-    if addition not in own:
-        return None, f"{owner} adds what it has stacked"
+    if addition not in own or branch not in addition.args:
+        return None, f"{owner} does not write the sum as one addition of two"
     number, operand = own.index(addition) % (len(own) // calls), addition.args.index(branch)
     done = operations_of(flow, owner)
     writes = _writes_into(flow, addition, branch)
     if writes and not is_born_in(flow, branch, owner):
         return None, f"{owner} adds in place, to what others hold"
-    problem = why_not_scalable(flow.modules[owner], number, operand, done[: len(done) // calls], writes)
+    once = done[: len(done) // calls]
+    key = (_settings(flow.modules[owner]), number, operand, *once, writes)
+    if key not in flow.reasons:  # many blocks of a network are alike
+        flow.reasons[key] = why_not_scalable(flow.modules[owner], number, operand, once, writes)
+    problem = flow.reasons[key]
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
+
+
+def _settings(block: nn.Module) -> tuple[Any, ...]:
+    """Return what decides the way that a forward goes: classes and plain attributes of the block and its parts."""
+    plain = (int, float, bool, str, type(None))
+    found = [(name, type(m), "forward" in vars(m)) for name, m in block.named_modules()]
+    values = [(k, v) for m in block.modules() for k, v in vars(m).items() if type(v) in plain]
+    return *found, *values, *(type(v) for v in vars(block).values())
 
 
 def _is_own(flow: Flow, path: str, addition: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -39,7 +40,8 @@ class Chain:
     puts: bool
 
 
-def chains(code: CodeType) -> list[Chain]:
+@functools.lru_cache(maxsize=4096)
+def chains(code: CodeType) -> tuple[Chain, ...]:
     """Return the chains of a function in order; where ``getattr`` is given no written text, it ends in ``ANY``.
 
     Of ``f"layer{i}"`` the beginning is written; of what goes through a written tuple, there are as many chains.
@@ -70,7 +72,7 @@ def chains(code: CodeType) -> list[Chain]:
         ends = [(*names, text) for text in texts] or ([tuple(names)] if names else [])
         found += [Chain(start, i - 1, base, end, calls, value, puts) for end in ends]
         i = i if ends else start + 1
-    return found
+    return tuple(found)
 
 
 def _call_with(steps: Sequence[Step], i: int) -> int:

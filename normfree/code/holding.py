@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,8 +16,10 @@ from normfree.code.reach import Function, functions_of, is_foreign, named_by
 
 __all__ = ["Held", "reached"]
 
-_ATOMS = (int, float, str, bytes, type(None), type, ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
+_ATOMS = (int, float, str, bytes, bool, type(None), type, ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
 _METHODS = (property, staticmethod, classmethod, functools.cached_property)
+_NOTHING = (*_ATOMS, Tensor)
+_EMPTY = (dict, OrderedDict)  # most of what a module holds: hooks that nobody has hung
 _KEEPERS = ("builtins", "functools", "collections", "types")
 _OWN = ("_parameters", "_buffers", "_modules")
 
@@ -43,7 +45,8 @@ class Held:
         self.functions: list[FunctionType] = []
         self.bound: set[int] = set()
         self._seen: dict[int, Any] = {}  # holds them, so that no other gets their identity
-        self.follow(value for m in modules.values() for name, value in vars(m).items() if name not in _OWN)
+        kept = (value for m in modules.values() for name, value in vars(m).items() if name not in _OWN)
+        self.follow(value for value in kept if type(value) not in _ATOMS and (type(value) not in _EMPTY or value))
         classes = {cls for m in modules.values() for cls in type(m).__mro__ if not is_foreign(cls)}
         self.follow(value for cls in classes for value in vars(cls).values() if _may_hold(value))
 
@@ -57,7 +60,7 @@ class Held:
             elif id(value) in self._owners:
                 name, owner = self._owners[id(value)]
                 self.read[name].add(owner)
-            elif id(value) not in self._seen and not isinstance(value, (*_ATOMS, Tensor)):
+            elif id(value) not in self._seen and not isinstance(value, _NOTHING):
                 self._seen[id(value)] = value
                 waiting += _within(value)
                 if isinstance(value, MethodType) and id(value.__self__) in self._modules:  # of the class as it is now

@@ -202,7 +202,7 @@ class _Reading:
             if rest != chain.names or (rest[:1] and leads_in(rest[0])):
                 yield module, rest
 
-    def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: list[Chain]) -> bool:
+    def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: tuple[Chain, ...]) -> bool:
         """Whether the call that a chain ends in is the one that was seen."""
         for call in self.called.get(id(module), ()):
             for place, inner in zip(call.places, (*call.places[1:], None), strict=True):

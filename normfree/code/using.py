@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 from collections.abc import Sequence
 from types import CodeType
 
@@ -101,6 +102,7 @@ def is_sequence(module: nn.Module) -> bool:
     return any(found == [kind.__getitem__, kind.__iter__] for kind in (nn.Sequential, nn.ModuleList))
 
 
+@functools.lru_cache(maxsize=4096)
 def calls_variable(code: CodeType, *, result: bool = False) -> bool:
     """Whether a function calls what one of its variables holds.
 

@@ -1,8 +1,8 @@
-"""Which hooks see what passes through a module, or its gradient."""
+"""Which hooks see what passes through a module, or its gradient, and what a look did not see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from normfree.code.bytecode import instructions, returns
+from normfree.tracing.traces import Graph
 
-__all__ = ["any_global_hook", "hooks_left_out", "hooks_on"]
+__all__ = ["any_global_hook", "computed_elsewhere", "hooks_left_out", "hooks_on"]
 
 _KINDS = tuple(
     name for name in vars(nn.Module()) if name.endswith("_hooks") and name.startswith(("_forward", "_backward"))
@@ -37,6 +38,14 @@ def hooks_left_out(modules: Mapping[str, nn.Module], copied: nn.Module) -> Itera
             if any(map(_may_return, hooks.values())):
                 where = path or "the root"
                 yield where, f"a hook on {where} is not run; sums that it makes get no scalar"
+
+
+def computed_elsewhere(graphs: Iterable[Graph]) -> Iterator[tuple[str, str]]:
+    """Yield where something was computed that a run could not see."""
+    for path in dict.fromkeys(path for graph in graphs for path in sorted(graph.elsewhere)):
+        where = path or "the root"
+        what = "computes something in code that cannot be seen (a thread, NumPy, an extension)"
+        yield where, f"{where} {what}; sums in that code get no scalar"
 
 
 def _may_return(hook: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from normfree.options import Asked, Options, takes_options
 from normfree.planning.classes import asked, asked_unseen
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_model, is_lazy, module_problems
-from normfree.planning.hooks import hooks_left_out
+from normfree.planning.hooks import computed_elsewhere, hooks_left_out
 from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
@@ -95,13 +95,14 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         sites = frozenset(name for first, more in norms.items() for name in (first, *more))
         traced = trace(model, copied, sites, options.inputs)
         findings = analyse(copied, traced, norms)
-        problems = _functional(modules, traced, findings) | problems
+        problems = _functional(modules, norms, traced, findings) | problems
         if problems:
             raise UnsupportedModelError(tuple(problems.values()))
         if not norms:
             raise NoNormError(f"this {type(model).__name__} holds no batch normalisation: there is nothing to convert")
         made = _unnoticed(copied, traced, request, decide(request, traced, findings))
-        made = replace(made, opaque=(*made.opaque, *hooks_left_out(modules, copied)))
+        unseen = (*hooks_left_out(modules, copied), *computed_elsewhere(traced.graphs.values()))
+        made = replace(made, opaque=(*made.opaque, *unseen))
     return made, lambda: _met(copied, traced, sites, described, made)
 
 
@@ -144,7 +145,7 @@ def _met(
     return {path: moments for path, moments in found.items() if moments is not None}
 
 
-def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str, str]:
+def _functional(modules: Modules, norms: Iterable[str], traced: Trace, findings: Findings) -> dict[str, str]:
     """Find the places that call ``F.batch_norm`` themselves; on a weight they may."""
     unseen = {
         path: f"{path or 'the root'}: was not seen running and calls F.batch_norm; use an nn.BatchNorm module"
@@ -154,6 +155,8 @@ def _functional(modules: Modules, traced: Trace, findings: Findings) -> dict[str
         and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
     }
     seen = "calls F.batch_norm on an activation; use an nn.BatchNorm module there"
+    if any(name not in findings.sites for name in norms):
+        seen += ", or, if it comes to one by a function that some object holds, let the object hold the module"
     # A norm whose tensors somebody takes, or that nobody knows, is refused by its own name.
     known = (place for place in findings.functional if place not in modules or not looks_like_norm(modules[place]))
     return unseen | {place: f"{place}: {seen}" for place in known if not findings.read}

@@ -7,15 +7,15 @@ import copyreg
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
+from normfree.tracing.closures import bind_anew, rebound
 
-__all__ = ["deep_copy", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
+__all__ = ["deep_copy", "held_by", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,7 +34,7 @@ def deep_copy(model: M, drawn: Iterable[str] = (), removed: Iterable[str] = ()) 
         weight = model.get_submodule(path)._parameters["weight"]
         if weight is not None and type(weight) is nn.Parameter:
             memo[id(weight)] = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
-    memo.update((id(tensor), tensor.detach().clone()) for tensor in _held(model) if not tensor.is_leaf)
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in held_by(model) if not tensor.is_leaf)
     result = _copied(model, memo)
     for module, copied in zip(model.modules(), result.modules(), strict=True):
         if isinstance(module, torch.jit.ScriptModule):  # of which such copies do not learn
@@ -50,7 +50,7 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
         UsageError: The model holds what cannot be copied; it is named.
     """
     try:
-        return _copied_fast(model, memo)
+        copied = _copied_fast(model, memo)
     except TypeError as error:
         for path, module in model.named_modules():
             for name, value in module.__dict__.items():
@@ -61,6 +61,8 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
                     what = f"{place} ({type(value).__name__}) cannot be copied ({error})"
                     raise UsageError(f"{what}: set it aside, convert, and put it back") from error
         raise
+    bind_anew(copied, memo)
+    return copied
 
 
 def meta_copy(model: M) -> M:
@@ -82,7 +84,7 @@ def sharing_copy(model: M) -> M:
 def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     """Copy a model with its own forward hooks; anybody else's must not run, nor be copied with what they hold."""
     memo: dict[int, Any] = {}
-    for tensor in _held(model):
+    for tensor in held_by(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = copied(tensor)
     hooks: list[tuple[Any, Any]] = []
@@ -96,7 +98,9 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     result = _copied(model, memo)
     for before, kept in hooks:
         kept.update(
-            (key, _copied_hook(hook, memo)) for key, hook in before.items() if is_own_hook(hook, held, around=True)
+            (key, rebound(copy.deepcopy(hook, memo), memo))
+            for key, hook in before.items()
+            if is_own_hook(hook, held, around=True)
         )
     return result
 
@@ -150,14 +154,7 @@ def is_own_hook(hook: Any, held: set[int], *, around: bool = False) -> bool:
     return any(id(owner) in held for owner in owners) or type(hook).__module__.startswith("torch.nn.utils")
 
 
-def _copied_hook(hook: Any, memo: dict[int, Any]) -> Any:
-    if not isinstance(hook, FunctionType) or not hook.__closure__:
-        return copy.deepcopy(hook, memo)
-    cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in hook.__closure__)
-    return FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
-
-
-def _held(model: nn.Module) -> Iterator[Tensor]:
+def held_by(model: nn.Module) -> Iterator[Tensor]:
     """Yield every tensor that a model holds, in whatever nesting of containers."""
     waiting: list[Any] = [module.__dict__ for module in model.modules()]
     seen: set[int] = set()

@@ -70,7 +70,7 @@ def tensors(value: object) -> list[Tensor]:
 
 def guesses(model: nn.Module, batch: int = 2, size: int | None = None, *, small: bool = False) -> Iterator[Guess]:
     """Yield what the model may take, likely things first, and small ones for whoever is about to compute with them."""
-    yield from _of_detector(model)
+    yield from _of_detector(model, batch if small else 1)
     for name, shape, how in _shapes(model, small):
         if size is not None:
             shape = (shape[0], *(size for _ in shape[1:]))
@@ -149,7 +149,7 @@ _SHAPES: dict[str, Any] = {
 }
 
 
-def _of_detector(model: nn.Module) -> Iterator[Guess]:
+def _of_detector(model: nn.Module, count: int) -> Iterator[Guess]:
     """Detectors of torchvision take lists of images, and in train mode what is to be found in them."""
     transform = type(getattr(model, "transform", None))
     if (
@@ -157,14 +157,14 @@ def _of_detector(model: nn.Module) -> Iterator[Guess]:
         != "torchvision.models.detection.transform.GeneralizedRCNNTransform"
     ):
         return
-    images = [_empty(model, 3, 128, 128) for _ in range(2)]
+    images = [_empty(model, 3, 128, 128) for _ in range(count)]
     target = {
         "boxes": torch.tensor([[8.0, 8.0, 96.0, 96.0]], dtype=images[0].dtype),
         "labels": torch.ones(1, dtype=torch.int64),
         "masks": torch.ones(1, 128, 128, dtype=torch.uint8),
         "keypoints": torch.full((1, 17, 3), 32.0, dtype=images[0].dtype),
     }
-    yield Guess((images, [target, target]), {}, "found by its transform of images")
+    yield Guess((images, [target] * count), {}, "found by its transform of images")
 
 
 _TRANSFORM = "torchvision.models.detection.transform.GeneralizedRCNNTransform"

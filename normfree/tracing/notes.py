@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normfree.tracing.copying import held_by
 from normfree.tracing.traces import Graph, Value, memory_of
 
 __all__ = ["Notes", "overwritten", "tensors_in"]
@@ -51,6 +52,9 @@ class Notes:
         self._nodes: dict[int, fx.Node] = {}
         self._parts: dict[int, tuple[fx.Node, tuple[Any, ...]]] = {}
         self._writes: dict[int, fx.Node] = {}
+        self._own = {id(tensor) for tensor in held_by(model)}
+        self._shapes: set[tuple[int, ...]] = set()
+        self._by_memory: dict[int, fx.Node] = {}
         self._parameters = {id(p): name for name, p in reversed(list(model.named_parameters()))}
 
     def give(self, name: str, tensor: Tensor) -> None:
@@ -69,7 +73,9 @@ class Notes:
     def value(self, node: fx.Node, tensor: Tensor, *, writes: bool = False, handed_on: bool = False) -> None:
         """Note what a node returned, the first time that it is known."""
         if node not in self.seen.values:
-            self.seen.values[node] = Value.of(tensor, writes=writes, handed_on=handed_on)
+            value = self.seen.values[node] = Value.of(tensor, writes=writes, handed_on=handed_on)
+            self._by_memory[value.memory] = node
+            self._shapes.add(value.shape)
 
     def write_down(self, op: str, target: Any, args: Any, kwargs: Any, before: Versions, out: Any) -> Any:
         """Create the node of an operation that has run, with what it returned and what it wrote into."""
@@ -99,7 +105,11 @@ class Notes:
         return out
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.seen.nodes.create_node(op, target, args, kwargs)
+        node = self.seen.nodes.create_node(op, target)
+        if args:  # later, since torch would look for symbols in what it is given, which takes long
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         self.seen.owners[node], self.seen.steps[node] = self.stack[-1], self.step
         self.seen.order[node] = len(self.seen.order)
         return node
@@ -136,6 +146,8 @@ class Notes:
         if node is None and id(tensor) in self._parameters:
             node = self._nodes[id(tensor)] = self._create("get_attr", self._parameters[id(tensor)], (), {})
             self._kept.append(tensor)
+        if node is None and id(tensor) not in self._own and tensor.layout is torch.strided:
+            node = self._from_elsewhere(tensor)
         last = self._writes.get(memory_of(tensor)) if self._writes else None
         if last is None or node is last or (node is not None and self.seen.order[node] > self.seen.order[last]):
             return node
@@ -145,6 +157,23 @@ class Notes:
         self._nodes[id(tensor)] = last
         self._kept.append(tensor)
         return last
+
+    def _from_elsewhere(self, tensor: Tensor) -> fx.Node | None:
+        """Return what made a tensor that nobody has written down: another name for one that is known, or code unseen.
+
+        A thread, an extension or NumPy computes out of sight. What has the shape of no activation is a constant.
+        """
+        source = self._by_memory.get(memory_of(tensor))
+        if source is not None:
+            same = self.seen.values[source].shape == tuple(tensor.shape)
+            node = self._create("call_function", torch.detach if same else torch.reshape, (source,), {})
+        elif tensor.dim() > 1 and tuple(tensor.shape) in self._shapes:
+            node = self._create("placeholder", "elsewhere", (), {})
+            self.seen.elsewhere.add(self.stack[-1])
+        else:
+            return None
+        self._bind(tensor, node)
+        return node
 
     def argument(self, value: Any) -> Any:
         """Return what a node stores for an argument."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from normfree.tracing.callers import Callers
 from normfree.tracing.notes import Notes, tensors_in
+from normfree.tracing.shapes import of_shapes, on_meta, shortened
 
 __all__ = ["Recorder", "is_default", "set_class"]
 
@@ -50,13 +50,17 @@ class Recorder(Notes, TorchFunctionMode):
         for name, module in model.named_modules():
             self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
 
+    def __deepcopy__(self, _: Any) -> Recorder:
+        """Stay the one that writes down what copies of its modules do."""
+        return self
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one function of torch, and write it down if it makes or changes a tensor."""
         kwargs = kwargs or {}
         if self._meta:
-            args, kwargs = _on_meta(func, args, kwargs)
+            args, kwargs = on_meta(func, args, kwargs)
         if self._inside:
             out = func(*args, **kwargs)
             self.leaked += tensors_in(out)
@@ -70,7 +74,8 @@ class Recorder(Notes, TorchFunctionMode):
             return self.__torch_function__(add, types, (args[0], added), {"alpha": next(iter(kwargs.values()), 1)})
         self.next_step()
         before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        out = func(*args, **kwargs)
+        out = of_shapes(func, args, kwargs) if self._meta else None
+        out = func(*args, **kwargs) if out is None else out
         makes = isinstance(out, Tensor) or any(True for _ in tensors_in(out))
         if not makes and all(tensor._version == version for tensor, version in before):
             return out
@@ -82,22 +87,15 @@ class Recorder(Notes, TorchFunctionMode):
         forward = module.forward
         set_class(module, answers)
         call = self._leaf if leaf else self._composite
-        in_place = getattr(module, "inplace", False) is True and not norm
-        # A dropout in place writes in one mode only, which alone would make two graphs of one.
-        alike = self._meta and (norm or real in _ACTIVATIONS or (in_place and issubclass(real, _DropoutNd)))
-        shorten = not self._meta and not self.values_count and real in _LAYERS
+        shorten = not self._meta and not self.values_count
+        short = shortened(module, real, forward, norm, self._meta) if leaf and (self._meta or shorten) else forward
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return forward(*args, **kwargs)
-            short: Callable[..., Any] = forward
             alone = len(args) == 1 and not kwargs
-            if alone and alike:
-                short = functools.partial(_like, in_place=in_place)
-            elif alone and leaf and shorten:
-                short = functools.partial(_of_first, forward, _LAYERS[real])
-            return call(module, path, short, args, kwargs)
+            return call(module, path, short if alone else forward, args, kwargs)
 
         module.__dict__["forward"] = recorded
         for name in ("_parameters", "_buffers") if norm else ():
@@ -169,33 +167,6 @@ class _Watched(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def _like(x: Tensor, *, in_place: bool) -> Tensor:
-    """Return what a norm or an activation returns, as far as shapes go: torch takes long for that of an activation."""
-    with torch._C.DisableTorchFunction():
-        if in_place:
-            torch.autograd.graph.increment_version(x)
-            return x
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _of_first(forward: Callable[..., Any], dims: int, x: Tensor) -> Any:
-    """Return for every sample what a layer computes of the first two: a detector has a thousand boxes."""
-    with torch._C.DisableTorchFunction():
-        return forward(x) if x.dim() != dims or len(x) <= 2 else forward(x[:2])[:1].repeat(len(x), *[1] * (x.dim() - 1))
-
-
-def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call that asks for another device than the one without memory."""
-    if kwargs.get("device") is not None:
-        kwargs = kwargs | {"device": "meta"}
-    name = getattr(func, "__name__", "")
-    if name == "to":
-        args = (args[0], *("meta" if isinstance(a, (str, torch.device)) else a for a in args[1:]))
-    elif name in ("cpu", "cuda"):
-        args, kwargs = args[:1], {}
-    return args, kwargs
-
-
 def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
     """Return what a node says of a call of one of torch's functions, methods, operators or attributes."""
     name = str(getattr(func, "__name__", ""))
@@ -208,6 +179,8 @@ def _operation(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
         return "call_function", getattr(operator, plain), args, kwargs
     if name.startswith("__r") and plain[1:] in _REFLECTED:
         return "call_function", _REFLECTED[plain[1:]], args[::-1], kwargs
+    if name == "rsub":
+        return "call_function", torch.sub, args[::-1], kwargs
     if str(getattr(func, "__qualname__", "")).startswith(("Tensor.", "TensorBase.", "_TensorBase.")):
         return "call_method", name, args, kwargs
     return "call_function", func, args, kwargs
@@ -218,10 +191,6 @@ _FOLDED = (nn.modules.conv._ConvNd, nn.Linear)
 _REFLECTED["div"] = operator.truediv
 _PRODUCTS = {"addcmul": torch.mul, "addcdiv": torch.div, "addmm": torch.mm, "baddbmm": torch.bmm}
 """What adds a product to something: two operations in one."""
-_ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
-
-_LAYERS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.ConvTranspose2d: 4}
-"""Layers that work sample by sample, each with the dimensions of a batch."""
 
 
 def is_default_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

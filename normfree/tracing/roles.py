@@ -39,18 +39,22 @@ class Role(Enum):
 _NAMES: dict[str, Role] = {
     **dict.fromkeys(("add", "iadd", "add_"), Role.ADD),
     **dict.fromkeys(("sub", "isub", "sub_", "subtract", "lerp", "lerp_"), Role.ADD),
+    **dict.fromkeys(("index_add", "index_add_", "scatter_add", "scatter_add_"), Role.ADD),
     **dict.fromkeys(("mul", "imul", "mul_", "multiply"), Role.MUL),
     **dict.fromkeys(("truediv", "itruediv", "div", "div_", "divide"), Role.DIV),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack", "setitem", "overwritten", "copy_"), Role.CAT),
     **dict.fromkeys(("chunk", "split", "unbind", "tensor_split"), Role.SPLIT),
     **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze"), Role.RESHAPE),
     **dict.fromkeys(("unsqueeze", "reshape_as", "view_as", "movedim", "swapaxes", "unflatten"), Role.RESHAPE),
+    **dict.fromkeys(("moveaxis", "swapdims", "ravel"), Role.RESHAPE),
     **dict.fromkeys(("pad", "repeat", "repeat_interleave", "tile", "expand", "expand_as"), Role.PAD),
     "narrow": Role.SLICE,
     "interpolate": Role.UPSAMPLE,
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), Role.PASS),
     **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
-    **dict.fromkeys(("cpu", "cuda", "requires_grad_", "alias", "as_tensor", "asarray"), Role.PASS),
+    **dict.fromkeys(
+        ("cpu", "cuda", "requires_grad_", "alias", "nan_to_num", "neg", "negative", "as_tensor", "asarray"), Role.PASS
+    ),
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
     **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
@@ -84,7 +88,8 @@ def name_of(node: fx.Node) -> str:
     """Return the name of the function, method, operator or attribute that a node stands for."""
     if node.target is getattr:
         return str(node.args[1])
-    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    return name.partition(".")[0]  # an operator is called add.default, or add.Tensor
 
 
 def function_role(node: fx.Node) -> Role:

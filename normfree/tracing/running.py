@@ -64,12 +64,32 @@ def record(
         for name, tensor in _named(model, args, kwargs):
             recording.give(name, tensor)
         stack.enter_context(torch.device("meta") if meta else Still())
+        stack.enter_context(_with_versions())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled cannot be watched
         stack.callback(recording.callers.forget)
         with recording:
             out = model(*args, **kwargs)
         return recording.finish(tensors(out))
+
+
+@contextlib.contextmanager
+def _with_versions() -> Iterator[None]:
+    """Let inference mode do no more than not to ask for gradients: its tensors do not tell that they were written into.
+
+    Only for whoever enters it meanwhile.
+    """
+    mode: Any = torch.inference_mode
+    enter = mode.__enter__
+
+    def enter_without(self: Any) -> None:
+        self._inference_mode_context = torch.set_grad_enabled(torch.is_grad_enabled() and not self.mode)
+
+    mode.__enter__ = enter_without
+    try:
+        yield
+    finally:
+        mode.__enter__ = enter
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from normfree.errors import UsageError
 from normfree.tracing.callers import Call
 from normfree.tracing.roles import Role, function_role, makes_constants
 
@@ -19,8 +20,16 @@ MODES = ("eval", "train")
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Return what tells the memory of a tensor from any other."""
-    return int(tensor.untyped_storage()._cdata)
+    """Return what tells the memory of a tensor from any other.
+
+    Raises:
+        UsageError: It stands for many, whose memory nobody is told of.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError as error:
+        what = "what runs inside torch.vmap or another transform of torch.func cannot be written down"
+        raise UsageError(f"{what}: call these layers on the batch itself") from error
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Graph:
         calls: How often each module was called.
         called: From where each norm, and each layer that may take its gain, was called last.
         read: Norms of which a forward reads a tensor, each with the first that it reads.
+        elsewhere: Modules in whose forward something is computed by code that was not seen.
         optional: Modules that are called with more than their defaults.
         values: What each node returned.
         written: The memory that each node has written into.
@@ -72,6 +82,7 @@ class Graph:
     calls: Counter[str] = field(default_factory=Counter)
     called: dict[str, Call] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)
     optional: set[str] = field(default_factory=set)
     values: dict[fx.Node, Value] = field(default_factory=dict)
     written: dict[fx.Node, frozenset[int]] = field(default_factory=dict)

@@ -76,12 +76,12 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 
 FLOORS = (
     "errors",
-    "tracing.copying tracing.callers files",
+    "tracing.copying tracing.closures tracing.callers tracing.shapes files",
     "norms layers training.initialization rewriting.changing tracing.roles tracing.inputs tracing.randomness",
     "tracing.leaves tracing.traces options code.bytecode",
     "code.branching code.using code.chains code.reach",
-    "tracing.notes code.known code.asking code.straight code.stepping code.opening code.holding code.words",
-    "code.settings",
+    "tracing.notes analysis.joining code.known code.asking code.straight code.stepping code.opening code.holding",
+    "code.words code.settings",
     "tracing.recorder code.naming",
     "tracing.running rewriting.symbols",
     "tracing.trace analysis.flow",

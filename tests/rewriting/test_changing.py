@@ -94,11 +94,22 @@ def test_whoever_holds_a_norm_holds_what_it_has_become(holder: str, init: str) -
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+def test_a_closure_is_followed_by_a_copy() -> None:
+    model = Held("object")
+    norm, x = model.norm, noise(2, 3, 8, 8)
+    model.take = lambda _: lambda x: norm(x)
+    whole = randomise(nn.Sequential(model)).eval()
+    converted = normfree.convert(whole, init="preserve")
+    assert type(norm) is nn.BatchNorm2d
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+    assert_close(converted(x), whole(x), 1e-5)
+
+
 def test_a_closure_which_no_copy_follows_is_refused() -> None:
     model = Held("object")
     norm = model.norm
-    model.take = lambda _: lambda x: norm(x)
-    with pytest.raises(normfree.errors.UnsupportedModelError):
+    model.kept = Plain(lambda x: norm(x))
+    with pytest.raises(normfree.errors.UnsupportedModelError, match="let the object hold the module"):
         normfree.convert(nn.Sequential(model), init="preserve")
     assert type(norm) is nn.BatchNorm2d
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +80,17 @@ SAME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sum with a product": lambda self, x: torch.addcmul(x, torch.ones(4, 1, 1), self.f(x)),
     "sum with a product in place": lambda self, x: x.clone().addcmul_(self.f(x), torch.ones(1), value=0.5),
     "stack by keyword": lambda self, x: torch.stack([x, self.f(x)], dim=1).sum(dim=1),
+    "joined along a new dimension": lambda self, x: torch.cat([x[None], self.f(x)[None]]).sum(0),
+    "joined and folded": lambda self, x: torch.cat([x, self.f(x)], 1).unflatten(1, (2, 4)).sum(1),
+    "joined along the batch": lambda self, x: torch.cat([self.f(x), x]).view(2, *x.shape).sum(0, keepdim=True)[0],
+    "joined and cut in two": lambda self, x: sum(torch.cat([x, self.f(x)], 1).chunk(2, 1)),
+    "stack taken apart": lambda self, x: sum(torch.stack([x, self.f(x)]).unbind()),
+    "stack added up step by step": lambda self, x: torch.stack([x, self.f(x)]).cumsum(0)[-1],
+    "stack with a constant": lambda self, x: (torch.stack([x, self.f(x)]) + 0).permute(1, 2, 3, 4, 0).sum(-1),
+    "stack in an einsum": lambda self, x: torch.einsum("kbchw,k->bchw", torch.stack([x, self.f(x)]), torch.ones(2)),
+    "stack by a matrix": lambda self, x: (torch.stack([x, self.f(x)], -1) @ torch.ones(2, 1))[..., 0],
+    "by index": lambda self, x: x.index_add(0, torch.arange(len(x)), self.f(x)),
+    "minus its negative": lambda self, x: x - (-self.f(x)),
 }
 
 
@@ -124,6 +139,32 @@ def test_mean_of_a_stack_is_a_residual_sum(init: str) -> None:
     assert (kinds(converted), alphas(converted)) == (["residual"], ["1.f.3"])
     set_alphas(converted, 0.0).eval()
     assert torch.equal(converted(X), torch.relu(converted[0](X) / 2))
+
+
+@both
+@pytest.mark.parametrize("how", ["maximum", "squares", "any", "shuffled"])
+def test_join_that_is_not_added_is_no_sum(how: str, init: str) -> None:
+    made: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "maximum": lambda self, x: torch.stack([x, self.f(x)]).amax(0),
+        "any": lambda self, x: torch.stack([x, self.f(x)]).gt(0).any(0) * x,
+        "squares": lambda self, x: torch.stack([x, self.f(x)]).square().sum(0),
+        "shuffled": lambda self, x: (
+            torch.cat([x, self.f(x)], 1).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)[:, :4]
+        ),
+    }
+    assert plan_of(prove(net(Written(made[how])), X, init=init)).sums == ()
+
+
+@both
+def test_stack_that_the_input_weighs_is_listed(init: str) -> None:
+    def weighed(self: Any, x: Tensor) -> Tensor:
+        both = torch.stack([x, self.f(x)], 1)
+        return (both * both.mean((3, 4), keepdim=True).softmax(1)).sum(1)
+
+    plan = plan_of(prove(net(Written(weighed)), X, init=init))
+    assert [(total.kind, total.reason) for total in plan.sums] == [
+        ("merge", "the input decides how much of each goes into it")
+    ]
 
 
 @both
@@ -178,6 +219,81 @@ def test_difference_that_takes_no_branch_away_is_none(how: str, init: str) -> No
 
 def _twice(self: Any, x: Tensor) -> Tensor:
     return x[:, :, ::2, ::2]
+
+
+def fused(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(x + y)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch has put TorchScript away; models still hold it
+    scripted = torch.jit.script(fused)
+
+
+@torch.library.custom_op("normfree_tests::joined", mutates_args=())
+def joined(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(x + y)
+
+
+@joined.register_fake
+def _(x: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("normfree_tests::chosen", mutates_args=())
+def chosen(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x, y)
+
+
+@chosen.register_fake
+def _(x: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Marked(Tensor):
+    """A subclass of one's own."""
+
+
+def _inference(self: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode(not self.training):
+        return (x + self.f(x)).clone()
+
+
+ELSEWHERE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "in TorchScript": lambda self, x: scripted(x, self.f(x)),
+    "operator of one's own": lambda self, x: torch.ops.normfree_tests.joined(x, self.f(x)),
+    "subclass of Tensor": lambda self, x: (x.as_subclass(Marked) + self.f(x)).as_subclass(Tensor),
+    "inference mode": _inference,
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_sum_in_code_that_torch_does_not_tell_of(how: str) -> None:
+    plan = normfree.plan(net(Written(ELSEWHERE[how])), init="preserve", inputs=X)
+    assert ([total.kind for total in plan.sums], [alpha.path for alpha in plan.alphas]) == (["residual"], ["1.f.3"])
+    assert plan.opaque == ()
+
+
+def test_operator_that_may_add_is_listed() -> None:
+    model = net(Written(lambda self, x: torch.ops.normfree_tests.chosen(x, self.f(x))))
+    reasons = [total.reason for total in normfree.plan(model, init="preserve", inputs=X).sums]
+    assert reasons == ["an operator of somebody's own makes one of two, and does not say whether it adds them"]
+
+
+def test_what_another_thread_computes_is_said_to_be_unseen() -> None:
+    def threaded(self: Any, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: x + self.f(x)).result()
+
+    plan = normfree.plan(net(Written(threaded), Block()), init="preserve", inputs=X)
+    assert len(plan.alphas) == 1
+    assert plan.opaque[0][0] == "the root"
+    assert "the root computes something in code that cannot be seen (a thread, NumPy, an extension)" in str(plan)
+
+
+def test_forward_that_copies_its_block_comes_to_an_end() -> None:
+    model = net(Written(lambda self, x: x + copy.deepcopy(self.f)(x)))
+    assert len(normfree.plan(model, init="preserve", inputs=X).alphas) == 1
 
 
 PADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -443,3 +559,53 @@ def test_dropout_is_the_last_place_of_a_scalar(init: str) -> None:
     converted = prove(randomise(Chained()), X, init=init)
     assert alphas(converted) == ["blocks.0.skipinit_0", "blocks.1.dropped"]
     assert plan_of(converted).declined == ()
+
+
+def _by_lambdas(model: Any) -> None:
+    model.steps = [lambda x: x + model.one(x), lambda x, other=model.other: x + other(x)]
+
+
+def _by_functions(model: Any) -> None:
+    one, others = model.one, {"other": model.other}
+
+    def second(x: Tensor) -> Tensor:
+        return x + others["other"](x)
+
+    model.steps = (lambda x: second(x + one(x)),)
+
+
+def _by_partials(model: Any) -> None:
+    def step(block: nn.Module, x: Tensor) -> Tensor:
+        return x + block(x)
+
+    model.steps = [partial(step, model.one), partial(lambda x: step(model.other, x))]
+
+
+class Stepping(nn.Module):
+    """Holds functions that call its modules: what torch copies of them would go on calling those of the original."""
+
+    def __init__(self, held: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(3, 4, 1), Branch(), Branch()
+        held(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@both
+@pytest.mark.parametrize("held", [_by_lambdas, _by_functions, _by_partials])
+def test_functions_that_a_model_holds_call_the_layers_of_its_copy(held: Callable[[Any], None], init: str) -> None:
+    model = randomise(Stepping(held))
+    converted = prove(model, X, init=init)
+    assert (kinds(converted), alphas(converted)) == (["residual"] * 2, ["one.3", "other.3"])
+    assert norms(converted) == []
+    before = model.eval()(X)
+    nn.init.zeros_(converted.one[0].weight)
+    assert torch.equal(model(X), before)
+    normfree.convert_(model, init=init)
+    assert norms(model) == []
+    assert init == "skipinit" or torch.allclose(model(X), before, atol=1e-5)

@@ -98,6 +98,26 @@ def test_input_on_which_the_forward_fails_hides_nothing_either(init: str) -> Non
     assert "to have 3 channels, but got 5" in str(plan).splitlines()[0]
 
 
+class Mapped(nn.Module):
+    """Calls a block sample by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 4, 1), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda sample: self.block(sample[None])[0])(self.stem(x))
+
+
+@both
+def test_what_runs_in_a_transform_is_unseen_and_no_input_is_asked_for(init: str) -> None:
+    first = str(normfree.plan(randomise(Mapped()), init=init)).splitlines()[0]
+    assert first.startswith("not seen: 2 of 2 norms went unseen")
+    assert "torch.vmap or another transform of torch.func cannot be written down: call these layers on" in first
+    assert "torch.vmap(lambda sample" in first
+    assert "inputs=" not in first
+
+
 class Halves(nn.Module):
     """Calls one of two blocks."""
 
