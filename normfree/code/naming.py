@@ -25,14 +25,7 @@ from normfree.code.holding import reached
 from normfree.code.opening import Opened
 from normfree.code.reach import Function
 from normfree.code.straight import comes_elsewhere, passes_on, shared
-from normfree.code.using import (
-    calls_variable,
-    is_read,
-    is_test,
-    part_of,
-    passes,
-    takes_some,
-)
+from normfree.code.using import calls_variable, is_read, is_test, part_of, passes, takes_some
 from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
 from normfree.tracing.callers import Call, Place
 
@@ -228,6 +221,7 @@ class _Reading:
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
         self.named.called |= self.opened.reached(self.called)
+        self.named.pairs |= self.opened.broken
         for layer, norms in self.pairs.items():
             for norm in norms:
                 for call in self.called[layer]:

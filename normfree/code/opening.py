@@ -24,11 +24,13 @@ class Opened:
     Attributes:
         mentioned: How often some code names a module, by the identity of that.
         changed: The attributes that some code does more to than read them.
+        broken: Pairs of which a loop may call one without the other.
     """
 
     def __init__(self, pairs: Mapping[int, frozenset[int]], backs: Mapping[int, set[int]]) -> None:
         self.mentioned: Counter[tuple[int, CodeType]] = Counter()
         self.changed: set[str] = set()
+        self.broken: set[tuple[int, int]] = set()
         self._pairs, self._backs = pairs, backs
         self._opened: Counter[tuple[int, CodeType]] = Counter()
         self._holders: dict[int, nn.Module] = {}
@@ -79,4 +81,6 @@ class Opened:
         behind = {a: b for k, (a, b) in enumerate(pairwise(held)) if k not in loop.seen and b in pairs.get(a, ())}
         before = {b: a for a, b in behind.items()}
         either = {*behind, *before}
-        return {m for m in either if pairs.get(m, set()) <= {behind.get(m)} and backs.get(m, set()) <= {before.get(m)}}
+        self.broken |= {(m, other) for m in either for other in pairs.get(m, ()) if other != behind.get(m)}
+        self.broken |= {(other, m) for m in either for other in backs.get(m, ()) if other != before.get(m)}
+        return either

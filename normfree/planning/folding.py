@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -36,8 +36,7 @@ def may_be_absorbed(modules: Modules, norm: str, site: Site, apart: Named) -> bo
     if any(map(hooks_on, (*others, *between))) or hooks_on(layer) - {"_forward_hooks"}:
         return False
     shared = any(id(layer) in apart.read[name] for name in ("weight", "bias"))
-    called = {id(module) for module in (layer, *others)} & apart.called
-    return not shared and not called and (id(others[0]), id(layer)) not in apart.pairs
+    return not shared and not _apart((layer, *others), apart)
 
 
 def _hook_between(modules: Modules, norm: str, site: Site) -> str:
@@ -57,7 +56,12 @@ def _doubt(modules: Modules, norm: str, site: Site, apart: Named) -> str:
     if site.producer is None or site.apart:
         return site.apart
     layer = modules[site.producer]
-    called = {id(modules[path]) for path in (site.producer, *site.between, norm)} & apart.called
-    if called or (id(layer), id(modules[norm])) in apart.pairs:
+    if _apart([modules[path] for path in (site.producer, *site.between, norm)], apart):
         return f"{site.producer} or {norm} may be called elsewhere too"
     return f"the bias of {site.producer} may be used elsewhere too" if id(layer) in apart.read["bias"] else ""
+
+
+def _apart(between: Iterable[nn.Module], apart: Named) -> bool:
+    """Whether two layers may be called apart, or what stands around one of them."""
+    held = {id(module) for module in between}
+    return bool(held & apart.called) or any(first in held and second in held for first, second in apart.pairs)

@@ -423,3 +423,27 @@ def handed_out(method: Callable[..., list[Tensor]]) -> list[str]:
         ):
             torch.testing.assert_close(found, expected)
     return [edit.action for edit in normfree.plan(model, init="preserve", inputs=x).norms]
+
+
+class Taken(Taps):
+    """Norms in front of their layers, one of them alone in a sequence: what is left of them may go forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1, bias=False))]
+        self.features = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.filterwarnings("ignore::normfree.deployment.fuse.FuseWarning")
+@pytest.mark.parametrize("ends", [[0, 3], [1, 4], [2, 5], [0, 5], [6, 7]], ids=str)
+@pytest.mark.parametrize("method", [at_the_ends, among_the_ends, up_to_an_end], ids=lambda m: m.__name__)
+def test_what_a_loop_hands_out_is_the_same_once_fused(method: Callable[..., list[Tensor]], ends: list[int]) -> None:
+    model: Any = randomise(type("Made", (Taken,), {"intermediates": method})()).double().eval()
+    model.ends, x = ends, noise(2, 4, 6, 6, dtype=torch.float64)
+    converted = normfree.convert(model, init="preserve", inputs=x, check=False)
+    with torch.no_grad():
+        for either in (converted, normfree.fuse(converted)):
+            for found, expected in zip(either.intermediates(x), copy.deepcopy(model).intermediates(x), strict=True):
+                torch.testing.assert_close(found, expected)
