@@ -281,5 +281,5 @@ def test_tokens_transposed_around_their_norm(init: str) -> None:
     model = randomise(nn.Sequential(nn.Linear(5, 6), Tokens(), Tokens()))
     converted = prove(model, noise(2, 7, 5), init=init)
     assert alphas(converted) == ["1.two", "2.two"]
-    assert set(actions(converted).values()) == {"affine" if init == "preserve" else "delete"}
+    assert set(actions(converted).values()) == {"fold"}
     assert_preserved(model, noise(2, 7, 5))

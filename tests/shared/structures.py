@@ -114,7 +114,7 @@ STRUCTURES: dict[str, Structure] = {
     "pre-activation": Structure(partial(preactivated, 1, 2), (3, 0, 0)),
     "separable pre-activation": Structure(xception, (2, 0, 0)),
     "squeeze-excite bottlenecks": Structure(make("seresnet50", **FOUR), (4, 0, 0)),
-    "selective kernels": Structure(make("skresnet18", **FOUR), (4, 0, 0)),
+    "selective kernels": Structure(make("skresnet18", **FOUR), (4, 0, 8)),
     "split attention": Structure(make("resnest26d", **FOUR), (4, 0, 0)),
     "scales added one to the next": Structure(make("res2net50_26w_4s", **FOUR), (4, 0, 2)),
     "pooled skip paths": Structure(make("resnet50d", **FOUR), (4, 0, 0)),
