@@ -59,7 +59,8 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         if writes and not all(_only_its_result_goes_on(block, graph, addition) for graph in graphs):
             return "it adds in place, and goes on with another name of what it has added to"
         for graph in graphs:
-            _generate(copied, graph, ((addition, operand),))
+            _scale(copied, graph, ((addition, operand),))
+            _compiled(type(copied), graph)
     except LostError as error:
         return str(error)
     except Exception as error:  # whatever the block's forward raises when it meets a symbol
@@ -97,14 +98,19 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    made = [(_generate(mode, own_graph(mode), places), settings_of(mode)) for mode in _modes(meta_copy(block))]
-    (evaluate, of_evaluation), (train, of_training) = made
+    graphs, settings = list[fx.Graph](), list[Any]()
+    for mode in _modes(meta_copy(block)):
+        graphs.append(own_graph(mode))
+        settings.append(settings_of(mode))
+        _scale(mode, graphs[-1], places)
+    evaluate, train = (_compiled(original, graph) for graph in graphs)
     members = {
         "__module__": original.__module__,
         "_places": places,
         "_evaluate": evaluate,
         "_train": train,
-        "_settings": {False: of_evaluation, True: of_training},
+        "_settings": dict(zip((False, True), settings, strict=True)),
+        "_graphs": dict(zip((False, True), graphs, strict=True)),
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
@@ -125,7 +131,20 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _reduce(self: Any, _: Any) -> tuple[Any, ...]:
     # The class is made at run time: pickle rebuilds it from the original class and from what the block holds.
+    if all(isinstance(self._modules[skipinit_name(addition)], fx.GraphModule) for addition, _ in self._places):
+        return _alone(self).__reduce__()
     return _rebuild, (type(self).__mro__[2], self._places, self.__dict__)
+
+
+def _alone(block: Any) -> fx.GraphModule:
+    """Return a block of a fused model, whose scalars are programs by now, as a program of the mode that it is in."""
+    graph = copy.deepcopy(block._graphs[block.training])
+    graph._tracer_cls = None  # whoever reads it follows it with torch's own
+    program = fx.GraphModule(block, graph, class_name=type(block).__name__)
+    kept = {name: value for name, value in vars(block).items() if name not in ("_parameters", "_buffers", "_modules")}
+    program.__dict__.update(kept)
+    program._modules.update(block._modules)
+    return program
 
 
 def _rebuild(original: Any, places: Places, state: dict[str, Any]) -> nn.Module:
@@ -157,7 +176,8 @@ def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
     return Flow(Graph(graph), dict(block.named_modules(remove_duplicate=False)), ())
 
 
-def _generate(block: nn.Module, graph: fx.Graph, places: Places) -> Any:
+def _scale(block: nn.Module, graph: fx.Graph, places: Places) -> None:
+    """Pass operands of additions through the scalars that the block holds."""
     flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
     if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
@@ -173,7 +193,10 @@ def _generate(block: nn.Module, graph: fx.Graph, places: Places) -> Any:
         with graph.inserting_before(node):
             scaled = graph.create_node("call_module", skipinit_name(addition), (branch,))
         node.args = tuple(scaled if i == operand else arg for i, arg in enumerate(node.args))
+
+
+def _compiled(original: type[nn.Module], graph: fx.Graph) -> Any:
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, f"<{type(block).__qualname__} with alpha>", "exec"), scope)  # noqa: S102  # our own graph
+    exec(compile(code.src, f"<{original.__qualname__} with alpha>", "exec"), scope)  # noqa: S102  # our own graph
     return scope["forward"]

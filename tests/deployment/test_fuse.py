@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from endings import X, converted, ends
-from harness import assert_close, noise, randomise, set_alphas
+from harness import Gated, assert_close, noise, randomise, set_alphas
 from marks import broad
 from readings import norms, plan_of
 from small import dense, preactivated
@@ -282,15 +282,16 @@ class Alone(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies", "squeeze", "ghost"])
+@pytest.mark.parametrize("kind", ["layers", "pre-activation", "gates", "copies", "squeeze", "ghost", "rewritten"])
 def test_a_fused_model_is_unpickled_without_this_package(kind: str) -> None:
-    """Gains and biases in slots (with activations, of any dimension), scalars on activations, copies."""
+    """Gains and biases in slots (with activations, of any dimension), scalars on activations, in forwards, copies."""
     build: dict[str, Callable[[], nn.Module]] = {
         "layers": lambda: timm.create_model("test_resnet"),
         "pre-activation": lambda: preactivated(1, 1),
         "gates": lambda: timm.create_model("rexnet_100", depth_mult=0.5, width_mult=0.25),
         "squeeze": lambda: timm.create_model("seresnet18"),
         "ghost": lambda: timm.create_model("ghostnet_050"),
+        "rewritten": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Gated(), Gated()),
         "copies": lambda: nn.Sequential(
             nn.Linear(3, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU(), nn.Unflatten(1, (6, 1))
         ),
