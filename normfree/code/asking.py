@@ -13,10 +13,12 @@ from typing import Any
 from torch import nn
 
 from normfree.code.bytecode import called_by, callee, function_of, instructions
+from normfree.code.chains import Chain
+from normfree.code.reach import Function
 from normfree.code.using import asks, taken
 from normfree.code.words import is_way_in, looks_at_variables
 
-__all__ = ["Fate", "fate_of"]
+__all__ = ["Fate", "fate_of", "may_call"]
 
 _SEQUENCE = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 """What takes something out of a sequence, or keeps it for later."""
@@ -98,3 +100,8 @@ def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Se
     seen |= {(code, name, listed)}
     loads = [i for i, s in enumerate(instructions(code)) if s.argval == name and s.opname.startswith("LOAD_FAST")]
     return max((_follow(code, i, around, seen, listed) for i in loads), default=Fate.ASKED)
+
+
+def may_call(chain: Chain, function: Function) -> bool:
+    """Whether what a chain ends at, whatever that is, may be called."""
+    return not chain.puts and fate_of(function.code, chain.value, function.whole.__globals__) is Fate.USED

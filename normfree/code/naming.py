@@ -16,7 +16,7 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.code.asking import Fate, fate_of
+from normfree.code.asking import Fate, fate_of, may_call
 from normfree.code.branching import is_run_whole
 from normfree.code.bytecode import index_of, instructions
 from normfree.code.chains import ANY, Chain
@@ -96,7 +96,7 @@ class _Reading:
     def read(self, function: Function) -> None:
         """Note what one function names."""
         steps, chains = instructions(function.code), chains_of(function.code)
-        passed: set[tuple[int, int]] = set()  # calls of a norm right behind its layer
+        leads, follows = set[tuple[int, int]](), set[tuple[int, int]]()  # calls of two that go together, one by one
         around = function.whole.__globals__
         keeps = not function.broken or calls_variable(function.code)
         uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
@@ -109,7 +109,8 @@ class _Reading:
             if not rest and chain.calls and norms:
                 then = passes_on(function.code, chain, norms, ends)
                 if then is not None:
-                    passed |= {(chain.end, id(module)), then}
+                    leads.add((chain.end, id(module)))
+                    follows.add(then)
         put = {id(below) for chain, module, rest in uses if chain.puts and not rest for below in module.modules()}
         for chain, module, rest in uses:
             if rest:
@@ -118,8 +119,9 @@ class _Reading:
                 together = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
                 self.named.called |= set() if function.broken or put >= together else {id(module)}
             elif chain.calls or is_run_whole(steps, chain.start, chain.value, around):
-                if (chain.end, id(module)) not in passed and not self._was_seen(module, function.code, chain, chains):
-                    self.named.called.add(id(module))
+                if not self._was_seen(module, function.code, chain, chains):
+                    here = chain.end, id(module)
+                    self._call(id(module), here in leads, here in follows)
             elif not is_test(steps, chain.value + 1):
                 whole = function.forward and holds(module)
                 fate = Fate.USED if whole else fate_of(function.code, chain.value, around, holds=holds(module))
@@ -149,7 +151,7 @@ class _Reading:
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
         said = meaning(chain, module, rest, function)
-        said = said or ("open" if rest[0].endswith(ANY) and _is_used(chain, function) else "")
+        said = said or ("open" if rest[0].endswith(ANY) and may_call(chain, function) else "")
         if said in self.named.read:
             self.named.read[said].add(id(module))
         elif said == "parameters":
@@ -183,7 +185,7 @@ class _Reading:
             known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
             if known is None and leads_in(chain.names[0], unknown=True):
                 goes_in = function.forward and calls_variable(function.code, result=True)
-                goes_in |= chain.names[0].endswith(ANY) and _is_used(chain, function)
+                goes_in |= chain.names[0].endswith(ANY) and may_call(chain, function)
                 self.strangers[function.forward] += [function.code] if goes_in else []
             if known is None:
                 return
@@ -205,6 +207,14 @@ class _Reading:
                     if chain.end < at and not same:
                         return True
         return id(module) not in self.called
+
+    def _call(self, layer: int, leads: bool, follows: bool) -> None:
+        """Note a call that no run came to, and whether what goes behind the layer, and before it, is called with it."""
+        if leads or follows:
+            self.named.pairs |= {(layer, back) for back in self.pairs.get(layer, ()) if not leads}
+            self.named.pairs |= {(front, layer) for front in self.backs[layer] if not follows}
+        else:
+            self.named.called.add(layer)
 
     def _use(self, module: nn.Module) -> None:
         """Note that somebody has a layer, and may do with it and its parameters what he likes."""
@@ -237,8 +247,3 @@ def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
     forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     around = any(place.code is forward for place in call.places)  # else it is the layer itself
     return around == (inner is not None) and (inner is None or inner.code is forward)
-
-
-def _is_used(chain: Chain, function: Function) -> bool:
-    """Whether what a chain ends at, whatever that is, may be called."""
-    return not chain.puts and fate_of(function.code, chain.value, function.whole.__globals__) is Fate.USED

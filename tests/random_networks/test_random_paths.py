@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from types import MethodType
 
 import pytest
@@ -19,6 +20,7 @@ from test_random_networks import leaves
 from torch import Tensor, nn
 
 import normfree
+from normfree.deployment.fuse import FuseWarning
 from normfree.errors import UnsupportedModelError, UsageError
 
 
@@ -61,8 +63,9 @@ def test_every_path_of_a_random_network_is_preserved(network: Paths) -> None:
     hold(network)
 
 
-WRONG_ONCE = (52, 707)
-"""A layer whose name only begins as it is written, ``getattr(net, f"c{i}")``; a network that is dead."""
+WRONG_ONCE = (52, 707, 2677, 4778)
+"""A layer whose name only begins as it is written, ``getattr(net, f"c{i}")``; a network that is dead; two layers that
+come behind what may go forward into them, but are called without the norm behind them."""
 
 
 @pytest.mark.parametrize("seed", WRONG_ONCE)
@@ -100,6 +103,16 @@ def hold(network: Paths) -> None:
     if walk(copy.deepcopy(model), "as it is", x) is None or refused(model, x):
         return
     converted = normfree.convert(model, init="preserve", inputs=x, check=False)
+    hold_paths(converted, model, x)
+    if not network.hooks:  # what hooks see of a slot goes with it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FuseWarning)
+            hold_paths(normfree.fuse(converted), model, x)
+    hold_skipinit(model, x)
+
+
+def hold_paths(converted: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """Hold each path of a network that was made of a model, and what each hook sees on it."""
     for path in PATHS:
         expected = walk(copy.deepcopy(model), path, x)
         if expected is None:
@@ -113,7 +126,6 @@ def hold(network: Paths) -> None:
         tell(path)
         for mine, theirs in zip(found, expected, strict=True):
             assert_close(mine, theirs)
-    hold_skipinit(model, x)
 
 
 def refused(model: nn.Module, x: Tensor) -> bool:
