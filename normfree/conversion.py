@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import nn
 
 from normfree.analysis.moments import Moments
@@ -66,7 +67,8 @@ def convert_(
     met = moments()
     del moments  # it holds the norms, which would look as if an optimizer did
     warn_of_optimizers(model, made)
-    _apply(model, made, met, asked.inputs, check)
+    with torch.inference_mode(any(parameter.is_inference() for parameter in model.parameters())):  # as its own are
+        _apply(model, made, met, asked.inputs, check)
     return model
 
 
@@ -132,8 +134,10 @@ def convert(
     _warn_of_unseen(made)
     _warn_of_frozen(model, made)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
-    converted = deep_copy(model, drawn, removed)
-    _apply(converted, made, moments(), asked.inputs, check)
+    met = moments()
+    with torch.inference_mode(False):  # in which no parameter could be made that trains
+        converted = deep_copy(model, drawn, removed)
+        _apply(converted, made, met, asked.inputs, check)
     return converted
 
 

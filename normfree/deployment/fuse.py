@@ -67,7 +67,8 @@ def fuse(model: M) -> M:
         >>> type(fused.conv1), fused.conv1.bias.shape
         (<class 'torch.nn.modules.conv.Conv2d'>, torch.Size([64]))
     """
-    return fuse_(deep_copy(model))
+    with torch.inference_mode(False):
+        return fuse_(deep_copy(model))
 
 
 def fuse_(model: M) -> M:

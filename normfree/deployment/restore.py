@@ -62,7 +62,8 @@ def restore(model: M) -> M:
         >>> all(torch.equal(a, b) for a, b in zip(restored.state_dict().values(), original.state_dict().values()))
         True
     """
-    return restore_(deep_copy(model))
+    with torch.inference_mode(False):
+        return restore_(deep_copy(model))
 
 
 @torch.no_grad()

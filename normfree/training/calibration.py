@@ -69,7 +69,8 @@ def calibrate(
         >>> 0.9 < model.features[0](torch.randn(8, 3, 64, 64)).var() < 1.1
         tensor(True)
     """
-    return calibrate_(deep_copy(model), batches, forward=forward)
+    with torch.inference_mode(False):
+        return calibrate_(deep_copy(model), batches, forward=forward)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from harness import assert_preserved, both, noise, prove, randomise
 from readings import actions, norms
@@ -271,3 +272,22 @@ def test_model_or_part_inside_fsdp1_is_refused_with_the_way_out(tmp_path: Path) 
             normfree.convert(nn.Sequential(nn.ReLU(), wrapped))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("born", [False, True], ids=["model from outside", "model from inside"])
+@pytest.mark.parametrize("made", ["convert", "convert_", "fuse", "restore", "calibrate"])
+def test_what_is_made_in_inference_mode_trains_outside(made: str, born: bool) -> None:
+    x = noise(2, 3, 32, 32)
+    with torch.inference_mode(born):
+        model = timm.create_model("test_resnet", num_classes=2)
+    with torch.inference_mode():
+        if born and made == "convert_":  # its own weights do not train either
+            assert normfree.convert_(model, init="preserve")(x).isfinite().all()
+            return
+        found = (normfree.convert_ if made == "convert_" else normfree.convert)(model, init="preserve")
+        if made in ("fuse", "restore"):
+            found = getattr(normfree, made)(found)
+        if made == "calibrate":
+            found = normfree.calibrate(found, x)
+    found.train()(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in found.parameters())
