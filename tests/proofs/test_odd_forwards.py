@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from harness import Block, both, noise, randomise
+from harness import Block, Stem, both, noise, randomise
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -18,15 +18,6 @@ from normfree.errors import UsageError
 
 X = noise(4, 3, 6, 6)
 pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
-
-
-class Stem(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.conv(x)))
 
 
 class Divides(Stem):

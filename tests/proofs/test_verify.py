@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import assert_close, both, noise, prove, randomise
+from harness import Stem, assert_close, both, noise, prove, randomise
 from readings import alphas
 from torch import Tensor, nn
 
@@ -14,17 +14,6 @@ import normfree
 from normfree.tracing.copying import deep_copy, in_float64
 
 X = noise(4, 3, 6, 6)
-
-
-class Stem(nn.Module):
-    """A norm that goes; what comes behind is nobody's business."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.conv(x)))
 
 
 class Tables(Stem):

@@ -21,6 +21,17 @@ ROOT = Path(__file__).parents[2]
 """The repository: what is in it is found from here, however deep the test that asks."""
 
 
+class Stem(nn.Module):
+    """A norm that goes; what comes behind is nobody's business."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
 class Block(nn.Module):
     """A residual block whose last layer can carry the scalar."""
 
