@@ -5,27 +5,33 @@ What is not known to be harmless counts as a call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
-from normfree.code.bytecode import called_by, callee, function_of, instructions
-from normfree.code.chains import Chain
+from normfree.code.bytecode import Step, called_by, callee, function_of, instructions
+from normfree.code.chains import ANY, Chain
 from normfree.code.reach import Function
 from normfree.code.using import asks, taken
 from normfree.code.words import is_way_in, looks_at_variables
 
-__all__ = ["Fate", "fate_of", "may_call"]
+__all__ = ["Fate", "fate_inside", "fate_of", "hands_on"]
 
 _SEQUENCE = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
 """What takes something out of a sequence, or keeps it for later."""
 _MOVING = ("COPY", "SWAP", "ROT_", "DUP_")
 _HOLDERS = (nn.Sequential, nn.ModuleList)
 _TAKING_IN = ("append", "extend", "insert")
-_ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_")
+_ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_", "FORMAT_")
+_VARIABLES = ("LOAD_FAST", "LOAD_DEREF")
+_BY_TEXT = ("getattr", "setattr", "delattr")
+
+_ONE_BY_ONE: set[tuple[str, ...]] = {(name,) for name in ("modules", "named_modules", "children", "named_children")}
+_ONE_BY_ONE |= {("_modules", name) for name in ("values", "items")}
+"""By these a loop comes to modules."""
 
 
 class Fate(IntEnum):
@@ -81,14 +87,50 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, list
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):  # what is stored there itself is kept
         stored = step.opname == "STORE_ATTR" and end > i + 1 and steps[end - 1].opname != "JUMP_FORWARD"
         filled = step.argval in ("weight", "bias") and str(steps[end + 1].argval).endswith("_")  # ``weight.copy_(w)``
-        way_in = not filled and is_way_in(step.argval, code)
+        if (step.argval,) in _ONE_BY_ONE and not listed:
+            return _fate_of_all(code, end, around, seen)
+        way_in = not filled and is_way_in(step.argval, code, end, around)
         asked = not stored and (step.argval in _TAKING_IN if listed else not way_in)
-    elif step.opname == "CALL" and isinstance(function, FunctionType):  # of some file
+    elif step.opname == "CALL" and (isinstance(function, FunctionType) or _is_itself(own, code)):
+        inner, there = (function.__code__, function.__globals__) if function is not None else (code, around)
         before = sum(part.effect for part in called[len(own) : i - (end - len(called)) + 1]) - 1
-        names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        known = 0 <= before < len(names)
-        asked = known and not _of_variable(function.__code__, names[before], function.__globals__, seen, listed)
+        names = inner.co_varnames[: inner.co_argcount]
+        asked = 0 <= before < len(names) and not _of_variable(inner, names[before], there, seen, listed)
+    elif len(own) == 1 and own[0].argval in _BY_TEXT and called[1 : i - (end - len(called)) + 1] == steps[i : i + 1]:
+        text = steps[i + 1].argval if steps[i + 1].opname == "LOAD_CONST" else ANY  # ``getattr(layer, "kind", None)``
+        asked = own[0].argval != "getattr" or not is_way_in(str(text), code, end, around)
     return Fate.ASKED if asked else Fate.USED
+
+
+def _fate_of_all(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen = frozenset()) -> Fate:
+    """Return what becomes of all that a method hands out one by one, as of modules in ``for m in self.modules()``.
+
+    Args:
+        code: The code.
+        i: The number of the instruction that names the method.
+        around: The globals of the code.
+        seen: Variables that are being followed.
+    """
+    steps, name = instructions(code), str(instructions(code)[i].argval)
+    if [step.opname for step in steps[i + 1 : i + 3]] != ["CALL", "GET_ITER"]:
+        return Fate.USED
+    inner, head = code, i + 3
+    if steps[head].opname == "CALL":  # of a comprehension
+        made = [step.argval for step in called_by(steps, head)[:1]]
+        inner = made[0] if made and isinstance(made[0], CodeType) else code
+        head = next((k for k, step in enumerate(instructions(inner)) if step.opname == "FOR_ITER"), -1)
+    steps = instructions(inner)
+    if head < 0 or steps[head].opname != "FOR_ITER" or (inner is not code and steps[head - 1].argval != ".0"):
+        return Fate.USED
+    count = steps[head + 1].arg or 0 if steps[head + 1].opname == "UNPACK_SEQUENCE" else 0
+    last = steps[head + 1 + count]  # what comes before it is a name
+    known = last.opname == "STORE_FAST" and (count == 0 or (count == 2 and name.startswith(("named", "items"))))
+    return _of_variable(inner, last.argval, around, seen, listed=False) if known else Fate.USED
+
+
+def _is_itself(own: Sequence[Step], code: CodeType) -> bool:
+    """Whether a function inside of another calls itself."""
+    return len(own) == 1 and own[0].opname == "LOAD_DEREF" and own[0].argval == code.co_name
 
 
 def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Seen, listed: bool) -> Fate:
@@ -102,6 +144,21 @@ def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Se
     return max((_follow(code, i, around, seen, listed) for i in loads), default=Fate.ASKED)
 
 
-def may_call(chain: Chain, function: Function) -> bool:
-    """Whether what a chain ends at, whatever that is, may be called."""
-    return not chain.puts and fate_of(function.code, chain.value, function.whole.__globals__) is Fate.USED
+def hands_on(code: CodeType, name: str | None, around: Mapping[str, Any]) -> bool:
+    """Whether some code does more with what a variable holds than ask it, or name its attributes."""
+    steps = instructions(code)
+    loads = [i for i, step in enumerate(steps[:-1]) if step.argval == name and step.opname in _VARIABLES]
+    values = [i for i in loads if not steps[i + 1].opname.endswith(("_ATTR", "_METHOD"))]
+    return name is not None and any(fate_of(code, i, around) is Fate.USED for i in values)
+
+
+def fate_inside(chain: Chain, names: tuple[str, ...], function: Function) -> Fate:
+    """Return what becomes of what some code takes out of what holds layers, by the last names of a chain."""
+    around = function.whole.__globals__
+    if chain.puts:
+        return Fate.ASKED
+    if names[0].endswith(ANY):
+        fate = fate_of(function.code, chain.value, around)
+        return Fate.USED if fate is Fate.HANDED_OUT and function.forward else fate
+    asked = chain.calls and names in _ONE_BY_ONE and _fate_of_all(function.code, chain.value, around) is Fate.ASKED
+    return Fate.ASKED if asked else Fate.USED

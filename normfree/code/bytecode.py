@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from normfree.tracing.callers import Place
 
-__all__ = ["LAST", "ONE_WAY", "Step", "called_by", "callee", "function_of", "index_of", "instructions"]
+__all__ = ["LAST", "ONE_WAY", "Step", "attribute_of", "called_by", "callee", "function_of", "index_of", "instructions"]
 __all__ += ["is_plain", "raw", "read", "returns"]
 
 ONE_WAY = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")
@@ -208,9 +208,13 @@ def function_of(parts: Sequence[Step], names: Mapping[str, Any]) -> Any:
         parts: What :func:`called_by` returns.
         names: The globals.
     """
-    own = callee(parts)
-    found = names.get(own[0].argval) if own and own[0].opname == "LOAD_GLOBAL" else None
-    for step in own[1:]:
+    return attribute_of(callee(parts), names)
+
+
+def attribute_of(parts: Sequence[Step], names: Mapping[str, Any]) -> Any:
+    """Return what instructions put onto the stack, if they take it from globals: ``torch.nn.Sequential``."""
+    found = names.get(parts[0].argval) if parts and parts[0].opname == "LOAD_GLOBAL" else None
+    for step in parts[1:]:
         attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
         found = inspect.getattr_static(found, step.argval, None) if attribute else None
     return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, ModuleType
+from typing import Any
 
-from normfree.code.bytecode import Step, instructions
-from normfree.code.using import taken
+from torch import nn
 
-__all__ = ["ANY", "Chain", "chains"]
+from normfree.code.bytecode import Step, attribute_of, called_by, instructions
+from normfree.code.using import is_argument, taken
+
+__all__ = ["ANY", "Chain", "chains", "is_of_file", "kind_behind"]
 
 ANY = "*"
 """Whatever something holds."""
@@ -61,7 +64,7 @@ def chains(code: CodeType) -> tuple[Chain, ...]:
             i += 1
         by = steps[start - 1].argval if start and base is not None and not calls else None
         puts, value, texts = by in _BY_TEXT[1:], i - 1, list[str]()
-        if by in _BY_TEXT:
+        if by in _BY_TEXT and is_argument(steps, i - 1):
             texts, value, i = _texts(code, i), _call_with(steps, i), i + 1
         elif (names or base is not None) and not calls and steps[i].opname in ("STORE_ATTR", "DELETE_ATTR"):
             names, i, puts = [*names, steps[i].argval], i + 1, True
@@ -69,10 +72,47 @@ def chains(code: CodeType) -> tuple[Chain, ...]:
             names, texts, puts = names[:-1], _texts(code, i), True
         elif names[-1:] == ["_modules"] and steps[taken(steps, i)].opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             names, texts, puts = names[:-1], [str(steps[i].argval) if steps[i].opname == "LOAD_CONST" else ANY], True
+        elif i == start and steps[i].argval in _BY_TEXT and _gives_other(steps, i):
+            texts, value, i, puts = [ANY], taken(steps, i), i + 1, steps[i].argval != "getattr"
         ends = [(*names, text) for text in texts] or ([tuple(names)] if names else [])
         found += [Chain(start, i - 1, base, end, calls, value, puts) for end in ends]
         i = i if ends else start + 1
     return tuple(found)
+
+
+def kind_behind(code: CodeType, chain: Chain, around: Mapping[str, Any]) -> type:
+    """Return of which class a chain's variable is, as the instructions before it have asked: ``if isinstance(m, K):``.
+
+    Args:
+        code: The code.
+        chain: The chain.
+        around: The globals of the code.
+    """
+    steps = instructions(code)
+    jump, call = chain.start - 1, chain.start - 2
+    called = called_by(steps, call) if call > 0 and steps[jump].opname == "POP_JUMP_IF_FALSE" else []
+    if len(called) < 3 or called[0].argval != "isinstance" or steps[chain.start].is_jump_target:
+        return nn.Module
+    kind = attribute_of(called[2:], around) if called[1].argval == chain.base else None
+    return kind if isinstance(kind, type) else nn.Module
+
+
+def is_of_file(code: CodeType, chain: Chain, around: Mapping[str, Any]) -> bool:
+    """Whether a chain begins with a class or a file that some code names."""
+    steps = instructions(code)
+    start = chain.start + 1 if steps[chain.start].argval in _BY_TEXT else chain.start - 1
+    named = start >= 0 and chain.base is None and steps[start].opname == "LOAD_GLOBAL"
+    return named and isinstance(around.get(steps[start].argval), (type, ModuleType))
+
+
+def _gives_other(steps: Sequence[Step], i: int) -> bool:
+    """Whether a function is called on something else than a variable, or an attribute of one."""
+    k = i + 1
+    variable = steps[k].opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+    while variable and steps[k + 1].opname == "LOAD_ATTR":
+        k += 1
+    called = called_by(steps, taken(steps, i))[:1] == (steps[i],)
+    return called and not (variable and is_argument(steps, k))
 
 
 def _call_with(steps: Sequence[Step], i: int) -> int:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
+import inspect
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Set
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfree.code.reach import Function, functions_of, is_foreign, named_by
+from normfree.code.reach import Function, forward_functions, functions_of, is_foreign, methods_of, named_by
 
 __all__ = ["Held", "reached"]
 
-_ATOMS = (int, float, str, bytes, bool, type(None), type, ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
+_ATOMS = (int, float, str, bytes, bool, type(None), ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
 _METHODS = (property, staticmethod, classmethod, functools.cached_property)
 _NOTHING = (*_ATOMS, Tensor)
 _EMPTY = (dict, OrderedDict)  # most of what a module holds: hooks that nobody has hung
 _KEEPERS = ("builtins", "functools", "collections", "types")
+_BUILDING = ("__init__", "__post_init__", "__new__", "__init_subclass__")
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
@@ -30,7 +32,9 @@ class Held:
     Attributes:
         called: The identities of modules that something holds besides their parent.
         read: Those of modules whose weight or bias it holds.
-        functions: The functions that were met.
+        functions: The functions that were met, with what Python itself calls of the objects that were.
+        methods: The other methods of these objects, by their names.
+        owners: All of them, with the classes of the methods.
         bound: The identities of modules whose ``forward`` it holds.
     """
 
@@ -43,12 +47,16 @@ class Held:
         self.called = {module for module, count in parents.items() if count > 1}
         self.read: dict[str, set[int]] = {"weight": set(), "bias": set()}
         self.functions: list[FunctionType] = []
+        self.methods: dict[str, list[FunctionType]] = defaultdict(list)
+        self.owners: dict[FunctionType, type | None] = {}
         self.bound: set[int] = set()
+        self._classes: dict[bool, set[type]] = {False: set(), True: set()}  # of objects, and what may be made
+        self._kinds = {cls for m in modules.values() for cls in type(m).__mro__}
         self._seen: dict[int, Any] = {}  # holds them, so that no other gets their identity
         kept = (value for m in modules.values() for name, value in vars(m).items() if name not in _OWN)
         self.follow(value for value in kept if type(value) not in _ATOMS and (type(value) not in _EMPTY or value))
-        classes = {cls for m in modules.values() for cls in type(m).__mro__ if not is_foreign(cls)}
-        self.follow(value for cls in classes for value in vars(cls).values() if _may_hold(value))
+        for cls in self._kinds:
+            self.follow(_within(cls))
 
     def follow(self, values: Iterable[Any]) -> None:
         """Note what some values are, and what they hold."""
@@ -69,29 +77,51 @@ class Held:
                         owners.add(id(value.__self__))
                 if isinstance(value, FunctionType):
                     self.functions.append(value)
+                    self.owners.setdefault(value, inspect.getclosurevars(value).nonlocals.get("__class__"))
+                kind = value if isinstance(value, type) else type(value)
+                self._note_methods(kind, made=kind is value)
+
+    def _note_methods(self, cls: type, *, made: bool) -> None:
+        """Note what may be called of an object, or where one is made; Python itself calls some by no name."""
+        for base in cls.__mro__ if cls not in self._classes[made] else ():
+            if not is_foreign(base) and base not in self._kinds:
+                for name, method in methods_of(base):
+                    building = name in _BUILDING and not (made and not issubclass(base, nn.Module))
+                    by_python = name.startswith("__") and name.endswith("__") and not building
+                    (self.functions if by_python else self.methods[name]).append(method)
+                    self.owners[method] = base
+        self._classes[made].add(cls)
+
+    def settle(self, reach: Callable[[], Set[FunctionType]], *, forward: bool) -> Set[FunctionType]:
+        """Return what functions come to; what these name is held, too, and may bring others.
+
+        What no forward comes to may make objects as well, if it stands in a file of the model's.
+        """
+        met, found, files = -1, reach(), {cls.__module__ for cls in self._kinds if not is_foreign(cls)}
+        while met < len(self._seen):
+            met = len(self._seen)
+            for function in found:
+                makes = forward or function.__module__ in files
+                values = [v for v in named_by(function) if _may_hold(v) and (makes or not isinstance(v, type))]
+                self.follow([*values, *(function.__closure__ or ()), *(function.__defaults__ or ())])
+            found = reach()
+        return found
 
 
 def _within(value: Any) -> Iterable[Any]:
     if isinstance(value, FunctionType):  # its globals are not the model's
         return [*(value.__closure__ or ()), *(value.__defaults__ or ()), *vars(value).values()]
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
-    if hasattr(type(value), "__dict__") and not is_foreign(type(value)):  # it may be called, or asked
-        methods = [part for part in vars(type(value)).values() if isinstance(part, FunctionType)]
-        return [*gc.get_referents(value), *methods]
-    return gc.get_referents(value)
+    if isinstance(value, type):
+        return [] if is_foreign(value) else [part for part in vars(value).values() if _may_hold(part)]
+    return [value.__self__, value.__func__] if isinstance(value, MethodType) else gc.get_referents(value)
 
 
 def reached(model: nn.Module) -> tuple[Held, list[Function]]:
     """Return what a model holds, with what its functions name, and these functions."""
-    held, met, functions = Held(model), -1, list[Function]()
-    while met < len(held.functions):
-        met, functions = len(held.functions), list(functions_of(model, held.functions))
-        whole = {function.whole for function in functions}
-        held.follow(value for function in whole for value in named_by(function) if _may_hold(value))
-        for function in whole:
-            held.follow((*(function.__closure__ or ()), *(function.__defaults__ or ())))
-    return held, functions
+    held = Held(model)
+    forward = held.settle(lambda: forward_functions(model, held.functions, held.methods), forward=True)
+    held.settle(lambda: {function.whole for function in functions_of(model, forward, held.owners)}, forward=False)
+    return held, list(functions_of(model, forward, held.owners))
 
 
 def _may_hold(value: object) -> bool:

@@ -16,16 +16,17 @@ from types import CodeType
 
 from torch import nn
 
-from normfree.code.asking import Fate, fate_of, may_call
+from normfree.code.asking import Fate, fate_of, hands_on
 from normfree.code.branching import is_run_whole
 from normfree.code.bytecode import index_of, instructions
-from normfree.code.chains import ANY, Chain
+from normfree.code.chains import Chain, is_of_file
 from normfree.code.chains import chains as chains_of
+from normfree.code.handing import Handed
 from normfree.code.holding import reached
 from normfree.code.opening import Opened
 from normfree.code.reach import Function
 from normfree.code.straight import comes_elsewhere, passes_on, shared
-from normfree.code.using import calls_variable, is_read, is_test, part_of, passes, takes_some
+from normfree.code.using import calls_variable, contained, is_argument, is_read, is_test, part_of, takes_some
 from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
 from normfree.tracing.callers import Call, Place
 
@@ -54,10 +55,10 @@ def find_named(model: nn.Module, called: Mapping[int, tuple[Call, ...]], pairs: 
             it and of what begins with that.
     """
     held, functions = reached(model)
-    reading = _Reading(model, called, pairs, Named(held.called, held.read))
+    reading = _Reading(model, called, pairs, Named(set(held.called), held.read))
     for function in functions:
         reading.read(function)
-    reading.finish()
+    reading.finish(functions)
     return reading.named
 
 
@@ -90,8 +91,7 @@ class _Reading:
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
         self.loads: Counter[object] = Counter()
-        self.strangers: dict[bool, list[CodeType]] = {True: [], False: []}  # forwards that go into what they are given
-        self.passing: dict[bool, set[type]] = {True: set(), False: set()}  # classes that give themselves to others
+        self.given = Handed(model, (module for module in model.modules() if id(module) in named.called))
 
     def read(self, function: Function) -> None:
         """Note what one function names."""
@@ -130,10 +130,12 @@ class _Reading:
                     continue
                 if fate is Fate.HANDED_OUT and not (function.forward or inner):
                     self.handed[function.code.co_name].add(id(module))
+                    self.given.hand_out(function, module)
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
                 if part is None:
                     self._use(module)
+                self.given.hand_on(function, [module] if is_argument(steps, chain.value) else contained(module))
                 if holds(module):
                     self.opened.open(module, function.code, None if part is None else [part])
                     owners = self.instances[function.owner] if function.owner is not None else []
@@ -144,14 +146,14 @@ class _Reading:
             self.opened.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
         self.names.update(set(function.code.co_names))
         self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
-        if function.owner is not None and passes(steps, function.owner_name):
-            self.passing[function.forward].add(function.owner)
+        owners = self.instances.get(function.owner, []) if function.owner else []
+        if owners and hands_on(function.code, function.owner_name, around):
+            self.given.hand_on(function, owners)
         self._read_texts(function)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
         said = meaning(chain, module, rest, function)
-        said = said or ("open" if rest[0].endswith(ANY) and may_call(chain, function) else "")
         if said in self.named.read:
             self.named.read[said].add(id(module))
         elif said == "parameters":
@@ -162,10 +164,7 @@ class _Reading:
         elif said == "change":
             self.named.called.update(map(id, module._modules.values()))
         elif said:
-            written = rest[0].removesuffix(ANY) if rest[0].endswith(ANY) else ""
-            for opened in module.modules() if said == "open all" else [module]:
-                parts = [part for name, part in opened._modules.items() if name.startswith(written)]
-                self.opened.open(opened, function.code, parts)
+            self.given.take(function, chain, rest, module)
 
     def _read_texts(self, function: Function) -> None:
         """Note what a text may lead to, or whoever looks at the variables of a function."""
@@ -179,17 +178,19 @@ class _Reading:
 
     def _uses(self, chain: Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         """Yield the modules that a chain of names may end at, each with the names that are left."""
-        if chain.base is not None and chain.base == function.owner_name:
-            starts, names = self.instances.get(function.owner, []) if function.owner else [], chain.names
-        else:
-            known = next((i for i, name in enumerate(chain.names) if name in self.by_name), None)
-            if known is None and leads_in(chain.names[0], unknown=True):
-                goes_in = function.forward and calls_variable(function.code, result=True)
-                goes_in |= chain.names[0].endswith(ANY) and may_call(chain, function)
-                self.strangers[function.forward] += [function.code] if goes_in else []
-            if known is None:
-                return
-            starts, names = self.by_name[chain.names[known]], chain.names[known + 1 :]
+        own, around = chain.base is not None and chain.base == function.owner_name, function.whole.__globals__
+        home = self.instances.get(function.owner) if own and function.owner else None
+        first = (
+            1 if own and home is None else 0
+        )  # what an object holds is known, and whose class is none of the model's
+        known = next((i for i, n in enumerate(chain.names) if i >= first and n in self.by_name), None)
+        inside = next((i for i, n in enumerate(chain.names) if i >= own and leads_in(n, unknown=True)), None)
+        if known is None and inside is not None and not is_of_file(function.code, chain, around):
+            self.given.take(function, chain, chain.names[inside:])
+        if home is None and known is None:
+            return
+        starts = home or self.by_name[chain.names[known or 0]]
+        names = chain.names if home else chain.names[(known or 0) + 1 :]
         for start in starts:
             module, rest = start, names
             while rest and module._modules.get(rest[0]) is not None:
@@ -221,15 +222,12 @@ class _Reading:
         for noted in (self.named.called, *self.named.read.values()):
             noted.add(id(module))
 
-    def finish(self) -> None:
+    def finish(self, functions: list[Function]) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
-        for forward, strangers in self.strangers.items():
-            classes = self.passing[True] | (set() if forward else self.passing[False])
-            for code in strangers:
-                for module in {below for cls in classes for own in self.instances[cls] for below in own.modules()}:
-                    self.opened.open(module, code)
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
+        for module, code, parts in self.given.taken(functions):
+            self.opened.open(module, code, parts)
         self.named.called |= self.opened.reached(self.called)
         self.named.pairs |= self.opened.broken
         for layer, norms in self.pairs.items():

@@ -57,6 +57,8 @@ def shared(layer: Call, norm: Call) -> int:
 def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> bool:
     """Whether a function that calls only one of two, for one that calls both, may be called by others too.
 
+    The methods of the whole model are there for whoever uses it, but for those whose names begin with ``_``.
+
     Args:
         layer: A call of the first.
         norm: One of the second.
@@ -64,9 +66,13 @@ def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> boo
     """
     count = shared(layer, norm)
     known = behind(layer.places[count - 1], layer.places[count:])[1] if count else 1
-    inside = [place.code.co_name for place in (*layer.places[count:], *norm.places[count:])]
-    names = [name for name in inside if name != "forward" and not name.endswith(("comp>", "genexpr>"))]
-    return any(name == "<lambda>" or loads[name] > known for name in names)
+    model = layer.places[0].owner
+    inside = [
+        (place.code.co_name, place.owner is model is not None)
+        for place in (*layer.places[count:], *norm.places[count:])
+    ]
+    named = [(n, own) for n, own in inside if n != "forward" and not n.endswith(("comp>", "genexpr>"))]
+    return any(n == "<lambda>" or loads[n] > known or (own and n[0] != "_") for n, own in named)
 
 
 def _is_straight(place: Place, start: int, end: int, passed: Set[Any]) -> bool:

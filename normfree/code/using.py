@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
-from collections.abc import Sequence
-from types import CodeType
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
+from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
-from normfree.code.bytecode import Step, called_by, callee, instructions
+from normfree.code.bytecode import Step, called_by, callee, function_of, instructions
+from normfree.code.reach import is_foreign
 
-__all__ = ["asks", "calls_variable", "is_called", "is_read", "is_sequence", "is_test", "part_of", "passes", "taken"]
-__all__ += ["takes_some"]
+__all__ = [
+    "ABOUT",
+    "asks",
+    "calls_variable",
+    "contained",
+    "is_called",
+    "is_read",
+    "is_sequence",
+    "is_test",
+    "part_of",
+    "taken",
+]
+__all__ += ["takes_some", "works"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
+ABOUT = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "grad", "keys"})
+"""What can be asked of a weight without its values."""
+_FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
+"""By these a weight works."""
+_GATHERING = ("list", "tuple", "dict", "iter", "next", "reversed", "sorted", "zip")
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 _PUTTING_NOTHING = ("STORE_", "DELETE_", "POP_", "LIST_", "SET_", "MAP_")
 """Instructions that take from the stack and leave nothing there."""
@@ -43,6 +61,11 @@ def taken(steps: Sequence[Step], i: int) -> int:
     return end
 
 
+def is_argument(steps: Sequence[Step], i: int) -> bool:
+    """Whether what an instruction puts onto the stack is given to a call as it is."""
+    return steps[taken(steps, i)].opname.startswith("CALL")
+
+
 def is_called(steps: Sequence[Step], i: int) -> bool:
     """Whether the value that an instruction puts onto the stack is called, and not handed on."""
     parts = called_by(steps, taken(steps, i))
@@ -63,18 +86,37 @@ def is_read(steps: Sequence[Step], i: int) -> bool:
     return steps[end].opname.startswith((*_READING, "POP_JUMP_IF_")) or asks(steps, end)
 
 
-def passes(steps: Sequence[Step], name: str | None) -> bool:
-    """Whether some code gives what a variable holds to a function, as an argument, and not to ``super``."""
-    for i, step in enumerate(steps):
-        if step.opname in ("LOAD_FAST", "LOAD_DEREF") and step.argval == name and name is not None:
-            attribute = i + 1 < len(steps) and steps[i + 1].opname.endswith(("_ATTR", "_METHOD"))
-            own = i > 0 and (steps[i - 1].argval in ("__class__", "getattr", "setattr", "delattr", "isinstance"))
-            end = taken(steps, i)
-            called = called_by(steps, end)[:1]  # one of Python's own goes into nothing: ``enumerate(self)``
-            known = bool(called) and called[0].opname == "LOAD_GLOBAL" and hasattr(builtins, str(called[0].argval))
-            if not attribute and not own and not known and steps[end].opname.startswith(("CALL", "BUILD_")):
-                return True
-    return False
+def works(code: CodeType, i: int, around: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> bool:
+    """Whether a weight that an instruction takes may do the work of a layer, by a function that gets it.
+
+    Args:
+        code: The code, to which no forward comes.
+        i: The number of the instruction.
+        around: The globals of the code.
+        seen: Variables that are being followed.
+    """
+    steps = instructions(code)
+    end = taken(steps, i)
+    step, name = steps[end], str(steps[end].argval)
+    if not _FUNCTIONS.isdisjoint(code.co_names) or step.opname.startswith(("BUILD_", "LIST_")):
+        return True
+    if step.opname == "STORE_FAST" and name not in seen:
+        loads = (k for k, load in enumerate(steps) if load.opname == "LOAD_FAST" and load.argval == name)
+        return any(works(code, k, around, seen | {name}) for k in loads)
+    if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        result = taken(steps, end) if step.opname == "LOAD_METHOD" else end
+        return not name.endswith("_") and name not in ABOUT and works(code, result, around, seen)
+    if step.opname == "BINARY_SUBSCR":
+        return works(code, end, around, seen)
+    called = called_by(steps, end)
+    own, function = callee(called), function_of(called, around)
+    if own and (own[-1] == steps[i] or own[0].argval in _GATHERING):  # it is called itself; a list of it
+        return works(code, end, around, seen)
+    if not own:
+        return step.opname.startswith("CALL") or step.told == "@"
+    known = own[0].opname == "LOAD_GLOBAL" and (function is None or not isinstance(function, FunctionType))
+    filled = str(own[-1].argval).endswith("_")  # ``init.zeros_(layer.weight)``
+    return not (filled or known or (isinstance(function, FunctionType) and is_foreign(function)))
 
 
 def takes_some(steps: Sequence[Step], i: int) -> bool:
@@ -94,6 +136,13 @@ def part_of(module: nn.Module, steps: Sequence[Step]) -> nn.Module | None:
     if constant.opname != "LOAD_CONST" or subscript.opname != "BINARY_SUBSCR":
         return None
     return held[index] if type(index) is int and -len(held) <= index < len(held) else None
+
+
+def contained(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module, and if it is a sequence what one comes to by going through it."""
+    yield module
+    for part in module.children() if hasattr(type(module), "__iter__") else ():
+        yield from contained(part)
 
 
 def is_sequence(module: nn.Module) -> bool:

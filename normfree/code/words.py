@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import CodeType, FunctionType
+from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
 
 from normfree.code.bytecode import instructions
 from normfree.code.chains import ANY, Chain
-from normfree.code.reach import Function, codes_of
-from normfree.code.using import calls_variable, is_called
+from normfree.code.reach import Function
+from normfree.code.using import ABOUT, calls_variable, is_called, works
 
-__all__ = ["holds", "is_way_in", "leads_in", "looks_at_variables", "may_take_any", "meaning"]
+__all__ = ["holds", "is_way_in", "leads_deep", "leads_in", "looks_at_variables", "may_take_any", "meaning"]
 
 _ALL = {"_modules", "children", "named_children", "__dict__", "values", "items", "forward", "__call__", "_conv_forward"}
 _ALL |= {"__iter__", "__getitem__"}
@@ -27,8 +28,6 @@ _ANY_GLOBAL = frozenset({"eval", "exec"})
 """Names by which a text may become any attribute."""
 _FRAMES = frozenset({"locals", "vars", "dir", "_getframe", "currentframe"})
 """Names by which one comes to the variables of a function."""
-_ABOUT = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda"}
-"""What can be asked of a weight without its values."""
 _CHANGING = {"pop", "append", "insert", "extend", "__delitem__", "__setitem__", "add_module", "update"}
 """By these a sequence comes to hold something else."""
 _HARMLESS = {"train", "eval", "requires_grad_", "to", "type", "float", "half", "double", "zero_grad"}
@@ -40,8 +39,6 @@ for _ in range(3):
         for name, method in vars(nn.Module).items()
         if isinstance(method, FunctionType) and not _RUNNING.isdisjoint(method.__code__.co_names)
     }
-_FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
-"""By these a weight works."""
 
 
 def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> str:
@@ -49,38 +46,46 @@ def meaning(chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Fu
 
     Returns:
         ``"weight"`` or ``"bias"``: it is read; ``"parameters"``: all below are; ``"use"``: the module may be called, or
-        seen; ``"change"``: what it holds may; ``"open"``: somebody comes to what it holds; ``"open all"``: to all below
-        it; ``""``: nothing.
+        seen; ``"change"``: what it holds may; ``"open"``: somebody comes to what it holds; ``""``: nothing.
     """
     name, code = rest[0], function.code
-    codes = codes_of(function.whole.__code__)
-    reaches = function.forward or any(calls_variable(inner, result=True) for inner in codes)
-    works = function.forward or not (function.broken or _FUNCTIONS.isdisjoint(code.co_names))
+    around, value = function.whole.__globals__, chain.value - len(rest[1:])
+    work = function.forward or not (function.broken or chain.puts or not works(code, value, around))
     if name in ("weight", "bias"):
-        return name if works and not chain.puts and _ABOUT.isdisjoint(rest[1:2]) else ""
+        return name if work and not chain.puts and ABOUT.isdisjoint(rest[1:2]) else ""
     if name in _READ:
         behind = [s.argval for s in instructions(code)[chain.end + 1 : chain.end + 8] if s.opname.startswith("LOAD_")]
-        return "parameters" if works and _ABOUT.isdisjoint(behind[:1]) else ""
+        return "parameters" if work and ABOUT.isdisjoint(behind[:1]) else ""
     if name.startswith("register_") and name.endswith("hook"):
         return "use"
     if name in _CHANGING and holds(module):
         return "" if function.broken else "change"
-    if name in _DEEP and reaches:
-        return "open all"
-    if (name in _ALL and reaches) or (name.endswith(ANY) and function.forward):
-        return "open"
     if name in _RUNNING or (name == "_conv_forward" and not module._modules):
         return "use"
+    if name in _ALL or leads_deep(name) or name.endswith(ANY):
+        return "" if chain.puts else "open"
     method = getattr(type(module), name, None)
     own = function.forward and not module._modules and name not in _HARMLESS
     return "use" if own and isinstance(method, FunctionType) else ""
 
 
-def is_way_in(name: str, code: CodeType) -> bool:
-    """Whether an attribute of a layer, or of what holds some, may lead to a call, or to a weight that works."""
+def is_way_in(name: str, code: CodeType, i: int, around: Mapping[str, Any]) -> bool:
+    """Whether an attribute of a layer, or of what holds some, may lead to a call, or to a weight that works.
+
+    Args:
+        name: The attribute.
+        code: The code.
+        i: The number of the instruction that takes it.
+        around: The globals of the code.
+    """
     if name in _READ or name in ("weight", "bias"):
-        return not _FUNCTIONS.isdisjoint(code.co_names)
+        return works(code, i, around)
     return name in _RUNNING or leads_in(name) or name in _CHANGING or (name.startswith("register") and "hook" in name)
+
+
+def leads_deep(name: str) -> bool:
+    """Whether an attribute of any module leads to all below it."""
+    return name in _DEEP
 
 
 def leads_in(name: str, *, unknown: bool = False) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from normfree.code.chains import chains
-from normfree.code.reach import functions_of
+from normfree.code.reach import forward_functions, functions_of
 from normfree.code.using import calls_variable
 from normfree.layers import scaled_weight_class
 from normfree.plans import Plan
@@ -72,7 +72,7 @@ def asked_unseen(model: nn.Module, norms: Mapping[str, object], seen: bool) -> f
     found: set[str] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
     children = {name.rpartition(".")[2] for name in modules}
-    for function in functions_of(model, ()):
+    for function in functions_of(model, forward_functions(model, (), {}), {}):
         names = set(_names_in_code(function.code))
         calls = calls_variable(function.code) or any(c.calls and c.names[0] in children for c in chains(function.code))
         if names.isdisjoint(_ASKING) or function.broken or not (calls if seen else function.forward):

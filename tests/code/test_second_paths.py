@@ -372,8 +372,25 @@ def test_branches_that_do_not_do_the_same_are_preserved(kind: type[Net]) -> None
     hold(randomise(kind()).double().eval(), lambda m, x: m(x), flagged)
 
 
+class Whole(nn.Module):
+    """Holds some parts, whose methods are then no longer those of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Parts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 def test_branches_that_both_call_a_layer_let_it_fold() -> None:
-    assert actions(hold(randomise(Parts()).double().eval(), lambda m, x: m(x), flagged)) == {"b": "fold"}
+    kept = hold(randomise(Whole()).double().eval(), lambda m, x: m(x), lambda m, x: flagged(m.inner, x))
+    assert actions(kept) == {"inner.b": "fold"}
+
+
+def test_a_method_of_the_model_is_there_for_its_user() -> None:
+    kept = hold(randomise(Parts()).double().eval(), lambda m, x: m(x), lambda m, x: m.part(x))
+    assert actions(kept) == {"b": "affine"}
 
 
 class Before(nn.Module):

@@ -81,7 +81,7 @@ FLOORS = (
     "tracing.leaves tracing.traces options code.bytecode",
     "code.branching code.using code.chains code.reach",
     "tracing.notes analysis.joining code.known code.straight code.holding code.words code.settings",
-    "code.asking code.stepping code.opening",
+    "code.asking code.stepping code.opening code.handing",
     "tracing.recorder code.naming",
     "tracing.running rewriting.symbols",
     "tracing.trace analysis.flow",
