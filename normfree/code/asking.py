@@ -29,6 +29,9 @@ _ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_", "FORMAT_")
 _VARIABLES = ("LOAD_FAST", "LOAD_DEREF")
 _BY_TEXT = ("getattr", "setattr", "delattr")
 
+_UNPACKED = ("GET_ITER", "FOR_ITER", "UNPACK_SEQUENCE", "STORE_FAST")
+_FAR = 50
+"""Variables that a value is followed through."""
 _ONE_BY_ONE: set[tuple[str, ...]] = {(name,) for name in ("modules", "named_modules", "children", "named_children")}
 _ONE_BY_ONE |= {("_modules", name) for name in ("values", "items")}
 """By these a loop comes to modules."""
@@ -77,6 +80,8 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, list
         return _of_variable(code, step.argval, around, seen, listed)
     called = called_by(steps, end)
     function = function_of(called, around)
+    if step.opname == "BUILD_TUPLE" and steps[end + 1].opname == "LIST_APPEND" and steps[i - 1].opname == "STORE_FAST":
+        return Fate.HANDED_OUT  # the first of each tuple in a list
     put = step.opname.startswith("BUILD_") or (listed and step.opname == "BINARY_OP")
     if put or any(function is kind for kind in _HOLDERS):
         return max(_follow(code, end, around, seen, listed=True), Fate.HANDED_OUT)
@@ -125,7 +130,20 @@ def _fate_of_all(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen 
     count = steps[head + 1].arg or 0 if steps[head + 1].opname == "UNPACK_SEQUENCE" else 0
     last = steps[head + 1 + count]  # what comes before it is a name
     known = last.opname == "STORE_FAST" and (count == 0 or (count == 2 and name.startswith(("named", "items"))))
-    return _of_variable(inner, last.argval, around, seen, listed=False) if known else Fate.USED
+    fate = _of_variable(inner, last.argval, around, seen, listed=False) if known else Fate.USED
+    if inner is code or fate is not Fate.HANDED_OUT:
+        return fate
+    return _of_first(code, i + 4, around, seen)
+
+
+def _of_first(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen) -> Fate:
+    """Return what becomes of the first of each tuple in a list that an instruction stores, if only loops go through."""
+    steps = instructions(code)
+    loads = [k for k, step in enumerate(steps) if step.opname == "LOAD_FAST" and step.argval == steps[i].argval]
+    loops = [tuple(step.opname for step in steps[k + 1 : k + 5]) == _UNPACKED for k in loads]
+    if steps[i].opname != "STORE_FAST" or not all(loops) or steps[i].argval in code.co_cellvars:
+        return Fate.USED
+    return max((_of_variable(code, steps[k + 4].argval, around, seen, False) for k in loads), default=Fate.ASKED)
 
 
 def _is_itself(own: Sequence[Step], code: CodeType) -> bool:
@@ -135,7 +153,7 @@ def _is_itself(own: Sequence[Step], code: CodeType) -> bool:
 
 def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Seen, listed: bool) -> Fate:
     """Return what becomes of what a variable holds, wherever it is read."""
-    if name in code.co_cellvars or looks_at_variables(code):
+    if name in code.co_cellvars or looks_at_variables(code) or len(seen) > _FAR:
         return Fate.USED
     if (code, name, listed) in seen:
         return Fate.ASKED

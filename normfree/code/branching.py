@@ -81,7 +81,7 @@ class _Home:
             if not isinstance(method, FunctionType) or attribute.argval in vars(self.owner):
                 return False
             return method.__code__ is self.code or self._returns(method.__code__, method.__globals__, depth + 1)
-        given = _first_given(parts, names)
+        given = _first_given(parts, names, _DEEP)
         inside = None if given is None else _made(code, given)
         return inside is not None and self._returns(inside, names, depth + 1)
 
@@ -116,20 +116,20 @@ def is_stored(code: CodeType, name: str | None) -> bool:
     return any(s.argval == name and s.opname.startswith(("STORE", "DELETE")) for c in codes for s in instructions(c))
 
 
-def _first_given(parts: Sequence[Step], names: Mapping[str, Any]) -> str | None:
+def _first_given(parts: Sequence[Step], names: Mapping[str, Any], deep: int) -> str | None:
     """Return the variable that a function is given first, if all that this does is to call it and return the result."""
     first = next(iter(parts[len(callee(parts)) :]), None)
-    whole = first is not None and first.opname in _LOADS and _runs_whole(function_of(parts, names))
+    whole = first is not None and first.opname in _LOADS and _runs_whole(function_of(parts, names), deep)
     return str(first.argval) if whole and first is not None else None
 
 
-def _runs_whole(function: Any) -> bool:
+def _runs_whole(function: Any, deep: int = _DEEP) -> bool:
     """Whether a function is torch's checkpointing, or hands its first argument on to that."""
-    if function is checkpoint or not isinstance(function, FunctionType):
+    if function is checkpoint or not isinstance(function, FunctionType) or deep == 0:
         return function is checkpoint
     code = function.__code__
     steps, first = instructions(code), next(iter(code.co_varnames), None)
-    given = [_first_given(_simple(steps, i - 1), function.__globals__) for i in returns(code)]
+    given = [_first_given(_simple(steps, i - 1), function.__globals__, deep - 1) for i in returns(code)]
     whole = all(name == first for name in given) and not any(steps[i].is_jump_target for i in returns(code))
     return bool(given) and whole and code.co_argcount > 0 and not is_stored(code, first)
 

@@ -7,7 +7,7 @@ import gc
 import inspect
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Set
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +19,16 @@ __all__ = ["Held", "reached"]
 
 _ATOMS = (int, float, str, bytes, bool, type(None), ModuleType, CodeType, BuiltinFunctionType, torch.dtype)
 _METHODS = (property, staticmethod, classmethod, functools.cached_property)
+_MOST = 1000
+"""Functions of objects that are read: a second's work."""
 _NOTHING = (*_ATOMS, Tensor)
 _EMPTY = (dict, OrderedDict)  # most of what a module holds: hooks that nobody has hung
 _KEEPERS = ("builtins", "functools", "collections", "types")
-_BUILDING = ("__init__", "__post_init__", "__new__", "__init_subclass__")
+_BUILDING = ("__init__", "__post_init__", "__new__")
+_ASIDE = {"__repr__", "__str__", "__format__", "__eq__", "__ne__", "__hash__", "__dir__", "__sizeof__", "__del__"}
+_ASIDE |= {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__", *_BUILDING}
+_ASIDE |= {"__init_subclass__", "__set_name__", "__class_getitem__", "__subclasshook__"}
+"""Methods of an object that are not on the way of what passes through a model: they show, compare, copy or make it."""
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
@@ -78,17 +84,16 @@ class Held:
                 if isinstance(value, FunctionType):
                     self.functions.append(value)
                     self.owners.setdefault(value, inspect.getclosurevars(value).nonlocals.get("__class__"))
-                kind = value if isinstance(value, type) else type(value)
-                self._note_methods(kind, made=kind is value)
+                self._note_methods(value if isinstance(value, type) else type(value), made=False)
 
     def _note_methods(self, cls: type, *, made: bool) -> None:
         """Note what may be called of an object, or where one is made; Python itself calls some by no name."""
         for base in cls.__mro__ if cls not in self._classes[made] else ():
             if not is_foreign(base) and base not in self._kinds:
                 for name, method in methods_of(base):
-                    building = name in _BUILDING and not (made and not issubclass(base, nn.Module))
-                    by_python = name.startswith("__") and name.endswith("__") and not building
-                    (self.functions if by_python else self.methods[name]).append(method)
+                    by_python = name[:2] == "__" == name[-2:] and name not in _ASIDE
+                    building = name in _BUILDING and made and not issubclass(base, nn.Module)
+                    (self.functions if by_python or building else self.methods[name]).append(method)
                     self.owners[method] = base
         self._classes[made].add(cls)
 
@@ -98,14 +103,28 @@ class Held:
         What no forward comes to may make objects as well, if it stands in a file of the model's.
         """
         met, found, files = -1, reach(), {cls.__module__ for cls in self._kinds if not is_foreign(cls)}
-        while met < len(self._seen):
+        while met < len(self._seen) and (forward or len(self.owners) <= _MOST):
             met = len(self._seen)
             for function in found:
-                makes = forward or function.__module__ in files
-                values = [v for v in named_by(function) if _may_hold(v) and (makes or not isinstance(v, type))]
-                self.follow([*values, *(function.__closure__ or ()), *(function.__defaults__ or ())])
+                cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+                values = [
+                    *named_by(function),
+                    *(value for name, cell in cells if name != "__class__" for value in _in(cell)),
+                ]
+                for cls in values if forward or function.__module__ in files else ():
+                    if isinstance(cls, type):
+                        self._note_methods(cls, made=True)
+                own = [value for value in values if _may_hold(value) and not isinstance(value, type)]
+                self.follow([*own, *(function.__closure__ or ()), *(function.__defaults__ or ())])
             found = reach()
         return found
+
+
+def _in(cell: CellType) -> Iterable[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # it is empty
+        return []
 
 
 def _within(value: Any) -> Iterable[Any]:
@@ -117,11 +136,18 @@ def _within(value: Any) -> Iterable[Any]:
 
 
 def reached(model: nn.Module) -> tuple[Held, list[Function]]:
-    """Return what a model holds, with what its functions name, and these functions."""
+    """Return what a model holds, with what its functions name, and these functions.
+
+    Of libraries whose classes lead anywhere not all is read: then every layer counts as called by what is not.
+    """
     held = Held(model)
     forward = held.settle(lambda: forward_functions(model, held.functions, held.methods), forward=True)
+    own = {function: cls for function, cls in held.owners.items() if function in forward}
     held.settle(lambda: {function.whole for function in functions_of(model, forward, held.owners)}, forward=False)
-    return held, list(functions_of(model, forward, held.owners))
+    if len(held.owners) <= _MOST:
+        return held, list(functions_of(model, forward, held.owners))
+    held.called.update(map(id, model.modules()))
+    return held, list(functions_of(model, forward, own))
 
 
 def _may_hold(value: object) -> bool:

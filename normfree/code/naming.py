@@ -226,7 +226,8 @@ class _Reading:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
         for name, modules in self.handed.items():
             self.named.called |= modules if self.names[name] else set()
-        for module, code, parts in self.given.taken(functions):
+        asked = {*self.pairs, *self.backs} - self.named.called
+        for module, code, parts in self.given.taken(functions) if asked else ():
             self.opened.open(module, code, parts)
         self.named.called |= self.opened.reached(self.called)
         self.named.pairs |= self.opened.broken

@@ -217,9 +217,10 @@ def puts_all_into_a_sequence(self: Any) -> nn.Sequential:
 
 
 def decides_in_a_call(self: Any, size: int | None = None) -> list[int]:
-    for module in self.modules():
-        module.training = False
-    return [any(module.training for module in self.modules()), max(size or 1, 2)]
+    modes = [(m, m.training) for m in self.modules()]
+    for module, training in modes:
+        module.training = training
+    return [any(m.training for m in self.modules()), max(size or 1, 2)]
 
 
 def goes_through_others(self: Any, x: Tensor) -> Tensor:

@@ -70,6 +70,53 @@ def convolve(layer, x):
     return layer(x)
 
 
+def convolve_parts(net, x):
+    for part in net.children():
+        x = part(x) if isinstance(part, nn.Conv2d) else x
+    return x
+
+
+def convolve_all(modules, x):
+    for module in modules:
+        x = module(x) if isinstance(module, nn.Conv2d) else x
+    return x
+
+
+def convolve_named(net, name, x):
+    return getattr(net, name)(x)
+
+
+def convolve_deep(net, x):
+    if isinstance(net, nn.Conv2d):
+        return net(x)
+    for part in net.children():
+        x = convolve_deep(part, x)
+    return x
+
+
+def table(net):
+    return dict(net.named_children())
+
+
+class Keeper:
+    def __init__(self, net):
+        self.net = net
+
+    def run(self, x):
+        return convolve_parts(self.net, x)
+
+
+class Wrapping(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        for part in self.net.children():
+            x = part(x) if isinstance(part, nn.Conv2d) else x
+        return x
+
+
 def both(conv, norm, x):
     return norm(conv(x))
 """
@@ -115,6 +162,42 @@ LINKS: dict[str, Text] = {
         "    self.c{i}.weight = self.c{j}.weight",
     ),
     "twice": Text(PAIR + "\nif self.mode == {m}:\n    h = self.b{i}(h)"),
+    # What is handed on
+    **{
+        name: Text(
+            "h = self.n{i}(h)",
+            "self.n{i} = ConvNorm({conv})",
+            features=f"h = {how}",
+        )
+        for name, how in {
+            "parts of a part": "convolve_parts(self.n{i}, h)",
+            "parts by keyword": "convolve_parts(x=h, net=self.n{i})",
+            "parts in a list": "convolve_all([*self.n{i}.children()], h)",
+            "modules of a part": "convolve_all(self.n{i}.modules(), h)",
+            "part by its name": "convolve_named(self.n{i}, 'conv', h)",
+            "part in a table": "table(self.n{i})['conv'](h)",
+            "deep": "convolve_deep(self.n{i}, h)",
+            "partial of a part": "functools.partial(convolve_parts, self.n{i})(h)",
+            "object for a part": "Keeper(self.n{i}).run(h)",
+            "module around a part": "Wrapping(self.n{i})(h)",
+            "function in a table": "{{'go': convolve_parts}}['go'](self.n{i}, h)",
+            "first of a part": "next(self.n{i}.children())(h)",
+            "reduced": "functools.reduce(lambda y, m: convolve_all([m], y), self.n{i}.children(), h)",
+        }.items()
+    },
+    "parts of a mode": Text(
+        "h = convolve_parts(self.n{i}, h) if self.mode == {m} else self.n{i}(h)",
+        "self.n{i} = ConvNorm({conv})",
+        features="h = self.n{i}(h)",
+    ),
+    "parts by a variable": Text(
+        "part = self.n{i}\nif self.mode == {m}:\n    h = next(iter(part.children()))(h)\nelse:\n    h = part(h)",
+        "self.n{i} = ConvNorm({conv})",
+        features="h = self.n{i}(h)",
+    ),
+    "only counted": Text(
+        PAIR, features="h = self.b{i}(self.c{i}(h)) * len([m for m in self.modules() if hasattr(m, 'kernel_size')])"
+    ),
     # A mode that is switched later
     "apart": Text("h = self.c{i}(h) if self.mode == {m} else self.b{i}(self.c{i}(h))"),
     "left out": Text("y = self.c{i}(h)\nh = y if self.mode == {m} else self.b{i}(y)"),
