@@ -5,8 +5,10 @@ What is not known to be harmless counts as a call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,10 +20,8 @@ from normfree.code.reach import Function
 from normfree.code.using import asks, taken
 from normfree.code.words import is_way_in, looks_at_variables
 
-__all__ = ["Fate", "fate_inside", "fate_of", "hands_on"]
+__all__ = ["Fate", "fate_inside", "fate_of", "values_of"]
 
-_SEQUENCE = ("GET_ITER", "BINARY_S", "STORE_S", "STORE_FAST", "STORE_DEREF", "DELETE_S", "UNPACK_")
-"""What takes something out of a sequence, or keeps it for later."""
 _MOVING = ("COPY", "SWAP", "ROT_", "DUP_")
 _HOLDERS = (nn.Sequential, nn.ModuleList)
 _TAKING_IN = ("append", "extend", "insert")
@@ -58,9 +58,11 @@ def fate_of(code: CodeType, i: int, around: Mapping[str, Any], *, holds: bool = 
         return _follow(code, i, around, frozenset())
     steps = instructions(code)
     end = taken(steps, i)
-    if steps[end].opname.startswith(_SEQUENCE) or (steps[end].opname.startswith("CALL") and not asks(steps, end)):
-        return Fate.USED
-    return Fate.HANDED_OUT if steps[end].opname.startswith(("RETURN_", "YIELD_", "BUILD_", "LIST_")) else Fate.ASKED
+    moved = any(between.opname.startswith(_MOVING) for between in steps[i + 1 : end + 1])
+    if steps[end].opname.startswith(("RETURN_", "YIELD_")) and not moved:
+        return Fate.HANDED_OUT
+    known = steps[end].opname.startswith((*_ASKING, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"))
+    return Fate.ASKED if (known or asks(steps, end)) and not moved else Fate.USED
 
 
 _Seen = frozenset[tuple[CodeType, str, bool]]
@@ -162,12 +164,11 @@ def _of_variable(code: CodeType, name: str, around: Mapping[str, Any], seen: _Se
     return max((_follow(code, i, around, seen, listed) for i in loads), default=Fate.ASKED)
 
 
-def hands_on(code: CodeType, name: str | None, around: Mapping[str, Any]) -> bool:
-    """Whether some code does more with what a variable holds than ask it, or name its attributes."""
+def values_of(code: CodeType, name: str | None) -> list[int]:
+    """Return the instructions at which some code takes what a variable holds, and not an attribute of it."""
     steps = instructions(code)
     loads = [i for i, step in enumerate(steps[:-1]) if step.argval == name and step.opname in _VARIABLES]
-    values = [i for i in loads if not steps[i + 1].opname.endswith(("_ATTR", "_METHOD"))]
-    return name is not None and any(fate_of(code, i, around) is Fate.USED for i in values)
+    return [i for i in loads if name is not None and not steps[i + 1].opname.endswith(("_ATTR", "_METHOD"))]
 
 
 def fate_inside(chain: Chain, names: tuple[str, ...], function: Function) -> Fate:
@@ -178,5 +179,21 @@ def fate_inside(chain: Chain, names: tuple[str, ...], function: Function) -> Fat
     if names[0].endswith(ANY):
         fate = fate_of(function.code, chain.value, around)
         return Fate.USED if fate is Fate.HANDED_OUT and function.forward else fate
+    if names == ("apply",) and chain.calls:
+        return _fate_of_applied(chain, function)
     asked = chain.calls and names in _ONE_BY_ONE and _fate_of_all(function.code, chain.value, around) is Fate.ASKED
     return Fate.ASKED if asked else Fate.USED
+
+
+def _fate_of_applied(chain: Chain, function: Function) -> Fate:
+    """Return what a function does with modules, in ``self.apply(self.start)`` or ``net.apply(partial(start))``."""
+    steps, around, i = instructions(function.code), function.whole.__globals__, chain.end + 1
+    while steps[i].opname == "LOAD_GLOBAL" and around.get(steps[i].argval) is partial:
+        i += 1
+    own = steps[i].argval == function.owner_name is not None
+    name = steps[i + own].argval
+    value = inspect.getattr_static(function.owner, name, None) if own else around.get(name)
+    ended = steps[taken(steps, i + own)].opname.startswith("CALL")
+    if not ended or not isinstance(value, FunctionType) or value.__code__.co_argcount <= own:
+        return Fate.USED
+    return _of_variable(value.__code__, value.__code__.co_varnames[own], value.__globals__, frozenset(), listed=False)

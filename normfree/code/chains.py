@@ -54,6 +54,8 @@ def chains(code: CodeType) -> tuple[Chain, ...]:
         start, base = i, None
         if steps[i].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(steps[i].argval, str):
             base, i = steps[i].argval, i + 1
+        elif steps[i].opname in ("LOAD_ATTR", "LOAD_METHOD") and _is_super(steps, i - 1):
+            base = next(iter(code.co_varnames), None)
         names: list[str] = []
         calls = False
         while i < len(steps) and steps[i].opname in ("LOAD_ATTR", "LOAD_METHOD") and not calls:
@@ -97,12 +99,26 @@ def kind_behind(code: CodeType, chain: Chain, around: Mapping[str, Any]) -> type
     return kind if isinstance(kind, type) else nn.Module
 
 
-def is_of_file(code: CodeType, chain: Chain, around: Mapping[str, Any]) -> bool:
-    """Whether a chain begins with a class or a file that some code names."""
+def _is_super(steps: Sequence[Step], i: int) -> bool:
+    called = called_by(steps, i) if i > 0 else []
+    return len(called) > 0 and called[0].opname == "LOAD_GLOBAL" and called[0].argval == "super"
+
+
+def is_of_file(code: CodeType, chain: Chain, around: Mapping[str, Any], until: Sequence[str]) -> bool:
+    """Whether what a chain names, until some names of it, is a file or a class, but none of modules.
+
+    Args:
+        code: The code.
+        chain: The chain.
+        around: The globals of the code.
+        until: The last names of the chain.
+    """
     steps = instructions(code)
     start = chain.start + 1 if steps[chain.start].argval in _BY_TEXT else chain.start - 1
     named = start >= 0 and chain.base is None and steps[start].opname == "LOAD_GLOBAL"
-    return named and isinstance(around.get(steps[start].argval), (type, ModuleType))
+    ends = next((k for k in range(start + 1, chain.end + 1) if steps[k].argval in until), start + 1)
+    value = attribute_of(steps[start:ends], around) if named else None
+    return isinstance(value, (type, ModuleType)) and not (isinstance(value, type) and issubclass(value, nn.Module))
 
 
 def _gives_other(steps: Sequence[Step], i: int) -> bool:

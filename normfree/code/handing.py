@@ -13,8 +13,9 @@ from torch import nn
 from normfree.code.asking import Fate, fate_inside
 from normfree.code.bytecode import instructions
 from normfree.code.chains import ANY, Chain, kind_behind
-from normfree.code.reach import Function, codes_of, functions_named_by, tells_nothing
-from normfree.code.using import contained
+from normfree.code.functions import codes_of, is_dunder, tells_nothing
+from normfree.code.reach import Function, functions_named_by
+from normfree.code.using import calls_variable, contained, uses_called
 from normfree.code.words import leads_deep
 
 __all__ = ["Handed"]
@@ -67,7 +68,8 @@ class Handed:
             module: The module, if it is known.
         """
         fate = fate_inside(at, names, function)
-        if fate is not Fate.ASKED and not function.broken:
+        fails = function.broken and not calls_variable(function.code, result=True)
+        if fate is not Fate.ASKED and not fails:
             kind = kind_behind(function.code, at, function.whole.__globals__) if module is None else nn.Module
             written = names[0].removesuffix(ANY) if names[0].endswith(ANY) else ""
             taking = _Taking(function.code, module, kind, leads_deep(names[0]), written)
@@ -82,8 +84,9 @@ class Handed:
         known = {name for own in names.values() for name in own}
         leads = {f: functions_named_by(f, names[f], read) for f in read}
         silent = _silent(read, names, leads)
+        called = {f for f in read if not known.isdisjoint(read[f].names) or any(map(is_dunder, read[f].names))}
         takings = {
-            f: [taking for taking, fate in found if fate is Fate.USED or not known.isdisjoint(read[f].names)]
+            f: [taking for taking, fate in found if fate is Fate.USED or f in called]
             for f, found in self._takings.items()
             if f not in silent
         }
@@ -132,6 +135,7 @@ def _silent(
         for f in read
         if not names[f].isdisjoint(_KEEPING)
         or any(step.opname.startswith(_STORES) for code in codes_of(f.__code__) for step in instructions(code))
+        or any(map(uses_called, codes_of(f.__code__)))
     }
     while more := {f for f in leads if f not in keeping and not keeping.isdisjoint(leads[f])}:
         keeping |= more

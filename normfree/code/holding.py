@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.code.reach import Function, forward_functions, functions_of, is_foreign, methods_of, named_by
+from normfree.code.functions import is_dunder, is_foreign, methods_of, named_by
+from normfree.code.reach import Function, forward_functions, functions_of
 
 __all__ = ["Held", "reached"]
 
@@ -91,7 +92,7 @@ class Held:
         for base in cls.__mro__ if cls not in self._classes[made] else ():
             if not is_foreign(base) and base not in self._kinds:
                 for name, method in methods_of(base):
-                    by_python = name[:2] == "__" == name[-2:] and name not in _ASIDE
+                    by_python = is_dunder(name) and name not in _ASIDE
                     building = name in _BUILDING and made and not issubclass(base, nn.Module)
                     (self.functions if by_python or building else self.methods[name]).append(method)
                     self.owners[method] = base
@@ -115,7 +116,8 @@ class Held:
                     if isinstance(cls, type):
                         self._note_methods(cls, made=True)
                 own = [value for value in values if _may_hold(value) and not isinstance(value, type)]
-                self.follow([*own, *(function.__closure__ or ()), *(function.__defaults__ or ())])
+                made = (value for value in values if isinstance(value, FunctionType) and is_foreign(value))
+                self.follow([*own, *_within(function), *(cell for value in made for cell in value.__closure__ or ())])
             found = reach()
         return found
 
@@ -129,7 +131,8 @@ def _in(cell: CellType) -> Iterable[Any]:
 
 def _within(value: Any) -> Iterable[Any]:
     if isinstance(value, FunctionType):  # its globals are not the model's
-        return [*(value.__closure__ or ()), *(value.__defaults__ or ()), *vars(value).values()]
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return [*(value.__closure__ or ()), *defaults, *vars(value).values()]
     if isinstance(value, type):
         return [] if is_foreign(value) else [part for part in vars(value).values() if _may_hold(part)]
     return [value.__self__, value.__func__] if isinstance(value, MethodType) else gc.get_referents(value)

@@ -7,28 +7,41 @@ no forward comes to and hands a layer out: whoever asks for it could take it him
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType
 
 from torch import nn
 
-from normfree.code.asking import Fate, fate_of, hands_on
+from normfree.code.asking import Fate, fate_of, values_of
 from normfree.code.branching import is_run_whole
-from normfree.code.bytecode import index_of, instructions
-from normfree.code.chains import Chain, is_of_file
+from normfree.code.bytecode import called_by, instructions
+from normfree.code.chains import ANY, Chain
 from normfree.code.chains import chains as chains_of
+from normfree.code.failing import fails_by
+from normfree.code.functions import is_dunder
 from normfree.code.handing import Handed
 from normfree.code.holding import reached
 from normfree.code.opening import Opened
+from normfree.code.paths import Paths
 from normfree.code.reach import Function
+from normfree.code.seen import was_seen
+from normfree.code.sequences import calls_whole, calls_wholes
 from normfree.code.straight import comes_elsewhere, passes_on, shared
-from normfree.code.using import calls_variable, contained, is_argument, is_read, is_test, part_of, takes_some
-from normfree.code.words import holds, leads_in, looks_at_variables, may_take_any, meaning
-from normfree.tracing.callers import Call, Place
+from normfree.code.using import (
+    calls_variable,
+    contained,
+    is_argument,
+    is_read,
+    is_test,
+    part_of,
+    taken,
+    takes_own,
+    takes_some,
+)
+from normfree.code.words import holds, looks_at_variables, may_take_any, meaning
+from normfree.tracing.callers import Call
 
 __all__ = ["Named", "find_named"]
 
@@ -78,19 +91,13 @@ class _Reading:
         for front, backs in pairs.items():
             for back in backs:
                 self.backs[back].add(front)
-        self.instances: dict[type, list[nn.Module]] = defaultdict(list)
-        self.by_name: dict[str, list[nn.Module]] = defaultdict(list)
-        for module in model.modules():
-            for cls in type(module).__mro__:
-                self.instances[cls].append(module)
-            for name, child in module._modules.items():
-                if child is not None:
-                    self.by_name[name].append(child)
+        self.paths = Paths(model)
         self.opened = Opened(pairs, self.backs)
         self.loose = False  # some forward reads the weight of what it was handed
         self.handed: dict[str, set[int]] = defaultdict(set)  # what functions hand out, by their names
         self.names: Counter[str] = Counter()
         self.loads: Counter[object] = Counter()
+        self.texts: set[str] = set()  # with which a name begins that is no written text
         self.given = Handed(model, (module for module in model.modules() if id(module) in named.called))
 
     def read(self, function: Function) -> None:
@@ -99,7 +106,7 @@ class _Reading:
         leads, follows = set[tuple[int, int]](), set[tuple[int, int]]()  # calls of two that go together, one by one
         around = function.whole.__globals__
         keeps = not function.broken or calls_variable(function.code)
-        uses = [(chain, *use) for chain in chains for use in self._uses(chain, function)]
+        uses = [(chain, *use) for chain in chains for use in self.paths.ends(chain, function, self.given)]
         ends = {(chain.end, id(module)): chain for chain, module, _ in uses}
         self.opened.mentioned.update((id(module), function.code) for _, module, _ in uses)
         others = (chain for chain in chains if chain.base != function.owner_name)
@@ -119,17 +126,21 @@ class _Reading:
                 together = {id(module), *self.pairs.get(id(module), ()), *self.backs[id(module)]}
                 self.named.called |= set() if function.broken or put >= together else {id(module)}
             elif chain.calls or is_run_whole(steps, chain.start, chain.value, around):
-                if not self._was_seen(module, function.code, chain, chains):
+                if not was_seen(self.called.get(id(module)), module, function.code, chain, chains):
                     here = chain.end, id(module)
                     self._call(id(module), here in leads, here in follows)
             elif not is_test(steps, chain.value + 1):
                 whole = function.forward and holds(module)
                 fate = Fate.USED if whole else fate_of(function.code, chain.value, around, holds=holds(module))
                 inner = function.code is not function.whole.__code__
-                if fate is Fate.ASKED or not keeps or (fate is Fate.HANDED_OUT and function.broken):
+                if fate is Fate.ASKED or (fate is Fate.HANDED_OUT and function.broken):
+                    continue
+                given = called_by(steps, taken(steps, chain.value)) if is_argument(steps, chain.value) else ()
+                if not keeps and (not given or fails_by(given, function.owner_name, function.owner, around)):
                     continue
                 if fate is Fate.HANDED_OUT and not (function.forward or inner):
-                    self.handed[function.code.co_name].add(id(module))
+                    for name in function.names:
+                        self.handed[name].add(id(module))
                     self.given.hand_out(function, module)
                     continue
                 part = part_of(module, steps[chain.end + 1 : chain.end + 3])
@@ -137,19 +148,45 @@ class _Reading:
                     self._use(module)
                 self.given.hand_on(function, [module] if is_argument(steps, chain.value) else contained(module))
                 if holds(module):
-                    self.opened.open(module, function.code, None if part is None else [part])
-                    owners = self.instances[function.owner] if function.owner is not None else []
+                    self._go_through(module, part, chain.value, function)
+                    owners = self.paths.instances[function.owner] if function.owner is not None else []
                     self.opened.go_through(module, chain, function, owners)
                     if function.forward and takes_some(steps, chain.end):
                         self.named.called.update(map(id, module._modules.values()))
         for chain in chains:
             self.opened.changed.update(chain.names[: None if chain.puts or not is_read(steps, chain.end) else -1])
         self.names.update(set(function.code.co_names))
-        self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and s.opname != "LOAD_CONST")
-        owners = self.instances.get(function.owner, []) if function.owner else []
-        if owners and hands_on(function.code, function.owner_name, around):
-            self.given.hand_on(function, owners)
+        self.loads.update(s.argval for s in steps if s.opname.startswith("LOAD_") and isinstance(s.argval, str))
+        self.texts |= {chain.names[-1].removesuffix(ANY) for chain in chains if chain.names[-1].endswith(ANY)}
+        self._read_itself(function)
         self._read_texts(function)
+
+    def _go_through(self, module: nn.Module, part: nn.Module | None, value: int, function: Function) -> None:
+        """Note that some code takes what is in a sequence, or one part of it, and what is in that again."""
+        self.opened.open(module, function.code, None if part is None else [part])
+        if part is not None and holds(part) and not calls_whole(function.code, value + 2):
+            self._go_through(part, None, value + 2, function)
+        if part is None and not calls_wholes(function.code, value):
+            for below in (below for child in module.children() for below in contained(child)):
+                if holds(below):
+                    self.opened.open(below, function.code)
+
+    def _read_itself(self, function: Function) -> None:
+        """Note what a method does with its own module as a value."""
+        owners = self.paths.instances.get(function.owner, []) if function.owner else []
+        values = values_of(function.code, function.owner_name) if owners else []
+        fates = [fate_of(function.code, i, function.whole.__globals__, holds=holds(owners[0])) for i in values]
+        if Fate.USED in fates:
+            self.given.hand_on(function, owners)
+        for module in filter(holds, owners):
+            if values and "super" in function.code.co_names:  # which goes through it as well
+                self.named.called.update(map(id, module.children()))
+            for i, fate in zip(values, fates, strict=True):
+                if fate is Fate.USED:
+                    self._go_through(module, None, i, function)
+        for module in owners if not function.forward and takes_own(function.code, function.owner_name) else ():
+            if id(module) in self.pairs or id(module) in self.backs:
+                self._use(module)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:
         """Note what an attribute of a module, or of what it holds, leads to."""
@@ -169,45 +206,12 @@ class _Reading:
     def _read_texts(self, function: Function) -> None:
         """Note what a text may lead to, or whoever looks at the variables of a function."""
         if may_take_any(function.code):
-            starts = self.instances.get(function.owner, []) if function.owner else [self.model]
+            starts = self.paths.instances.get(function.owner, []) if function.owner else [self.model]
             self.named.called.update(id(below) for start in starts for below in start.modules())
         if looks_at_variables(function.code):
             for module, calls in self.called.items():
                 if any(place.code is function.code for call in calls for place in call.places):
                     self.named.called.add(module)
-
-    def _uses(self, chain: Chain, function: Function) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-        """Yield the modules that a chain of names may end at, each with the names that are left."""
-        own, around = chain.base is not None and chain.base == function.owner_name, function.whole.__globals__
-        home = self.instances.get(function.owner) if own and function.owner else None
-        first = (
-            1 if own and home is None else 0
-        )  # what an object holds is known, and whose class is none of the model's
-        known = next((i for i, n in enumerate(chain.names) if i >= first and n in self.by_name), None)
-        inside = next((i for i, n in enumerate(chain.names) if i >= own and leads_in(n, unknown=True)), None)
-        if known is None and inside is not None and not is_of_file(function.code, chain, around):
-            self.given.take(function, chain, chain.names[inside:])
-        if home is None and known is None:
-            return
-        starts = home or self.by_name[chain.names[known or 0]]
-        names = chain.names if home else chain.names[(known or 0) + 1 :]
-        for start in starts:
-            module, rest = start, names
-            while rest and module._modules.get(rest[0]) is not None:
-                module, rest = module._modules[rest[0]], rest[1:]  # type: ignore[assignment]  # it is no None
-            if rest != chain.names or (rest[:1] and leads_in(rest[0])):
-                yield module, rest
-
-    def _was_seen(self, module: nn.Module, code: CodeType, chain: Chain, chains: tuple[Chain, ...]) -> bool:
-        """Whether the call that a chain ends in is the one that was seen."""
-        for call in self.called.get(id(module), ()):
-            for place, inner in zip(call.places, (*call.places[1:], None), strict=True):
-                if place.code is code and _calls(call, inner, module):
-                    at = index_of(place)
-                    same = [c for c in chains if c.names[-1:] == chain.names[-1:] and chain.end < c.end <= at]
-                    if chain.end < at and not same:
-                        return True
-        return id(module) not in self.called
 
     def _call(self, layer: int, leads: bool, follows: bool) -> None:
         """Note a call that no run came to, and whether what goes behind the layer, and before it, is called with it."""
@@ -225,7 +229,7 @@ class _Reading:
     def finish(self, functions: list[Function]) -> None:
         """Note what is held by what somebody goes through, but for where only that led to the calls that were seen."""
         for name, modules in self.handed.items():
-            self.named.called |= modules if self.names[name] else set()
+            self.named.called |= modules if self.names[name] or self.loads[name] or is_dunder(name) else set()
         asked = {*self.pairs, *self.backs} - self.named.called
         for module, code, parts in self.given.taken(functions) if asked else ():
             self.opened.open(module, code, parts)
@@ -234,15 +238,8 @@ class _Reading:
         for layer, norms in self.pairs.items():
             for norm in norms:
                 for call in self.called[layer]:
-                    if comes_elsewhere(call, max(self.called[norm], key=partial(shared, call)), self.loads):
+                    if comes_elsewhere(call, max(self.called[norm], key=partial(shared, call)), self.loads, self.texts):
                         self.named.pairs.add((layer, norm))
         if self.loose:
             for read in self.named.read.values():
                 read.update(self.named.called)
-
-
-def _calls(call: Call, inner: Place | None, module: nn.Module) -> bool:
-    """Whether it is the call of a module that has brought a function where it stands, and ``inner`` to run."""
-    forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    around = any(place.code is forward for place in call.places)  # else it is the layer itself
-    return around == (inner is not None) and (inner is None or inner.code is forward)

@@ -17,7 +17,8 @@ from torch import nn
 
 from normfree.code.bytecode import called_by, function_of, instructions
 from normfree.code.chains import chains
-from normfree.code.reach import codes_of, own_functions
+from normfree.code.functions import codes_of
+from normfree.code.reach import own_functions
 
 __all__ = ["Setting", "asks_the_process", "settings_of"]
 

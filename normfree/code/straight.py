@@ -54,7 +54,7 @@ def shared(layer: Call, norm: Call) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> bool:
+def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int], texts: Set[str]) -> bool:
     """Whether a function that calls only one of two, for one that calls both, may be called by others too.
 
     The methods of the whole model are there for whoever uses it, but for those whose names begin with ``_``.
@@ -62,17 +62,28 @@ def comes_elsewhere(layer: Call, norm: Call, loads: Mapping[object, int]) -> boo
     Args:
         layer: A call of the first.
         norm: One of the second.
-        loads: How often each name is taken in the code that was read.
+        loads: How often each name is taken, or written as a text, in the code that was read.
+        texts: With what the names begin that are made there.
     """
     count = shared(layer, norm)
     known = behind(layer.places[count - 1], layer.places[count:])[1] if count else 1
-    model = layer.places[0].owner
-    inside = [
-        (place.code.co_name, place.owner is model is not None)
-        for place in (*layer.places[count:], *norm.places[count:])
-    ]
-    named = [(n, own) for n, own in inside if n != "forward" and not n.endswith(("comp>", "genexpr>"))]
-    return any(n == "<lambda>" or loads[n] > known or (own and n[0] != "_") for n, own in named)
+    model, by_text = layer.places[0].owner, tuple(texts)
+    inside = [place for place in (*layer.places[count:], *norm.places[count:]) if not _is_forward(place.code.co_name)]
+    called = [(name, place.owner is model is not None) for place in inside for name in _names(place)]
+    return any(
+        name == "<lambda>" or loads[name] > known or name.startswith(by_text) or (own and name[0] != "_")
+        for name, own in called
+    )
+
+
+def _is_forward(name: str) -> bool:
+    return name == "forward" or name.endswith(("comp>", "genexpr>"))
+
+
+def _names(place: Place) -> set[str]:
+    """Return the names of a function: its own, and those that its module's class has for it."""
+    own = ((n, getattr(value, "__code__", None)) for cls in type(place.owner).__mro__ for n, value in vars(cls).items())
+    return {place.code.co_name, *(name for name, code in own if code is place.code)}
 
 
 def _is_straight(place: Place, start: int, end: int, passed: Set[Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.code.bytecode import Step, called_by, callee, function_of, instructions
-from normfree.code.reach import is_foreign
+from normfree.code.functions import is_foreign
 
 __all__ = [
     "ABOUT",
@@ -25,14 +26,16 @@ __all__ = [
     "part_of",
     "taken",
 ]
-__all__ += ["takes_some", "works"]
+__all__ += ["takes_own", "takes_some", "uses_called", "works"]
 
 _ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
 """Functions that call nothing that they are given."""
 ABOUT = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "grad", "keys"})
 """What can be asked of a weight without its values."""
-_FUNCTIONS = frozenset(name for name in vars(F) if not name.startswith("_")) | {"matmul", "einsum"}
+_FUNCTIONS = frozenset(name for name, value in vars(F).items() if name.islower() and callable(value))
+_FUNCTIONS |= {"matmul", "einsum", "mm", "addmm", "bmm", "baddbmm", "addmv", "tensordot", "inner", "functional_call"}
 """By these a weight works."""
+_KEEPS = ("BUILD_", "LIST_", "BINARY_OP", "RETURN_", "YIELD_", "STORE_ATTR")
 _GATHERING = ("list", "tuple", "dict", "iter", "next", "reversed", "sorted", "zip")
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 _PUTTING_NOTHING = ("STORE_", "DELETE_", "POP_", "LIST_", "SET_", "MAP_")
@@ -55,7 +58,8 @@ def taken(steps: Sequence[Step], i: int) -> int:
             end = next(k for k in range(end, len(steps)) if steps[k].offset == step.argval)
             continue
         height += step.effect
-        if step.jumps or height < (1 if step.opname.startswith(_PUTTING_NOTHING) else 2):
+        ended = height < (1 if step.opname.startswith(_PUTTING_NOTHING) else 2)
+        if step.jumps or step.opname.startswith("UNPACK_") or ended:
             break
         end += 1
     return end
@@ -98,7 +102,7 @@ def works(code: CodeType, i: int, around: Mapping[str, Any], seen: frozenset[str
     steps = instructions(code)
     end = taken(steps, i)
     step, name = steps[end], str(steps[end].argval)
-    if not _FUNCTIONS.isdisjoint(code.co_names) or step.opname.startswith(("BUILD_", "LIST_")):
+    if not _FUNCTIONS.isdisjoint(code.co_names) or step.opname.startswith(_KEEPS):
         return True
     if step.opname == "STORE_FAST" and name not in seen:
         loads = (k for k, load in enumerate(steps) if load.opname == "LOAD_FAST" and load.argval == name)
@@ -113,10 +117,29 @@ def works(code: CodeType, i: int, around: Mapping[str, Any], seen: frozenset[str
     if own and (own[-1] == steps[i] or own[0].argval in _GATHERING):  # it is called itself; a list of it
         return works(code, end, around, seen)
     if not own:
-        return step.opname.startswith("CALL") or step.told == "@"
+        return step.opname.startswith("CALL")
     known = own[0].opname == "LOAD_GLOBAL" and (function is None or not isinstance(function, FunctionType))
-    filled = str(own[-1].argval).endswith("_")  # ``init.zeros_(layer.weight)``
+    filled = str(own[-1].argval).endswith("_") and own[0].opname == "LOAD_GLOBAL"  # ``init.zeros_(layer.weight)``
     return not (filled or known or (isinstance(function, FunctionType) and is_foreign(function)))
+
+
+def uses_called(code: CodeType) -> bool:
+    """Whether a function does something with what a call of one of its variables returns."""
+    steps = instructions(code)
+    ends = [i for i, step in enumerate(steps[:-1]) if step.opname.startswith("CALL")]
+    used = (i for i in ends if steps[i + 1].opname != "POP_TOP")
+    own = (callee(called_by(steps, i, deciding=True)) for i in used)
+    made = {b.argval for a, b in pairwise(steps) if a.opname in ("MAKE_FUNCTION", "SET_FUNCTION_ATTRIBUTE")}
+    kinds = ("LOAD_FAST", "LOAD_DEREF", "BINARY_SUBSCR", "CALL")
+    return any(parts and parts[-1].opname in kinds and parts[-1].argval not in made for parts in own)
+
+
+def takes_own(code: CodeType, name: str | None) -> bool:
+    """Whether a method of a layer runs it, or takes its weight or bias."""
+    steps = instructions(code)
+    own = [i for i, step in enumerate(steps[:-1]) if step.argval == name and step.opname.startswith("LOAD_")]
+    read = any(steps[i + 1].argval in ("weight", "bias", "forward", "_conv_forward") for i in own)
+    return read or "super" in code.co_names or any(is_called(steps, i) for i in own)
 
 
 def takes_some(steps: Sequence[Step], i: int) -> bool:

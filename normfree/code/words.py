@@ -104,6 +104,7 @@ def may_take_any(code: CodeType) -> bool:
     loaded = {i: s.argval for i, s in enumerate(steps) if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     named = not (_ANY_ATTRIBUTE.isdisjoint(code.co_names) and _ANY_GLOBAL.isdisjoint(loaded.values()))
     classes = any(step.opname == "STORE_ATTR" and step.argval == "__class__" for step in steps)
+    classes |= any(step.opname == "MATCH_CLASS" for step in steps)  # the attributes are no names of the code
     inside = "vars" in loaded.values() and calls_variable(code, result=True)
     given = code.co_name == "__get__" and not _OF_MODULES.isdisjoint(code.co_names)
     return (
