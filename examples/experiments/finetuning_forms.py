@@ -72,8 +72,8 @@ first root mean square an output behind a norm that went was at most in a hundre
 `one unit` is the form of the last version, run there: whole filters in units of 2, and heads as large as 8. It and
 `units 1` left layers without a bias as they were, of which pre-activation networks have some.
 
-Batches of 2 and 64 are of one seed, and so are networks of which the last stage alone is trained, or the head is kept.
-Open: three seeds of those, other rates of lite1 and lite2, and three seeds of `tf_efficientnet_lite0` by plain SGD."""
+Batches of 2 and 64 are of one seed, and so are most cells of ImageNet's networks, and rates of one seed beside others.
+Open: three seeds of those, other rates of lite1 and lite2, and of solar cells."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ _ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_", "FORMAT_")
 _VARIABLES = ("LOAD_FAST", "LOAD_DEREF")
 _BY_TEXT = ("getattr", "setattr", "delattr")
 
+_SAME = ("enumerate", "reversed", "list", "tuple", "iter", "sorted", "set")
+"""Functions that hand on what they are given one by one."""
 _UNPACKED = ("GET_ITER", "FOR_ITER", "UNPACK_SEQUENCE", "STORE_FAST")
 _FAR = 50
 """Variables that a value is followed through."""
@@ -119,9 +121,16 @@ def _fate_of_all(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen 
         seen: Variables that are being followed.
     """
     steps, name = instructions(code), str(instructions(code)[i].argval)
-    if [step.opname for step in steps[i + 1 : i + 3]] != ["CALL", "GET_ITER"]:
+    if steps[i + 1].opname != "CALL":
         return Fate.USED
-    inner, head = code, i + 3
+    end, numbered = i + 1, False
+    while (by := _builtin(steps, taken(steps, end))) in _SAME:
+        end, numbered = taken(steps, end), numbered or by == "enumerate"
+    if by == "len":
+        return Fate.ASKED
+    inner, head = code, end + 2
+    if steps[end + 1].opname != "GET_ITER":
+        return Fate.USED
     if steps[head].opname == "CALL":  # of a comprehension
         made = [step.argval for step in called_by(steps, head)[:1]]
         inner = made[0] if made and isinstance(made[0], CodeType) else code
@@ -131,11 +140,18 @@ def _fate_of_all(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen 
         return Fate.USED
     count = steps[head + 1].arg or 0 if steps[head + 1].opname == "UNPACK_SEQUENCE" else 0
     last = steps[head + 1 + count]  # what comes before it is a name
-    known = last.opname == "STORE_FAST" and (count == 0 or (count == 2 and name.startswith(("named", "items"))))
+    paired = numbered + name.startswith(("named", "items"))  # by a number or a name, but not by both
+    known = last.opname == "STORE_FAST" and paired < 2 and count == 2 * paired
     fate = _of_variable(inner, last.argval, around, seen, listed=False) if known else Fate.USED
     if inner is code or fate is not Fate.HANDED_OUT:
         return fate
-    return _of_first(code, i + 4, around, seen)
+    return _of_first(code, end + 3, around, seen)
+
+
+def _builtin(steps: Sequence[Step], i: int) -> str:
+    """Return which function of one argument an instruction calls, if a name alone leads to it."""
+    own = callee(called_by(steps, i))
+    return str(own[0].argval) if len(own) == 1 and own[0].opname == "LOAD_GLOBAL" and steps[i].arg == 1 else ""
 
 
 def _of_first(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen) -> Fate:

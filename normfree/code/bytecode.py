@@ -134,6 +134,8 @@ def read(steps: Iterable[Step]) -> Iterator[Step]:
             yield step._replace(argval=None, arg=None, effect=-1 - keyed)
         elif name == "BINARY_OP" and step.told == "[]":
             yield step._replace(opname="BINARY_SUBSCR", argval=None, arg=None)
+        elif name == "LOAD_SUPER_ATTR":  # what it takes is ``super``, a class, and the module
+            yield step._replace(opname="LOAD_METHOD" if "NULL" in step.told else "LOAD_ATTR", effect=-2)
         elif name == "LOAD_ATTR":
             yield step._replace(opname="LOAD_METHOD" if "NULL" in step.told else name, effect=0)
         else:

@@ -28,7 +28,7 @@ __all__ = [
 ]
 __all__ += ["takes_own", "takes_some", "uses_called", "works"]
 
-_ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable")
+_ASKING = ("isinstance", "issubclass", "type", "len", "id", "hasattr", "callable", "str", "repr", "format", "print")
 """Functions that call nothing that they are given."""
 ABOUT = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "grad", "keys"})
 """What can be asked of a weight without its values."""

@@ -433,7 +433,9 @@ class Harmless(nn.Module):
 
     def describe(self) -> str:
         kinds = [type(module).__name__ for module in self.modules() if hasattr(module, "weight")]
-        return f"{kinds} {sum(p.numel() for p in self.parameters())} {any(m.training for m in self.modules())}"
+        print(self.blocks[0].c)  # noqa: T201
+        count = len(list(self.modules())) + sum(i for i, m in enumerate(self.modules()) if m.training)
+        return f"{kinds} {sum(p.numel() for p in self.parameters())} {any(m.training for m in self.modules())} {count}"
 
     def merge(self) -> None:
         def inside(net: nn.Module) -> None:

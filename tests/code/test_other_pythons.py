@@ -137,3 +137,18 @@ def test_what_was_recorded_is_what_this_python_makes(name: str) -> None:
     if version in RECORDED:
         found, expected = (list(read(as_made_by(v, name))) for v in (HERE, version))
         assert [s.opname for s in found] == [s.opname for s in expected]
+
+
+def test_an_attribute_of_super_is_one_of_the_module() -> None:
+    """As Python 3.12 and later write ``super().children()``."""
+    written = [
+        Step("LOAD_GLOBAL", "super", 0, 2, False, False, 1, "super"),
+        Step("LOAD_DEREF", "__class__", 1, 12, False, False, 1, "__class__"),
+        Step("LOAD_FAST", "self", 0, 14, False, False, 1, "self"),
+        Step("LOAD_SUPER_ATTR", "children", 5, 16, False, False, -1, "NULL|self + children"),
+        Step("CALL", 0, 0, 20, False, False, -1, ""),
+    ]
+    steps = list(read(written))
+    assert [(step.opname, step.argval) for step in steps[-2:]] == [("LOAD_METHOD", "children"), ("CALL", 0)]
+    assert steps[2:3] == [step for step in steps if step.argval == "self"]
+    assert [step.argval for step in callee(called_by(steps, 4))] == ["super", "__class__", "self", "children"]
