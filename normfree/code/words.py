@@ -102,7 +102,8 @@ def may_take_any(code: CodeType) -> bool:
     """Whether a function makes attributes of texts in ways that cannot be read, or an object one of another class."""
     steps = instructions(code)
     loaded = {i: s.argval for i, s in enumerate(steps) if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    named = not (_ANY_ATTRIBUTE.isdisjoint(code.co_names) and _ANY_GLOBAL.isdisjoint(loaded.values()))
+    taken_by_name = {s.argval for s in steps if s.opname.startswith(("LOAD_", "IMPORT_")) and isinstance(s.argval, str)}
+    named = not (_ANY_ATTRIBUTE.isdisjoint(taken_by_name) and _ANY_GLOBAL.isdisjoint(loaded.values()))
     classes = any(step.opname == "STORE_ATTR" and step.argval == "__class__" for step in steps)
     classes |= any(step.opname == "MATCH_CLASS" for step in steps)  # the attributes are no names of the code
     inside = "vars" in loaded.values() and calls_variable(code, result=True)
