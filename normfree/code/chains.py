@@ -77,7 +77,9 @@ def chains(code: CodeType) -> tuple[Chain, ...]:
         elif i == start and steps[i].argval in _BY_TEXT and _gives_other(steps, i):
             texts, value, i, puts = [ANY], taken(steps, i), i + 1, steps[i].argval != "getattr"
         ends = [(*names, text) for text in texts] or ([tuple(names)] if names else [])
-        found += [Chain(start, i - 1, base, end, calls, value, puts) for end in ends]
+        above = _is_super(steps, start - 1) or (start > 1 and steps[start - 2].argval == "super")
+        if not (above and names == [code.co_name]):  # ``super().forward(x)`` in a forward is no other call
+            found += [Chain(start, i - 1, base, end, calls, value, puts) for end in ends]
         i = i if ends else start + 1
     return tuple(found)
 

@@ -41,6 +41,7 @@ from normfree.code.using import (
     takes_some,
 )
 from normfree.code.words import holds, looks_at_variables, may_take_any, meaning
+from normfree.norms import is_norm
 from normfree.tracing.callers import Call
 
 __all__ = ["Named", "find_named"]
@@ -185,7 +186,7 @@ class _Reading:
                 if fate is Fate.USED:
                     self._go_through(module, None, i, function)
         for module in owners if not function.forward and takes_own(function.code, function.owner_name) else ():
-            if id(module) in self.pairs or id(module) in self.backs:
+            if (id(module) in self.pairs or id(module) in self.backs) and not is_norm(module):  # whose methods go
                 self._use(module)
 
     def _read_attribute(self, chain: Chain, module: nn.Module, rest: tuple[str, ...], function: Function) -> None:

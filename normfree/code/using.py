@@ -36,6 +36,7 @@ _FUNCTIONS = frozenset(name for name, value in vars(F).items() if name.islower()
 _FUNCTIONS |= {"matmul", "einsum", "mm", "addmm", "bmm", "baddbmm", "addmv", "tensordot", "inner", "functional_call"}
 """By these a weight works."""
 _KEEPS = ("BUILD_", "LIST_", "BINARY_OP", "RETURN_", "YIELD_", "STORE_ATTR")
+_RUNNING = ("forward", "__call__", "_conv_forward")
 _GATHERING = ("list", "tuple", "dict", "iter", "next", "reversed", "sorted", "zip")
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 _PUTTING_NOTHING = ("STORE_", "DELETE_", "POP_", "LIST_", "SET_", "MAP_")
@@ -138,8 +139,9 @@ def takes_own(code: CodeType, name: str | None) -> bool:
     """Whether a method of a layer runs it, or takes its weight or bias."""
     steps = instructions(code)
     own = [i for i, step in enumerate(steps[:-1]) if step.argval == name and step.opname.startswith("LOAD_")]
-    read = any(steps[i + 1].argval in ("weight", "bias", "forward", "_conv_forward") for i in own)
-    return read or "super" in code.co_names or any(is_called(steps, i) for i in own)
+    read = any(steps[i + 1].argval in ("weight", "bias", *_RUNNING) for i in own)
+    base = "super" in code.co_names and not set(_RUNNING).isdisjoint(code.co_names)
+    return read or base or any(is_called(steps, i) for i in own)
 
 
 def takes_some(steps: Sequence[Step], i: int) -> bool:
