@@ -17,20 +17,17 @@ from torch import nn
 from normfree.code.bytecode import Step, called_by, callee, function_of, instructions
 from normfree.code.chains import ANY, Chain
 from normfree.code.reach import Function
-from normfree.code.using import asks, taken
+from normfree.code.using import MOVING, ONE_BY_ONE, asks, taken
 from normfree.code.words import is_way_in, looks_at_variables
 
 __all__ = ["Fate", "fate_inside", "fate_of", "values_of"]
 
-_MOVING = ("COPY", "SWAP", "ROT_", "DUP_")
 _HOLDERS = (nn.Sequential, nn.ModuleList)
 _TAKING_IN = ("append", "extend", "insert")
 _ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_", "FORMAT_")
 _VARIABLES = ("LOAD_FAST", "LOAD_DEREF")
 _BY_TEXT = ("getattr", "setattr", "delattr")
 
-_SAME = ("enumerate", "reversed", "list", "tuple", "iter", "sorted", "set")
-"""Functions that hand on what they are given one by one."""
 _UNPACKED = ("GET_ITER", "FOR_ITER", "UNPACK_SEQUENCE", "STORE_FAST")
 _FAR = 50
 """Variables that a value is followed through."""
@@ -60,7 +57,7 @@ def fate_of(code: CodeType, i: int, around: Mapping[str, Any], *, holds: bool = 
         return _follow(code, i, around, frozenset())
     steps = instructions(code)
     end = taken(steps, i)
-    moved = any(between.opname.startswith(_MOVING) for between in steps[i + 1 : end + 1])
+    moved = any(between.opname.startswith(MOVING) for between in steps[i + 1 : end + 1])
     if steps[end].opname.startswith(("RETURN_", "YIELD_")) and not moved:
         return Fate.HANDED_OUT
     known = steps[end].opname.startswith((*_ASKING, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"))
@@ -76,7 +73,7 @@ def _follow(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen, list
     steps = instructions(code)
     end = taken(steps, i)
     step = steps[end]
-    if any(between.opname.startswith(_MOVING) for between in steps[i + 1 : end + 1]):
+    if any(between.opname.startswith(MOVING) for between in steps[i + 1 : end + 1]):
         return Fate.USED  # there may be two of it now
     if step.opname.startswith(("RETURN_", "YIELD_")):
         return Fate.HANDED_OUT
@@ -124,7 +121,7 @@ def _fate_of_all(code: CodeType, i: int, around: Mapping[str, Any], seen: _Seen 
     if steps[i + 1].opname != "CALL":
         return Fate.USED
     end, numbered = i + 1, False
-    while (by := _builtin(steps, taken(steps, end))) in _SAME:
+    while (by := _builtin(steps, taken(steps, end))) in ONE_BY_ONE:
         end, numbered = taken(steps, end), numbered or by == "enumerate"
     if by == "len":
         return Fate.ASKED

@@ -13,7 +13,7 @@ from torch import nn
 from normfree.code.asking import Fate, fate_inside
 from normfree.code.bytecode import instructions
 from normfree.code.chains import ANY, Chain, kind_behind
-from normfree.code.functions import codes_of, is_dunder, tells_nothing
+from normfree.code.functions import codes_of, is_dunder, names_in, tells_nothing
 from normfree.code.reach import Function, functions_named_by
 from normfree.code.using import calls_variable, contained, uses_called
 from normfree.code.words import leads_deep
@@ -80,7 +80,7 @@ class Handed:
         if not self._takings:
             return
         read = {function.whole: function for function in functions}
-        names = {f: {name for code in codes_of(f.__code__) for name in code.co_names} for f in read}
+        names = {f: names_in(f) for f in read}
         known = {name for own in names.values() for name in own}
         leads = {f: functions_named_by(f, names[f], read) for f in read}
         silent = _silent(read, names, leads)

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from types import CodeType
 
 from normfree.code.bytecode import Step, called_by, callee, instructions
-from normfree.code.using import asks, taken
+from normfree.code.using import MOVING, ONE_BY_ONE, asks, taken
 
 __all__ = ["calls_whole", "calls_wholes"]
 
-_SAME = ("enumerate", "reversed", "list", "tuple", "iter")
-"""By these one goes through a sequence, too."""
 _ASKING = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_TOP", "FORMAT_")
 _LOADS = ("LOAD_FAST",)
 
@@ -33,7 +31,7 @@ def calls_wholes(code: CodeType, i: int, seen: frozenset[str] = frozenset(), *, 
         return True
     end = taken(steps, i)
     step = steps[end]
-    if any(between.opname.startswith(("COPY", "SWAP", "DUP_", "ROT_")) for between in steps[i + 1 : end + 1]):
+    if any(between.opname.startswith(MOVING) for between in steps[i + 1 : end + 1]):
         return False
     if step.opname == "STORE_FAST":
         loads = _loads(code, step.argval)
@@ -50,7 +48,7 @@ def calls_wholes(code: CodeType, i: int, seen: frozenset[str] = frozenset(), *, 
         pair = not counted or (steps[end + 2].opname == "UNPACK_SEQUENCE" and steps[end + 2].arg == 2)
         return pair and loads is not None and all(calls_whole(code, k, seen | {store.argval}) for k in loads)
     own = callee(called_by(steps, end))
-    if len(own) == 1 and own[0].opname == "LOAD_GLOBAL" and own[0].argval in _SAME and step.arg == 1:
+    if len(own) == 1 and own[0].opname == "LOAD_GLOBAL" and own[0].argval in ONE_BY_ONE and step.arg == 1:
         return calls_wholes(code, end, seen, counted=counted or own[0].argval == "enumerate")
     return step.opname.startswith(_ASKING) or asks(steps, end)
 

@@ -16,6 +16,8 @@ from normfree.code.functions import is_foreign
 
 __all__ = [
     "ABOUT",
+    "MOVING",
+    "ONE_BY_ONE",
     "asks",
     "calls_variable",
     "contained",
@@ -38,6 +40,10 @@ _FUNCTIONS |= {"matmul", "einsum", "mm", "addmm", "bmm", "baddbmm", "addmv", "te
 _KEEPS = ("BUILD_", "LIST_", "BINARY_OP", "RETURN_", "YIELD_", "STORE_ATTR")
 _RUNNING = ("forward", "__call__", "_conv_forward")
 _GATHERING = ("list", "tuple", "dict", "iter", "next", "reversed", "sorted", "zip")
+MOVING = ("COPY", "SWAP", "ROT_", "DUP_")
+"""Instructions behind which a value may be there twice."""
+ONE_BY_ONE = ("enumerate", "reversed", "list", "tuple", "iter", "sorted", "set")
+"""Functions that hand on what they are given one by one."""
 _TESTS = ("POP_JUMP_IF_NONE", "POP_JUMP_IF_NOT_NONE")
 _PUTTING_NOTHING = ("STORE_", "DELETE_", "POP_", "LIST_", "SET_", "MAP_")
 """Instructions that take from the stack and leave nothing there."""
