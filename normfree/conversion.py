@@ -83,8 +83,9 @@ def convert(
     """Return a copy of ``model`` without batch normalisation: same class, same methods, one alpha a residual branch.
 
     SkipInit (De & Smith, NeurIPS 2020, section 4): a residual branch that starts near zero needs no normalisation.
-    Every norm is removed, and the layer that fed it gets a bias. Under ``"preserve"`` weights, biases and alphas are
-    learnt in units in which they train at the learning rates that the original liked: behind a constant of each
+    Every norm is removed. The layer that fed it gets a bias, or under ``"preserve"`` takes gain, bias and alpha from
+    where the norm was, as it runs: whoever calls one of the two alone gets what he always got. There all are learnt in
+    units in which they train at the learning rates that the original liked: behind a constant of each
     channel, as if the input had no mean, and with less of the mean of each filter; see :class:`normfree.edits.Units`.
 
     Args:

@@ -30,15 +30,18 @@ class NormEdit:
         aliases: Further names of the same module.
         type: Its class.
         feed: What computes its input.
-        action: ``fold``: its gain and bias (under ``skipinit`` only a bias) move onto ``producer``.
-            ``affine``: a per-channel gain and bias stay in the slot. ``delete``: nothing stays.
-            ``bias``: a per-channel bias stays. ``keep``: the norm stays.
+        action: ``fold``: ``producer`` takes gain and bias into its weight where it is called directly before the slot
+            that holds them; under ``skipinit`` it gets a bias, and nothing stays. ``affine``: a per-channel gain and
+            bias stay in the slot. ``delete``: nothing stays. ``bias``: a per-channel bias stays. ``keep``: the norm
+            stays.
         producer: The layer that takes gain and bias.
         reason: Why.
         copy: The slot copies, because somebody writes into it in place.
         into: The layer that alone reads what stays in the slot, and takes it, or some of it, when the model is fused.
-        through: Modules between the two, and what only one of them stands in: a hook there sees what passes.
-        moves: How much of it the layer takes.
+        through: Modules between the slot and ``into``, or ``producer``, and what only one of them stands in: a hook
+            there sees what passes.
+        moves: How much of it the layer behind takes.
+        gain_learns: The gain in the slot is a parameter: where a gamma is zero, a weight before it alone never learns.
     """
 
     name: str
@@ -52,6 +55,7 @@ class NormEdit:
     into: str | None = None
     through: tuple[str, ...] = ()
     moves: Moves = "affine"
+    gain_learns: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,13 @@ class Carried:
         unit: How many times the original weight its weight is; of a head, found when the plan is applied.
         centred: Whether it learns as if its input had no mean: what it meets is known from the norms.
         head: Whether it is what the last norms feed.
-        learns_gain: Whether its gain is a parameter: where a gamma is zero, a weight behind it alone would never learn.
         mean_unit: How many times less than the rest of a filter its mean over its positions moves.
+        keeps_bias: Its bias learns on, besides that in the slot behind it, since somebody else uses it.
     """
 
     path: str
     unit: float
     centred: bool
     head: bool = False
-    learns_gain: bool = False
     mean_unit: float = 1.0
+    keeps_bias: bool = False

@@ -37,6 +37,7 @@ class Plan:
         reset: Those layers are drawn anew.
         out_of_place: Activations that must no longer work in place.
         inplace_activations: Whether the others may; if not, what carries an alpha hands out copies.
+        unpaired: Modules that keep their class, since a forward asks for it: they call a layer and its slot one by one.
         opaque: Why the model, or one mode of it, was not seen running: its name (empty), the error and where it arose;
             and the modules with a hook that did not run.
         looked: What the model was run on to see what it does, and who said so.
@@ -67,6 +68,7 @@ class Plan:
     looked: str = ""
     reset: bool = True
     inplace_activations: bool = True
+    unpaired: tuple[str, ...] = ()
     fused: bool = False
     calibrated: str = ""
     merged: tuple[str, ...] = ()
@@ -85,6 +87,18 @@ class Plan:
     def removed(self) -> tuple[NormEdit, ...]:
         """Every norm that goes."""
         return tuple(edit for edit in self.norms if edit.action != "keep")
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Every layer that takes gain and bias from the slot behind it, with the slot (``preserve``)."""
+        if self.init != "preserve":
+            return {}
+        return {edit.producer: edit.name for edit in self.removed if edit.producer is not None}
+
+    @property
+    def keeping_bias(self) -> frozenset[str]:
+        """Layers whose own bias learns on."""
+        return frozenset(carried.path for carried in self.carried if carried.keeps_bias)
 
     @property
     def sites(self) -> frozenset[str]:

@@ -17,7 +17,6 @@ from normfree.analysis.moments import known_inputs
 from normfree.analysis.sites import Site, agree, find_site, rescaled_layers
 from normfree.analysis.sums import Kind, SumNode, find_sums
 from normfree.analysis.tails import Candidate, find_candidates
-from normfree.tracing.callers import Call
 from normfree.tracing.traces import Trace
 
 __all__ = ["Branch", "Findings", "Site", "Sum", "analyse", "flows"]
@@ -60,7 +59,6 @@ class Findings:
         functional: Places where ``F.batch_norm`` normalises an activation.
         read: Norms of which a forward reads a tensor besides calling it, with the name of the tensor.
         parameters: Parameters that a forward reads itself, other than by calling the module that holds them.
-        called: The calls of norms, and of layers that may take their gain, that were seen.
     """
 
     sites: Mapping[str, Site]
@@ -71,7 +69,6 @@ class Findings:
     functional: tuple[str, ...]
     read: Mapping[str, str]
     parameters: frozenset[str]
-    called: Mapping[str, tuple[Call, ...]]
 
 
 def flows(
@@ -101,7 +98,6 @@ def analyse(
     known, functional = dict[str, bool](), dict[str, None]()
     read: dict[str, str] = {}
     parameters: set[str] = set()
-    called: dict[str, tuple[Call, ...]] = {}
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
@@ -111,8 +107,6 @@ def analyse(
         parameters.update(str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
         known.update({path: known.get(path) or after for path, after in known_inputs(flow).items()})
         rescaled.update(rescaled_layers(flow))
-        for path, call in flow.graph.called.items():
-            called[path] = (*called.get(path, ()), call)
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
                 site = find_site(flow, node)
@@ -132,7 +126,7 @@ def analyse(
         name: _without_doubtful_producer(site, consumers, owners, unseen) for name, site in found_sites.items()
     }
     sums, held = tuple(found_sums.values()), frozenset(parameters)
-    return Findings(found_sites, sums, rescaled, known, frozenset(fixed), tuple(functional), read, held, called)
+    return Findings(found_sites, sums, rescaled, known, frozenset(fixed), tuple(functional), read, held)
 
 
 def _only_norm(flow: Flow, node: fx.Node, first: Mapping[str, str]) -> str | None:

@@ -33,18 +33,16 @@ class Taker:
         node: The call of the layer.
         moves: What it can take of the norm.
         through: The modules between the two, and those that hold these alone.
-        names: The functions between the two.
     """
 
     node: fx.Node
     moves: Moves
     through: tuple[str, ...]
-    names: frozenset[str]
 
 
 def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
     """Return what takes gain and bias of the norm that ``node`` calls, if anything can."""
-    act, axis, through, names, owners = flow.activation_in(node), 1, list[str](), set[str](), list[str]()
+    act, axis, through, owners = flow.activation_in(node), 1, list[str](), list[str]()
     found = ["affine" if act is None else passes(act)]
     given, next_ = node, _only(flow, node)
     while next_ is not None and not flow.carries(next_):
@@ -55,8 +53,6 @@ def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
         axis = passed[1]
         if next_.op == "call_module":
             through.append(str(next_.target))
-        else:
-            names.add(name_of(next_))
         owners.append(flow.graph.owners[next_])
         given, next_ = next_, _only(flow, next_)
     layer = None if next_ is None or not flow.called_once(next_) else flow.module(next_)
@@ -65,11 +61,11 @@ def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
     moves = weakest([*found, takes_affine(layer)])
     ends = f"{node.target}.", f"{next_.target}."
     around = {path for owner in owners for path in _within(owner) if not any(e.startswith(f"{path}.") for e in ends)}
-    return None if moves is None else Taker(next_, moves, (*through, *sorted(around)), frozenset(names))
+    return None if moves is None else Taker(next_, moves, (*through, *sorted(around)))
 
 
-def moved_from(flow: Flow, node: fx.Node) -> tuple[fx.Node, frozenset[str]]:
-    """Return what feeds a norm, seen through functions that only move its channels to their place, with their names."""
+def moved_from(flow: Flow, node: fx.Node) -> fx.Node:
+    """Return what feeds a norm, seen through functions that only move its channels to their place."""
     above, between = flow.inputs[node][0], list[fx.Node]()
     while above.op in ("call_method", "call_function") and flow.roles[above] is Role.RESHAPE:
         between.append(above)
@@ -78,10 +74,10 @@ def moved_from(flow: Flow, node: fx.Node) -> tuple[fx.Node, frozenset[str]]:
     for moved in reversed(between):
         passed = _passed(flow, moved, axis) if len(flow.users[moved]) == 1 else None
         if passed is None:
-            return flow.inputs[node][0], frozenset()
+            return flow.inputs[node][0]
         axis = passed[1]
     known = axis == 1 and flow.roles[above] is Role.CONV
-    return (above, frozenset(map(name_of, between))) if known else (flow.inputs[node][0], frozenset())
+    return above if known else flow.inputs[node][0]
 
 
 def _within(path: str) -> list[str]:

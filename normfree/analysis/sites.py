@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
@@ -12,7 +11,6 @@ from normfree.analysis.activations import Activation, as_activation, following
 from normfree.analysis.flow import Flow, Role
 from normfree.analysis.passing import find_taker, moved_from
 from normfree.analysis.writing import is_fresh, writers_of, writes_into
-from normfree.code.straight import always_together
 from normfree.layers.passing import Moves, weakest
 from normfree.norms import describe
 
@@ -28,7 +26,6 @@ class Site:
         feed: What computes its input, for people.
         producer: The conv or linear that feeds it and nothing else, if both are called once; else ``None``.
         why: Why there is no producer.
-        apart: Why the two may not always be called together, although they were.
         between: Modules whose forward only one of the two is called in.
         into: The layer that alone reads its output, behind what lets some of it pass, and is always called with it.
         moves: What that can take.
@@ -48,7 +45,6 @@ class Site:
     feed: str
     producer: str | None
     why: str
-    apart: str
     between: tuple[str, ...]
     into: str | None
     moves: Moves
@@ -66,9 +62,9 @@ class Site:
 def find_site(flow: Flow, node: fx.Node) -> Site:
     """Return what one graph says about the norm that ``node`` calls."""
     source = flow.inputs[node][0]
-    layer, names = moved_from(flow, node)
+    layer = moved_from(flow, node)
     producer, why = _producer(flow, node, layer)
-    apart, between = ("", ()) if producer is None else _together(flow, producer, str(node.target), names)
+    between = () if producer is None else _around_one(flow, producer, str(node.target))
     into, moves, behind, through = _into(flow, node)
     writers, unsafe = writers_of(flow, node)
     feeds = tuple(dict.fromkeys(_feeds(flow, node)))
@@ -78,7 +74,6 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
         feed=_feed(flow, layer),
         producer=producer,
         why=why,
-        apart=apart,
         between=between,
         into=into,
         moves=moves,
@@ -122,14 +117,10 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     return str(source.target), ""
 
 
-def _together(flow: Flow, first: str, second: str, passed: Iterable[Any] = ()) -> tuple[str, tuple[str, ...]]:
-    """Say why two layers may not always be called one after the other, and which modules stand between them."""
+def _around_one(flow: Flow, first: str, second: str) -> tuple[str, ...]:
+    """Return the modules that were running when one of two layers was called, and not when the other was."""
     one, other = flow.graph.called[first], flow.graph.called[second]
-    between = tuple(
-        path for path in dict.fromkeys(one.modules + other.modules) if (path in one.modules) != (path in other.modules)
-    )
-    apart = f"the code that calls {first} may do something else with what it returns"
-    return "" if always_together(one, other, frozenset(passed)) else apart, between
+    return tuple(path for path in dict.fromkeys(one + other) if (path in one) != (path in other))
 
 
 def _into(flow: Flow, node: fx.Node) -> tuple[str | None, Moves, tuple[str, ...], tuple[str, ...]]:
@@ -137,9 +128,8 @@ def _into(flow: Flow, node: fx.Node) -> tuple[str | None, Moves, tuple[str, ...]
     taker = find_taker(flow, node)
     if taker is None:
         return None, "affine", (), ()
-    into, parts = str(taker.node.target), [flow.modules[path] for path in taker.through]
-    apart, behind = _together(flow, str(node.target), into, [*parts, *taker.names])
-    return (None, "affine", (), ()) if apart else (into, taker.moves, behind, taker.through)
+    into = str(taker.node.target)
+    return into, taker.moves, _around_one(flow, str(node.target), into), taker.through
 
 
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
@@ -199,7 +189,6 @@ def agree(known: Site | None, site: Site) -> Site:
         name=site.name,
         feed=known.feed,
         producer=known.producer if same else None,
-        apart=known.apart or site.apart,
         between=tuple(dict.fromkeys(known.between + site.between)),
         into=known.into if known.into == site.into else None,
         moves=weakest((known.moves, site.moves)) or "gain",

@@ -6,9 +6,10 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from normfree import zoo
 from normfree.conversion import convert
@@ -17,8 +18,9 @@ from normfree.errors import UsageError
 from normfree.layers import ChannelAffine, ScaledWeight
 from normfree.norms import Norm, describe, find_norms
 from normfree.planning.plan import plan
-from normfree.plans import PLAN_ATTRIBUTE, Plan
+from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
+from normfree.rewriting.pairing import unpaired_
 from normfree.tracing.copying import deep_copy
 
 __all__ = ["ARMS", "Arm", "Subject", "arm_names", "build_arms"]
@@ -104,20 +106,31 @@ def _normfree(subject: Subject) -> Arm:
 def _activation(subject: Subject) -> Arm:
     """Gain, bias and alpha of the converted model on activations, as every other implementation has them."""
     model = convert(subject.model, init=subject.init)
-    made: Plan = model.__dict__[PLAN_ATTRIBUTE]
-    folded = {edit.producer for edit in made.norms} if made.init == "preserve" else set()
+    unpaired_(model)
+    behind = {model.get_submodule(layer): model.get_submodule(slot) for layer, slot in Plan.of(model).pairs.items()}
     slots: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, ScaledWeight):
-            gain = bias = None
-            if name in folded and layer.gain is not None:
-                gain, bias = nn.Parameter(layer.gain.clone()), nn.Parameter(layer.bias.detach() / layer.bias_unit)
-                layer.gain = layer.center = layer.at_center = layer.bias = None
             raw, layer.raw_alpha = layer.raw_alpha, None
-            affine = ChannelAffine(gain, bias, raw, layer.alpha_channels, unit=layer.alpha_unit)
-            slots[name] = nn.Sequential(fuse_(nn.Sequential(layer))[0], affine)
+            affine = ChannelAffine(raw_alpha=raw, channels=layer.alpha_channels, unit=layer.alpha_unit)
+            slot, plain = behind.get(layer), fuse_(nn.Sequential(layer))[0]
+            if isinstance(slot, ChannelAffine):
+                _as_a_norm_has_them(slot, plain)
+            slots[name] = plain if raw is None else nn.Sequential(plain, affine)
     _put(model, slots)
     return Arm(model)
+
+
+@torch.no_grad()
+def _as_a_norm_has_them(slot: ChannelAffine, plain: nn.Module) -> None:
+    """Give a slot a gain and a bias that learn, with the bias of the layer in front of it."""
+    gain, bias = cast(Tensor, slot.gain) * slot.gain_unit, cast(Tensor, slot.bias) / slot.bias_unit
+    own = plain._parameters["bias"]
+    plain._parameters["bias"] = None
+    slot.gain_unit = slot.bias_unit = 1.0
+    slot.__dict__.pop("gain", None)
+    slot._parameters["gain"] = nn.Parameter(gain)
+    slot.bias = nn.Parameter(bias if own is None else bias + gain * own)
 
 
 def _bare(subject: Subject) -> Arm:

@@ -22,11 +22,9 @@ from normfree.proofs.reference import Reference
 
 __all__ = ["FORMAT", "Header", "read_header", "read_plan", "weights_in"]
 
-FORMAT, _OLDEST = 6, 3
-"""1: converted models. 2: also fused ones, and the original's norms beside the plan. 3: weights in units, with
-constants in place of gains that were trained; files of the earlier form are refused. 4: the means of filters in units
-of their own; files of format 3 learn on as they did. 5: layers without a bias are centred. 6: what is made of a mean is
-kept without the gain, and called `at_center`, not `offset`."""
+FORMAT = 7
+"""Since 7 the slot of a norm holds gain, bias and alpha, which were on the layer in front of it; files of earlier forms
+are refused."""
 _KEY, _NORMS = "normfree", "normfree.norms"
 WEIGHTS = "model.safetensors"
 """Their name in a folder, by the convention of the Hugging Face Hub."""
@@ -115,10 +113,10 @@ def read_header(path: str | Path) -> Header:
             raise CheckpointError(
                 f"{path}: format {version} of normfree {written}, newer than the {FORMAT} known here; update normfree"
             )
-        if version < _OLDEST:
+        if version < FORMAT:
             raise CheckpointError(
-                f"{path}: format {version}, in which gain and weight were two parameters; this version reads formats "
-                f"{_OLDEST} and {FORMAT}: convert the original again, or use the version that wrote the file"
+                f"{path}: format {version}, in which gain and bias were on the layers in front of the slots; this "
+                f"version reads format {FORMAT}: convert the original again, or use the version that wrote the file"
             )
         fields = {name: raw.get(name) for name in ("source", "num_classes", "reference", "input_size")}
         fields["norms"] = found.get(_NORMS)

@@ -20,12 +20,11 @@ from normfree.checkpoint.checking import said_by_timm
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import ANY, Choice, is_mapped, prefix_of, read_weights, reader, without_prefix
-from normfree.layers import mean_of
+from normfree.layers import mean_of, shift
 from normfree.options import Asked, Options
 from normfree.planning.plan import look
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.applying import rewrite
-from normfree.rewriting.units import made_of
 from normfree.tracing.trace import example_input
 from normfree.training.initialization import Draw, draws, he_normal_, zero_biases_
 
@@ -111,7 +110,7 @@ def _scaled(
         if layer.filter_mean is not None:
             layer.filter_mean = mean_of(weight * unit)
         if layer.center is not None:
-            layer.at_center = made_of(weight * unit, layer.gain, layer.center)
+            layer.at_center = shift(weight * unit, layer.center)
         if key is None:
             layer.weight.mul_(unit)
         else:

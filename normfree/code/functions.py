@@ -1,41 +1,47 @@
-"""Functions as they are: what is wrapped around them, what they name, and whose they are."""
+"""The functions of a model: the methods of its classes, and what these name."""
 
 from __future__ import annotations
 
 import functools
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
-from normfree.code.bytecode import instructions, returns
+__all__ = ["MERGING", "bases", "codes_of", "forward_functions", "names_in", "other_functions", "own_functions"]
 
-__all__ = [
-    "bases",
-    "codes_of",
-    "is_dunder",
-    "is_foreign",
-    "methods_of",
-    "named_by",
-    "names_in",
-    "plain",
-    "tells_nothing",
-]
+MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which blocks merge their branches, in the order in which timm looks for them; they want norms."""
+_Methods = Mapping[str, list[FunctionType]]
 
 
-def is_dunder(name: str) -> bool:
-    """Whether Python itself calls a method of such a name."""
-    return name[:2] == "__" == name[-2:]
+def forward_functions(model: nn.Module) -> set[FunctionType]:
+    """Return the functions that a forward of a model, or of a part of it, comes to."""
+    by_name = _by_name(model)
+    made = {name: own for name, own in by_name.items() if name != "__init__"}  # of a new object
+    return _closure([*by_name["forward"], *by_name["__call__"]], made)
 
 
-def tells_nothing(function: FunctionType) -> bool:
-    """Whether a function returns nothing, and yields nothing."""
-    steps, ends = instructions(function.__code__), returns(function.__code__)
-    return bool(ends) and all(steps[i - 1].opname == "LOAD_CONST" and steps[i - 1].argval is None for i in ends)
+def other_functions(model: nn.Module) -> set[FunctionType]:
+    """Return the functions that no forward comes to, but for those that only building a model, or merging it, runs."""
+    by_name = _by_name(model)
+    built = _closure([function for name in ("__init__", *MERGING) for function in by_name[name]], by_name)
+    others = {function for own in by_name.values() for function in own} - built
+    return _closure(others, {}) - built - forward_functions(model)
+
+
+def own_functions(module: nn.Module) -> set[FunctionType]:
+    """Return the forward of a module with the methods and functions that it comes to, but not those of its parts."""
+    by_name: dict[str, list[FunctionType]] = defaultdict(list)
+    for name, function in (pair for cls in reversed(bases(type(module))) for pair in _methods_of(cls)):
+        by_name[name] = [function]
+    return _closure(by_name["forward"], by_name)
 
 
 def bases(cls: type) -> list[type]:
@@ -43,13 +49,50 @@ def bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if not f"{base.__module__}.".startswith(("torch.", "builtins."))]
 
 
-def methods_of(cls: type) -> list[tuple[str, FunctionType]]:
+def names_in(function: FunctionType) -> set[str]:
+    """Return the names in the code of a function, and of those inside of it."""
+    return {name for code in codes_of(function.__code__) for name in code.co_names}
+
+
+def codes_of(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function, and of those inside of it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_of(constant)
+
+
+def _by_name(model: nn.Module) -> dict[str, list[FunctionType]]:
+    """Return the methods of a model's classes by their names."""
+    found: dict[str, list[FunctionType]] = defaultdict(list)
+    for cls in dict.fromkeys(base for module in model.modules() for base in bases(type(module))):
+        for name, function in _methods_of(cls):
+            found[name].append(function)
+    return found
+
+
+def _methods_of(cls: type) -> list[tuple[str, FunctionType]]:
     """Return the methods that a class brings by itself, each with its name."""
-    found = ((name, function) for name, value in vars(cls).items() for function in plain(value))
-    return [(name, function) for name, function in found if not is_foreign(function)]
+    found = ((name, function) for name, value in vars(cls).items() for function in _plain(value))
+    return [(name, function) for name, function in found if not _is_foreign(function)]
 
 
-def plain(value: Any) -> list[FunctionType]:
+def _closure(start: Iterable[FunctionType], methods: _Methods) -> set[FunctionType]:
+    """Return some functions with the methods and the functions that they name, and that these name."""
+    found: set[FunctionType] = set()
+    waiting = list(start)
+    while waiting:
+        function = waiting.pop()
+        if function in found or _is_foreign(function):
+            continue
+        found.add(function)
+        for name in names_in(function):
+            waiting += methods.get(name, ())
+        waiting += [other for value in _named_by(function) for other in _plain(value)]
+    return found
+
+
+def _plain(value: Any) -> list[FunctionType]:
     """Return the function in a method, a property or whatever is wrapped around it, and what is wrapped around."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
@@ -68,14 +111,9 @@ _WRAPPED = 10
 """Decorators around a function."""
 
 
-def names_in(function: FunctionType) -> set[str]:
-    """Return the names in the code of a function, and of those inside of it."""
-    return {name for code in codes_of(function.__code__) for name in code.co_names}
-
-
-def named_by(function: FunctionType) -> Iterator[Any]:
+def _named_by(function: FunctionType) -> Iterator[Any]:
     """Yield what a function names of its file, of files that it imports, and of classes, with these themselves."""
-    names = {name for code in codes_of(function.__code__) for name in code.co_names}
+    names = names_in(function)
     home = function.__globals__.get("__package__")
     waiting, seen = [function.__globals__.get(name) for name in names], set[int]()
     waiting += [sys.modules.get(name) or sys.modules.get(f"{home}.{name}") for name in names]  # imported inside
@@ -83,7 +121,7 @@ def named_by(function: FunctionType) -> Iterator[Any]:
         value = waiting.pop()
         if not isinstance(value, ModuleType):
             yield value
-        if isinstance(value, (type, ModuleType)) and id(value) not in seen and not is_foreign(value):
+        if isinstance(value, (type, ModuleType)) and id(value) not in seen and not _is_foreign(value):
             seen.add(id(value))
             waiting += [vars(value)[name] for name in names if name in vars(value)]
 
@@ -100,18 +138,10 @@ def _is_of_others(file: str) -> bool:
     return own or "numpy" in path.parts or any(other in path.parents for other in _OTHERS)
 
 
-def is_foreign(value: Any) -> bool:
+def _is_foreign(value: Any) -> bool:
     """Whether a function, a class or a module is Python's own, or of what knows nothing of models."""
     if isinstance(value, FunctionType):
         return _is_of_others(value.__code__.co_filename)
     module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
     file = getattr(module, "__file__", None)  # what is typed in has none
     return getattr(module, "__name__", "") in sys.builtin_module_names if file is None else _is_of_others(file)
-
-
-def codes_of(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function, and of those inside of it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from codes_of(constant)

@@ -5,6 +5,7 @@ A forward that is written anew from one run goes the way that these told it, so 
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 from collections.abc import Iterator
@@ -15,10 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.code.bytecode import called_by, function_of, instructions
-from normfree.code.chains import chains
-from normfree.code.functions import codes_of
-from normfree.code.reach import own_functions
+from normfree.code.functions import names_in, own_functions
+from normfree.code.text import tree_of
 
 __all__ = ["Setting", "asks_the_process", "settings_of"]
 
@@ -50,19 +49,49 @@ def settings_of(module: nn.Module) -> tuple[Setting, ...]:
     """
     found: dict[tuple[str, ...], Setting] = {}
     for function in own_functions(module):
-        for code in codes_of(function.__code__):
-            named = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-            plain = {name: copy.copy(value) for name, value in named.items() if _is_plain(value)}
-            found |= {(name,): Setting((name,), value, function.__globals__) for name, value in plain.items()}
-            for chain in (chain for chain in chains(code) if not chain.puts):
-                value: Any = module
-                for end, name in enumerate(chain.names, 1):
-                    held = value._modules if isinstance(value, nn.Module) else {}
-                    value = held[name] if name in held else inspect.getattr_static(value, name, NotImplemented)
-                    names = chain.names[:end]
-                    if _is_plain(value) and names != ("training",):
-                        found[names] = Setting(names, copy.copy(value))
+        around = function.__globals__
+        named = {name: around[name] for name in names_in(function) if name in around}
+        plain = {name: copy.copy(value) for name, value in named.items() if _is_plain(value)}
+        found |= {(name,): Setting((name,), value, around) for name, value in plain.items()}
+        for chain in _chains(function):
+            value: Any = module
+            for end, name in enumerate(chain, 1):
+                held = value._modules if isinstance(value, nn.Module) else {}
+                value = held[name] if name in held else inspect.getattr_static(value, name, NotImplemented)
+                names = chain[:end]
+                if _is_plain(value) and names != ("training",):
+                    found[names] = Setting(names, copy.copy(value))
     return tuple(found.values())
+
+
+def _chains(function: FunctionType) -> Iterator[tuple[str, ...]]:
+    """Yield the names behind a variable, ``self.a.b``, or all names where no text is known."""
+    tree = tree_of(function)
+    if tree is None:
+        yield from ((name,) for name in names_in(function))
+        return
+    for node in ast.walk(tree):
+        names: list[str] = []
+        while True:
+            text = _asked_by_text(node)
+            if text is not None:
+                names.insert(0, text)
+                node = node.args[0]  # type: ignore[attr-defined]  # a call
+            elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
+                names.insert(0, node.attr)
+                node = node.value
+            else:
+                break
+        if names and isinstance(node, ast.Name):
+            yield tuple(names)
+
+
+def _asked_by_text(node: ast.AST) -> str | None:
+    """Return the attribute that ``getattr`` is given as a written text."""
+    if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1):
+        return None
+    text = node.args[1]
+    return text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -77,9 +106,18 @@ def asks_the_process(module: nn.Module) -> str:
 
 
 def _asked(function: FunctionType) -> Iterator[str]:
-    for code in codes_of(function.__code__):
-        steps = instructions(code)
-        for i in (i for i, step in enumerate(steps) if step.opname.startswith("CALL") and step.arg == 0):
-            parts = called_by(steps, i)
-            if isinstance(function_of(parts, function.__globals__), BuiltinFunctionType):
-                yield str(parts[-1].argval)
+    tree = tree_of(function)
+    for node in () if tree is None else ast.walk(tree):
+        if isinstance(node, ast.Call) and not node.args and not node.keywords:
+            value, name = _named(node.func, function.__globals__)
+            if isinstance(value, BuiltinFunctionType):
+                yield name
+
+
+def _named(node: ast.expr, around: dict[str, Any]) -> tuple[Any, str]:
+    """Return what globals have under some names, and the last of these."""
+    if isinstance(node, ast.Name):
+        return around.get(node.id), node.id
+    if isinstance(node, ast.Attribute):
+        return inspect.getattr_static(_named(node.value, around)[0], node.attr, None), node.attr
+    return None, ""

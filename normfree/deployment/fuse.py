@@ -14,6 +14,7 @@ from normfree.deployment.merging import merge_
 from normfree.deployment.outputs import absorb_output_, output_in_torch_alone_
 from normfree.deployment.plain import plain_
 from normfree.deployment.slots import in_torch_alone
+from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
     ChannelAffine,
@@ -26,11 +27,14 @@ from normfree.layers import (
     alpha_scale,
     is_normfree,
 )
+from normfree.layers.pairs import merged as merged_affine
 from normfree.layers.reparametrized import check_plain
-from normfree.plans import PLAN_ATTRIBUTE, plan_on
+from normfree.planning.hooks import any_global_hook, hooks_on
+from normfree.plans import PLAN_ATTRIBUTE, Plan, plan_on
 from normfree.rewriting.changing import become
 from normfree.rewriting.hints import no_hint_
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE
+from normfree.rewriting.pairing import unpaired_
 from normfree.tracing.copying import deep_copy
 
 __all__ = ["FuseWarning", "bake_", "fuse", "fuse_", "multiplying"]
@@ -47,6 +51,8 @@ def fuse(model: M) -> M:
 
     ``alpha * (gain * conv(x; W) + b) == conv(x; alpha * gain * W) + alpha * b``: the same function, up to rounding.
     Blocks that bring a method to merge their parallel branches (RepVGG, MobileOne and others of timm) are merged by it.
+    What is fused does what the run of the conversion has seen. A method that calls a layer without its norm, which a
+    converted model keeps exact, gets gain and bias with its output from now on.
     For inference that is all. A fused model trains too, but in plain coordinates: at much smaller learning rates than
     before, since a step of a folded weight is 10 to 30 times as large (``examples/experiments/finetuning_forms.py``).
 
@@ -102,7 +108,13 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     Raises:
         UnsupportedModelError: A weight would not be finite.
     """
-    combined = {name: m.combined() for name, m in model.named_modules() if isinstance(m, ScaledWeight)}
+    plan = plan_on(model)
+    pairs = {} if plan is None else _pairs(model, plan)
+    combined = {
+        name: m.combined(merged_affine(m, pairs[name][0]) if name in pairs else None)
+        for name, m in model.named_modules()
+        if isinstance(m, ScaledWeight)
+    }
     problems = [
         f"{name} ({type(model.get_submodule(name)).__name__}): its weight and bias overflow {str(weight.dtype)[6:]} "
         "once gain and alpha are in them; fuse in float32"
@@ -112,14 +124,21 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     if problems:
         raise UnsupportedModelError(tuple(problems))
     for name, (weight, bias) in combined.items():
-        _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias)
+        slot, _ = pairs.get(name, (None, None))
+        _bake(cast(ScaledWeight, model.get_submodule(name)), weight, bias, slot)
+        if slot is not None:
+            _empty(slot)
+    unpaired_(model)
     for module in model.modules():
         if isinstance(module, ChannelAffine):
             _bake_affine(module)
         elif isinstance(module, ScaledOutput):
             absorb_output_(module)
-    plan = plan_on(model)
     if plan is not None:
+        taken = {edit for _, edit in pairs.values()}
+        left = {e for e in plan.norms if e.producer is not None and e not in taken and plan.init == "preserve"}
+        norms = (replace(e, action="affine", producer=None) if e in left else e for e in plan.norms)
+        plan = replace(plan, norms=tuple(norms))
         plan = replace(absorb_(model, plan, merged is not None), fused=True)
         plan = replace(plan, merged=merge_(model, plan, merged))
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
@@ -134,21 +153,51 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
     no_hint_(model)
 
 
-def _bake(layer: ScaledWeight, weight: Tensor, bias: Tensor | None) -> None:
+def _pairs(model: nn.Module, plan: Plan) -> dict[str, tuple[ChannelAffine, NormEdit]]:
+    """Return by the name of each layer the slot that it takes in, unless a hook sees what passes between them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[ChannelAffine, NormEdit]] = {}
+    for edit in plan.removed:
+        layer, slot = modules.get(str(edit.producer)), modules.get(edit.name)
+        if plan.init != "preserve" or not isinstance(layer, ScaledWeight) or not isinstance(slot, ChannelAffine):
+            continue
+        between = [modules[path] for path in edit.through if path in modules]
+        watched = hooks_on(cast(nn.Module, layer)) - {"_forward_pre_hooks"} or any(map(hooks_on, (slot, *between)))
+        if layer.feeds_slot and not (watched or any_global_hook()):
+            found[str(edit.producer)] = slot, edit
+    return found
+
+
+def _empty(slot: ChannelAffine) -> None:
+    """Take gain and bias out of a slot, and alpha where it has scaled nothing else."""
+    if slot.drop is None and slot.act is None:
+        become(slot, nn.Identity().train(slot.training))
+        return
+    slot.__dict__.pop("gain", None)
+    slot._parameters["gain"] = slot._parameters["bias"] = None
+    slot.copy = False
+
+
+def _bake(layer: ScaledWeight, weight: Tensor, bias: Tensor | None, slot: ChannelAffine | None) -> None:
     """Give a carrier its combined weight and its old class back.
 
     The parameters are new ones: a weight that is tied to another layer's stays there what it was.
     """
-    module = cast(nn.Module, layer)
-    trains, learns = layer.weight.requires_grad, layer.weight if layer.bias is None else layer.bias
+    module, own = cast(nn.Module, layer), layer.bias if slot is None else slot.bias
+    trains, learns = layer.weight.requires_grad, layer.weight if own is None else own
     plain_(module)
     module._parameters["weight"] = nn.Parameter(weight.clone(), trains)  # which keeps channels last
     module._parameters["bias"] = None if bias is None else nn.Parameter(bias, learns.requires_grad)
 
 
 def _bake_affine(slot: ChannelAffine) -> None:
-    """Fold alpha into gain and bias, where no activation stands between them."""
+    """Take bias and gain out of their units, and alpha into gain and bias, where no activation stands between them."""
     raw = slot.raw_alpha
+    if slot.bias is not None and slot.bias_unit != 1.0:
+        slot.bias = nn.Parameter(slot.bias / slot.bias_unit, slot.bias.requires_grad)
+    if slot.gain is not None:
+        slot.gain.mul_(slot.gain_unit)
+    slot.bias_unit = slot.gain_unit = 1.0
     if raw is None or slot.act is not None or slot.drop is not None or (slot.gain is None and slot.bias is None):
         return
     like = cast(Tensor, slot.gain if slot.gain is not None else slot.bias)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.code.functions import MERGING
 from normfree.deployment.outputs import scaled_like, unscaled_output_
 from normfree.edits import NormEdit
 from normfree.layers import ChannelAffine, ScaledOutput, is_normfree
@@ -24,7 +25,6 @@ from normfree.tracing.copying import deep_copy
 
 __all__ = ["merge_"]
 
-_METHODS = ("fuse", "reparameterize", "switch_to_deploy")  # in the order in which timm looks for them
 _TOLERANCE = 1e-9
 """Relative to the largest output."""
 
@@ -63,7 +63,7 @@ def _edits(path: str, plan: Plan) -> list[NormEdit]:
 
 
 def _may_merge(path: str, block: nn.Module, plan: Plan) -> bool:
-    return any(callable(getattr(block, name, None)) for name in _METHODS) and bool(_edits(path, plan))
+    return any(callable(getattr(block, name, None)) for name in MERGING) and bool(_edits(path, plan))
 
 
 def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Module | None:
@@ -76,7 +76,7 @@ def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Modul
         unscaled_output_(copied)
     try:
         _give_norms(path, copied, plan)
-        method = next(name for name in _METHODS if hasattr(copied, name))
+        method = next(name for name in MERGING if hasattr(copied, name))
         with torch.device(like.device), _Doubled():
             made: Any = getattr(copied, method)()
         made = made if isinstance(made, nn.Module) else copied

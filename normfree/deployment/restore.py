@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.fuse import FuseWarning, multiplying
-from normfree.deployment.plain import learnt, unscaled_, without_norm_
+from normfree.deployment.plain import moved, unscaled_, without_norm_
 from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
@@ -29,7 +29,8 @@ from normfree.norms import describe
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.changing import become
 from normfree.rewriting.hints import no_hint_
-from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals, folded
+from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
+from normfree.rewriting.pairing import unpaired_
 from normfree.tracing.copying import deep_copy
 
 __all__ = ["restore", "restore_"]
@@ -91,7 +92,8 @@ def restore_(model: M) -> M:
             slots[id(modules[alpha.holder])] = nn.Identity()
     for path, bias in originals.biases.items():
         if isinstance(modules[path], ScaledWeight):
-            without_norm_(modules[path], bias, units.get(path, 1.0))
+            own = cast(ScaledWeight, modules[path]).bias if path in plan.keeping_bias else bias
+            without_norm_(modules[path], own, units.get(path, 1.0))
     for module in list(model.modules()):
         if isinstance(module, ScaledWeight):
             unscaled_(module)
@@ -99,6 +101,7 @@ def restore_(model: M) -> M:
             _own_forward(module, slots)
     for module in {id(module): module for module in modules.values() if id(module) in slots}.values():
         become(module, slots[id(module)])
+    unpaired_(model)
     no_hint_(model)
     for attribute in (PLAN_ATTRIBUTE, ORIGINALS_ATTRIBUTE):
         del model.__dict__[attribute]
@@ -135,36 +138,28 @@ def _norm(
         ValueError: There is none, or the model is no longer what was converted.
     """
     norm = originals.norms[edit.name]
-    if slot is None or not isinstance(layer if edit.producer is not None else slot, (ScaledWeight, ChannelAffine)):
-        raise ValueError(f"what has taken its place is gone from {edit.producer or edit.name}")
-    bias = None if edit.producer is None else originals.biases[edit.producer]
-    gain, shifted = (slot.gain, slot.bias) if layer is None else learnt(cast(ScaledWeight, layer), unit)
-    gain, shifted = cast(Tensor, gain), cast(Tensor, shifted)
+    for path, held, cls in ((edit.name, slot, ChannelAffine), (edit.producer, layer, ScaledWeight)):
+        if path is not None and not isinstance(held, cls):
+            raise ValueError(f"what has taken its place is gone from {path}")
+    slot = cast(ChannelAffine, slot)
+    gain, shifted = cast(Tensor, slot.gain) * slot.gain_unit, cast(Tensor, slot.bias).double() / slot.bias_unit
+    if layer is not None:  # what its weight makes of a mean now, over what it made at the start
+        shifted = shifted + gain.double() * moved(cast(ScaledWeight, layer), unit)
     norm.to(gain.device, gain.dtype)
-    was = folded(describe(norm), bias)
+    was = describe(norm).affine()
     alpha = _alpha(slot)
-    absorbs = getattr(slot, "act", None) is None
-    scales = [
-        alpha_scale(value, channels, len(gain))
-        for value, channels in (
-            (alpha if absorbs else None, getattr(slot, "channels", None)),
-            (_alpha(layer), getattr(layer, "alpha_channels", None)),
-        )
-        if value is not None
-    ]
+    absorbs = slot.act is None
     same = torch.equal(was[0].to(gain), gain) and torch.equal(was[1].to(gain), shifted.to(gain))
-    if not (same and all(map(_is_one, scales))):
-        new_gain, new_shift = gain.double(), shifted.double()
-        for factor in scales:
-            new_gain, new_shift = new_gain * factor.double(), new_shift * factor.double()
-        _solve(norm, new_gain, new_shift if bias is None else new_shift - new_gain * bias.to(new_gain))
+    if not (same and (alpha is None or not absorbs or _is_one(alpha))):
+        factor = alpha_scale(alpha, slot.channels, len(gain)).double() if alpha is not None and absorbs else 1.0
+        _solve(norm, gain.double() * factor, shifted * factor)
     norm.training = slot.training
     if alpha is not None and not absorbs and not _is_one(alpha):
-        if getattr(slot, "channels", None) is not None:
+        if slot.channels is not None:
             raise ValueError("its alpha scales some channels behind an activation, which no norm can")
         norm.__class__ = scaled_output_class(type(norm))
         norm.register_parameter("raw_alpha", slot._parameters["raw_alpha"])
-        norm.__dict__["alpha_unit"] = cast(HasAlpha, slot).alpha_unit
+        norm.__dict__["alpha_unit"] = slot.alpha_unit
     return norm
 
 

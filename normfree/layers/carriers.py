@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
-from normfree.layers.combining import Constants, apart, combine
+from normfree.layers.combining import Affine, Constants, apart, combine
 from normfree.layers.held import HasAlpha, HasConstants, alpha_of
 from normfree.layers.reparametrized import settled
-from normfree.layers.slots import Channels
+from normfree.layers.slots import Channels, alpha_scale
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -45,6 +45,7 @@ class _Scaled(_Module):
     """Part of both mixins: their classes are made at run time, one for each original class."""
 
     _normfree_original: ClassVar[type[nn.Module]]
+    _normfree_class: ClassVar[type[nn.Module]]  # which was made: nobody has derived from it and does something else
 
     def __new__(cls, *args: Any, **_: Any) -> Any:
         """Refuse ``type(layer)(...)``, with which adapters make layers beside one that they wrap."""
@@ -78,55 +79,81 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
         raw_alpha: What is learnt of alpha, ``(1,)``: alpha times :attr:`alpha_unit`; or ``None``.
         gain, center, at_center, filter_mean, bias_unit, mean_unit: See :class:`normfree.layers.Constants`.
         alpha_channels: Range of output channels that alpha scales, or all of them.
+        unit: How many times what it stands for the weight is, and the gain in the slot behind it less.
+        feeds_slot: Whether a bias that learns is in the slot behind the layer, and none here.
+        fixed_bias: ``(C,)``: the bias that such a layer had, or ``None``.
     """
 
     gain: Tensor | None
     center: Tensor | None
     at_center: Tensor | None
     filter_mean: Tensor | None
+    fixed_bias: Tensor | None = None
     bias_unit: float
     mean_unit: float
     alpha_channels: Channels
+    unit: float = 1.0
+    feeds_slot: bool = False
     weight: Any
     bias: Any
 
     @property
     def coordinates(self) -> Constants:
         """The constants of the layer, where its weight is: they have memory on the meta device too."""
+        if self.mean_unit != 1.0 and self._parameters.get("weight") is None:
+            self.mean_unit = settled(cast(nn.Module, self), self._constants())
+        return self._constants()
+
+    def _constants(self) -> Constants:
         held = (self.gain, self.center, self.at_center, self.filter_mean)
         if self.weight.is_meta:
             held = tuple(None if value is None else value.to("meta") for value in held)  # type: ignore[assignment]
         return Constants(*held, self.bias_unit, self.mean_unit)
 
-    def _own_weight(self) -> Tensor:
-        if self.mean_unit != 1.0 and self._parameters.get("weight") is None:
-            self.mean_unit = settled(cast(nn.Module, self), self.coordinates)
-        return cast(Tensor, self.weight)
+    def own(self) -> Affine:
+        """Return what the layer does to what its weight makes, by itself."""
+        constants = self.coordinates
+        bias = self.bias if self.fixed_bias is None else self.fixed_bias.to(self.weight.device)
+        if bias is None and self.feeds_slot and constants.at_center is not None:
+            bias = torch.zeros_like(constants.at_center)  # what it makes of its mean is no bias of its own
+        return Affine(bias, alpha_of(self.raw_alpha, self.alpha_unit), constants, self.alpha_channels)
 
-    def combined(self, exactly: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias that the layer computes with, differentiably; see :class:`Constants`."""
-        weight, constants = self._own_weight(), self.coordinates
+    def combined(self, given: Affine | None = None, exactly: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias that the layer computes with, differentiably; see :class:`Constants`.
+
+        Args:
+            given: What is done to what the weight makes, if not what is the layer's own.
+            exactly: Whether a weight that was not trained comes out bit for bit.
+        """
+        bias, alpha, constants, channels = given or self.own()
+        weight: Tensor = self.weight
         if exactly:
             weight, constants = constants.steadied(weight), constants._replace(filter_mean=None)
-        alpha = alpha_of(self.raw_alpha, self.alpha_unit)
         groups = cast(Any, self).groups if getattr(self, "transposed", False) else None
-        return combine(weight, self.bias, alpha, constants, self.alpha_channels, groups)
+        return combine(weight, bias, alpha, constants, channels, groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the original class does with the combined weight and bias."""
+        return self.computed(None, *args, **kwargs)
+
+    def computed(self, given: Affine | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what :meth:`forward` does, or what it would with another affine."""
         layer, forward = cast(nn.Module, self), cast(Any, self._normfree_original).forward
         if kwargs or not self._narrow(*args):
-            return cast(Tensor, forward(Seen(layer, *self.combined()), *args, **kwargs))
+            return cast(Tensor, forward(Seen(layer, *self.combined(given)), *args, **kwargs))
         # As combined, in another order: alpha and gain come last.
-        weight, bias = apart(self._own_weight(), self.bias, self.coordinates)
-        if self.gain is None:
+        own, alpha, constants, channels = given or self.own()
+        weight, bias = apart(self.weight, own, constants)
+        places = (-1, *(1,) * (weight.dim() - 2))  # channels come before the places of one image
+        if constants.gain is None:
             out = forward(Seen(layer, weight, bias), *args)
         else:
-            places = (-1, *(1,) * (weight.dim() - 2))  # channels come before the places of one image
-            out = forward(Seen(layer, weight, None), *args) * self.gain.reshape(places)
+            out = forward(Seen(layer, weight, None), *args) * constants.gain.reshape(places)
             out = out if bias is None else out + bias.reshape(places)
-        alpha = alpha_of(self.raw_alpha, self.alpha_unit)
-        return cast(Tensor, out if alpha is None else out * alpha.reshape(()))
+        if alpha is None:
+            return cast(Tensor, out)
+        factor = alpha_scale(alpha, channels, len(weight))
+        return cast(Tensor, out * (factor if channels is None else factor.reshape(places)))
 
     def _narrow(self, *args: Any) -> bool:
         """Whether an input has fewer places than a filter has entries, where that says what is cheaper.
@@ -136,7 +163,7 @@ class ScaledWeight(_Scaled, HasConstants, HasAlpha):
         """
         if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].device.type != "cpu":
             return False
-        if self.alpha_channels is not None or getattr(self, "transposed", False):
+        if getattr(self, "transposed", False):
             return False
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
@@ -198,7 +225,8 @@ def _made(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
     if known is not None:
         return known
     members = {"__module__": original.__module__, "_normfree_original": original}
-    made = type(f"Scaled{original.__name__}", (mixin, original), members)
+    made: Any = type(f"Scaled{original.__name__}", (mixin, original), members)
+    made._normfree_class = made
     return _MADE.setdefault((mixin, original), made)  # one class for each, whichever thread comes first
 
 

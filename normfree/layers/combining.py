@@ -32,7 +32,7 @@ from torch import Tensor
 from normfree.layers.derivatives import combined, rows, shift
 from normfree.layers.slots import Channels, alpha_scale
 
-__all__ = ["Constants", "apart", "combine", "mean_of", "shift"]
+__all__ = ["Affine", "Constants", "apart", "combine", "mean_of", "shift"]
 
 
 def mean_of(weight: Tensor) -> Tensor:
@@ -72,6 +72,22 @@ class Constants(NamedTuple):
         if self.filter_mean is None:
             return weight
         return torch.sub(weight, mean_of(weight) - self.filter_mean, alpha=1 - 1 / self.mean_unit)
+
+
+class Affine(NamedTuple):
+    """What is done to what a weight makes: ``alpha * (gain * y + bias / bias_unit)``.
+
+    Attributes:
+        bias: ``(C,)``, or ``None``.
+        alpha: The SkipInit scalar ``(1,)``, or ``None``.
+        constants: The coordinates in which the weight learns; gain and unit of the bias are theirs.
+        channels: Range of output channels that alpha scales, or all of them.
+    """
+
+    bias: Tensor | None
+    alpha: Tensor | None
+    constants: Constants
+    channels: Channels
 
 
 def combine(

@@ -15,7 +15,7 @@ else:
 
 __all__ = ["CONSTANTS", "HasAlpha", "HasConstants", "alpha_of"]
 
-CONSTANTS = ("gain", "center", "at_center", "filter_mean")
+CONSTANTS = ("gain", "center", "at_center", "filter_mean", "fixed_bias")
 """The tensors among a carrier's constants; see :class:`normfree.layers.Constants`."""
 
 

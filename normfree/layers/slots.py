@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from normfree.layers.held import HasAlpha, HasConstants
 
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
 __all__ = [
     "ChannelAffine",
     "Channels",
@@ -65,6 +70,27 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return shaped.to(x.dtype)
 
 
+class _OfNorm(_Module):
+    """Mixin for what stands where a norm was: it tells so whoever reads the norm that it was.
+
+    Who asks politely (``hasattr``, ``getattr`` with a default) is answered as by any other module.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in _OF_NORMS:
+                raise
+            raise AttributeError(
+                f"normfree has converted the norm that had this {name!r}; what merges branches or reads norms wants "
+                "normfree.fuse(model) first, which merges them"
+            ) from error
+
+
+_OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "num_features", "momentum", "affine")
+
+
 class SkipInit(HasAlpha, nn.Module):
     """Multiply by one learnable scalar: the SkipInit multiplier of De & Smith (NeurIPS 2020, section 4).
 
@@ -113,11 +139,12 @@ class SkipInit(HasAlpha, nn.Module):
         return "" if self.channels is None else f"channels={self.channels}"
 
 
-class ChannelAffine(HasConstants, HasAlpha, nn.Module):
-    """What is left of a norm that no weight could absorb: ``alpha * act(drop(gain * x + bias))``.
+class ChannelAffine(_OfNorm, HasConstants, HasAlpha, nn.Module):
+    """What is left of a norm: ``alpha * act(drop(gain_unit * gain * x + bias / bias_unit))``.
 
     Every part may be missing. ``drop`` and ``act`` are the ones a fused norm-and-activation brought along and keep
-    their keys. Without an activation alpha is folded into gain and bias, which costs nothing per image.
+    their keys. Where the layer in front is called directly before it, that takes gain, bias and alpha into its weight
+    (:func:`normfree.layers.pairs.together`); elsewhere they are applied here.
 
     Args:
         gain: Per-channel scale, shape ``(C,)``: a parameter, or a constant, for which no activation is kept.
@@ -128,6 +155,9 @@ class ChannelAffine(HasConstants, HasAlpha, nn.Module):
         act: Activation that followed the norm.
         copy: Whether what comes in must be kept as it is from whatever works in place, as a norm did by itself.
         unit: See :class:`SkipInit`.
+        bias_unit: ``bias`` is that many times what it stands for.
+        gain_unit: ``gain`` is that many times less than what it stands for: as many times as the weight of the layer in
+            front is more.
 
     Shape:
         ``(N, C, *)`` to the same.
@@ -147,11 +177,15 @@ class ChannelAffine(HasConstants, HasAlpha, nn.Module):
         act: nn.Module | None = None,
         copy: bool = False,
         unit: float = 1.0,
+        bias_unit: float = 1.0,
+        gain_unit: float = 1.0,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.copy = copy
         self.alpha_unit = unit
+        self.bias_unit = bias_unit
+        self.gain_unit = gain_unit
         self.gain = gain
         self.register_parameter("bias", bias)
         self.register_parameter("raw_alpha", raw_alpha)
@@ -159,19 +193,31 @@ class ChannelAffine(HasConstants, HasAlpha, nn.Module):
         self.act = act
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``alpha * act(drop(gain * input + bias))``."""
-        last = self.drop is None and self.act is None
+        """Return ``alpha * act(drop(gain_unit * gain * input + bias / bias_unit))``."""
         x = input.clone() if self.copy else input
         alpha: Tensor | None = self.raw_alpha
         if alpha is not None and self.alpha_unit != 1.0:
             alpha = alpha / self.alpha_unit
+        bias: Tensor | None = self.bias
+        if bias is not None and self.bias_unit != 1.0:
+            bias = bias / self.bias_unit
         gain = None if self.gain is None else self.gain.to(input.device)  # a constant has memory on meta too
-        x = affine(x, gain, self.bias, alpha if last else None, self.channels)
+        if gain is not None and self.gain_unit != 1.0:
+            gain = gain * self.gain_unit
+        last = self.drop is None and self.act is None
+        return self.rest(affine(x, gain, bias, alpha if last else None, self.channels))
+
+    def rest(self, x: Tensor) -> Tensor:
+        """Return what is made of ``gain * input + bias``, which alpha has scaled if nothing comes behind it."""
+        last = self.drop is None and self.act is None
+        alpha: Tensor | None = None if last else self.raw_alpha
+        if alpha is not None and self.alpha_unit != 1.0:
+            alpha = alpha / self.alpha_unit
         if self.drop is not None:
             x = self.drop(x)
         if self.act is not None:
             x = self.act(x)
-        if alpha is not None and not last:
+        if alpha is not None:
             x = scale(x, alpha, self.channels)
         return x
 
@@ -189,31 +235,14 @@ class Copy(nn.Module):
         return input.clone()
 
 
-class Vacant(nn.Identity):
-    """Stands where a norm was of which nothing is left here, and tells so whoever reads the norm that it was.
-
-    Who asks politely (``hasattr``, ``getattr`` with a default) is answered as by any identity.
-    """
+class Vacant(_OfNorm, nn.Identity):
+    """Stands where a norm was of which nothing is left here."""
 
     __module__ = nn.Identity.__module__  # torch.fx looks there for what it takes as a whole, as feature extractors do
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _vacant, (), self.__dict__  # pickle looks there too
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name not in _OF_NORMS:
-                raise
-            raise AttributeError(
-                f"normfree has converted the norm that had this {name!r}; what merges branches or reads norms wants "
-                "normfree.fuse(model) first, which merges them"
-            ) from error
-
 
 def _vacant() -> Vacant:
     return Vacant.__new__(Vacant)
-
-
-_OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "num_features", "momentum", "affine")

@@ -7,15 +7,15 @@ the norm does. Most such questions change nothing; whether one does is seen by r
 
 from __future__ import annotations
 
+import ast
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 
 from torch import nn
 
-from normfree.code.chains import chains
-from normfree.code.reach import forward_functions, functions_of
-from normfree.code.using import calls_variable
+from normfree.code.functions import bases, codes_of, forward_functions, names_in, other_functions
+from normfree.code.text import tree_of
 from normfree.layers import scaled_weight_class
 from normfree.plans import Plan
 from normfree.rewriting.preparing import prepare
@@ -55,44 +55,48 @@ def _classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
     for path, carrier in writes.carriers.items():
         if carrier.changes_class:
             after[path] = scaled_weight_class(type(model.get_submodule(path)))
-    for path, (_, made) in (writes.outputs | writes.blocks).items():
+    changed = {path: made for path, (_, made) in (writes.outputs | writes.blocks).items()} | writes.paired
+    for path, made in changed.items():
         original = type(model.get_submodule(path))
         after[path] = type(made.__name__, (original,), {"__module__": made.__module__})
     return after
 
 
-def asked_unseen(model: nn.Module, norms: Mapping[str, object], seen: bool) -> frozenset[str]:
+def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozenset[str]:
     """Return the norms of whose class some code seems to ask where no run saw it: it names what they are.
 
     Args:
         model: The model.
-        norms: The norms that it has, by name.
-        seen: Whether forwards were seen running. Then only what calls something matters, on a path that none took.
+        norms: The norms that it has.
+        seen: Whether forwards were seen running. Then only what calls parts matters, on a path that none took.
     """
     found: set[str] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
-    children = {name.rpartition(".")[2] for name in modules}
-    for function in functions_of(model, forward_functions(model, (), {}), {}):
-        names = set(_names_in_code(function.code))
-        calls = calls_variable(function.code) or any(c.calls and c.names[0] in children for c in chains(function.code))
-        if names.isdisjoint(_ASKING) or function.broken or not (calls if seen else function.forward):
+    parts = {name.rpartition(".")[2] for name in modules}
+    kinds = dict.fromkeys(cls for module in modules.values() for cls in bases(type(module)))
+    owners = {function: cls for cls in kinds for function in vars(cls).values() if callable(function)}
+    for function in forward_functions(model) | (other_functions(model) if seen else set()):
+        words = names_in(function) | {c for code in codes_of(function.__code__) for c in _texts(code)}
+        if words.isdisjoint(_ASKING) or (seen and not _calls_parts(function, parts)):
             continue
-        places = [
-            path for path, module in modules.items() if function.owner is None or isinstance(module, function.owner)
-        ]
+        owner = owners.get(function)
+        places = [path for path, module in modules.items() if owner is None or isinstance(module, owner)]
         for name in (name for name in norms if any(not path or name.startswith(f"{path}.") for path in places)):
-            bases = type(modules[name]).__mro__[: type(modules[name]).__mro__.index(nn.Module)]
-            found.update([name] if not names.isdisjoint(base.__name__ for base in bases) else [])
+            own = type(modules[name]).__mro__[: type(modules[name]).__mro__.index(nn.Module)]
+            found.update([name] if not words.isdisjoint(kind.__name__ for kind in own) else [])
     return frozenset(found)
 
 
 _ASKING = ("type", "__class__", "_get_name", "isinstance", "issubclass")
 
 
-def _names_in_code(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, types.CodeType):  # a comprehension or a lambda
-            yield from _names_in_code(constant)
+def _texts(code: types.CodeType) -> Iterator[str]:
+    return (constant for constant in code.co_consts if isinstance(constant, str))
+
+
+def _calls_parts(function: types.FunctionType, parts: Set[str]) -> bool:
+    """Whether a function calls what one of its variables holds, or a part of a module."""
+    tree, variables = tree_of(function), function.__code__.co_varnames + function.__code__.co_cellvars
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+    own = (isinstance(f, (ast.Subscript, ast.Call)) or getattr(f, "id", "") in variables for f in calls)
+    return tree is None or any(own) or any(getattr(f, "attr", None) in parts for f in calls)

@@ -12,13 +12,12 @@ from torch import nn
 
 from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
-from normfree.code.naming import Named
+from normfree.code.weights import read_elsewhere
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import UnsupportedModelError
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
-from normfree.planning.apart import used_apart
-from normfree.planning.folding import may_be_absorbed, why_not_folded
+from normfree.planning.folding import may_be_absorbed
 from normfree.planning.placing import place_alphas
 from normfree.planning.selecting import kept_norms
 from normfree.plans import Plan
@@ -82,12 +81,12 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
     )
     if problems:
         raise UnsupportedModelError(problems)
-    apart = Named() if skipinit else used_apart(asked.modules, findings)
+    apart = {} if skipinit else read_elsewhere(modules[""], findings.parameters)
     edits = tuple(
         _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
         for name, aliases in asked.norms.items()
     )
-    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, asked.exclude, modules)
+    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, asked.exclude, modules, skipinit)
     count = sum(len(total.alphas) for total in sums)
     start = asked.alpha if asked.alpha is not None else (0.0 if skipinit else 1.0)
     return Plan(
@@ -115,7 +114,7 @@ def _norm_edit(
     site: Site | None,
     kept: str | None,
     traced: Trace,
-    apart: Named,
+    apart: Mapping[str, set[int]],
 ) -> NormEdit:
     modules, init = asked.modules, asked.init
     module = modules[name]
@@ -126,20 +125,24 @@ def _norm_edit(
         action: Action = "affine" if init == "preserve" else "bias"
         return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
     preserve = init == "preserve"
-    obstacle = why_not_folded(modules, name, site, apart if preserve else None)
-    if site.producer is not None and not obstacle:
-        what = "gain and bias move" if preserve else "the bias moves"
-        edit = replace(edit, action="fold", producer=site.producer, reason=f"{what} onto {site.producer}")
-        return replace(edit, copy=site.unsafe_write and not asked.inplace)
+    if site.producer is not None:
+        what = f"{site.producer} takes gain and bias" if preserve else f"the bias moves onto {site.producer}"
+        edit = replace(edit, action="fold", producer=site.producer, reason=what, through=site.between)
+        closed = preserve and _is_closed(asked.described[name])
+        return replace(edit, copy=site.unsafe_write and not asked.inplace, gain_learns=closed)
     action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
     written = site.unsafe_write and not asked.inplace
     if action == "delete":
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
-    into = site.into if preserve and not written and may_be_absorbed(modules, name, site, apart) else None
+    into = (
+        site.into
+        if preserve and not written and may_be_absorbed(modules, name, site, apart["weight"] | apart["bias"])
+        else None
+    )
     through = () if into is None else site.behind + site.through
     edit = edit if into is None else replace(edit, into=into, through=through, moves=site.moves)
-    return replace(edit, action=action, reason=obstacle or site.why, copy=written)
+    return replace(edit, action=action, reason=site.why, copy=written)
 
 
 def _why_unseen(traced: Trace) -> str:
@@ -168,27 +171,29 @@ def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[
             yield path, gain_of(activation)
 
 
-def _carried(edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: Named) -> Iterable[Carried]:
+def _carried(
+    edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: Mapping[str, set[int]]
+) -> Iterable[Carried]:
     """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
 
-    A weight that somebody else uses too stays what it is.
+    A weight, or a bias, that somebody else uses too stays what it is.
     """
     kept = any(edit.action == "keep" for edit in edits)
     modules = asked.modules
-    produced = {edit.producer: asked.described[edit.name] for edit in edits if edit.producer is not None}
+    produced = {edit.producer for edit in edits if edit.producer is not None}
     rescaled = {} if kept else findings.rescaled
     heads = () if kept else [path for path, followed in findings.known.items() if not followed]
-    for path in dict.fromkeys([*produced, *rescaled, *heads]):
+    for path in dict.fromkeys([*(edit.producer for edit in edits if edit.producer), *rescaled, *heads]):
         layer = modules[path]
         if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
-        own = id(layer) not in apart.read["weight"]
+        own = id(layer) not in apart["weight"]
         head = path not in produced and path not in rescaled
         centred = path in findings.known and not getattr(layer, "transposed", False)
         if own or path in produced:
             unit, mean_unit = _units(layer) if own and not head else (1.0, 1.0)
-            closed = path in produced and _is_closed(produced[path])
-            yield Carried(path, unit, centred, head, closed, mean_unit)
+            keeps = path in produced and layer.bias is not None and id(layer) in apart["bias"]
+            yield Carried(path, unit, centred, head, mean_unit, keeps)
 
 
 def _units(layer: Any) -> tuple[float, float]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normfree.code.holding import Held
+from normfree.code.held import held_by
 from normfree.edits import Init
 from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError, some
 from normfree.layers import is_normfree
@@ -93,7 +94,7 @@ def module_problems(
     """Collect what stands in the way of a conversion, by module."""
     found: dict[str, str] = {}
     unknown: dict[type[nn.Module], list[str]] = {}
-    bound = Held(model).bound
+    bound = {id(m.__self__) for m in held_by(model) if isinstance(m, MethodType) and m.__name__ == "forward"}
     for name, module in model.named_modules():
         problem = _module_problem(module, norms.get(name), init)
         if name in norms and id(module) in bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from normfree.code.bytecode import instructions, returns
 from normfree.tracing.traces import Graph
 
 __all__ = ["any_global_hook", "computed_elsewhere", "hooks_left_out", "hooks_on"]
@@ -52,6 +52,10 @@ def _may_return(hook: Any) -> bool:
     """Whether a hook may return something else than nothing."""
     if not isinstance(hook, FunctionType):
         return True
-    steps = instructions(hook.__code__)
-    last = [steps[i] if steps[i].opname == "RETURN_CONST" else steps[i - 1] for i in returns(hook.__code__)]
+    steps = [step for step in dis.get_instructions(hook.__code__) if step.opname not in ("CACHE", "NOP")]
+    last = [steps[i if step.opname == "RETURN_CONST" else i - 1] for i, step in enumerate(steps) if _returns(step)]
     return not all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in last)
+
+
+def _returns(step: dis.Instruction) -> bool:
+    return step.opname in ("RETURN_VALUE", "RETURN_CONST")

@@ -21,7 +21,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def place_alphas(
-    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules, vanish: bool
 ) -> tuple[SumEdit, ...]:
     """Decide for every sum where the scalars of its branches live, or why they have none.
 
@@ -30,6 +30,7 @@ def place_alphas(
         norms: What becomes of each norm; a branch that keeps all of its norms needs no scalar.
         exclude: Patterns of sum names that get none.
         modules: The modules of the model by name.
+        vanish: Whether nothing stays where a norm is folded, so that a weight in front of it may take the scalar.
     """
     scaled = [
         branch
@@ -51,7 +52,7 @@ def place_alphas(
                 reason = f"{total.reason}; its scalar is excluded by name"
                 continue
             whole = [candidate for candidate in branch.candidates if ends[candidate] >= candidate.calls]
-            alpha = _place(whole, norms, modules, taken)
+            alpha = _place(whole, norms, modules, taken, ("fold", "delete") if vanish else ("delete",))
             if alpha is None:
                 declined.append(branch.why or _SERVES_OTHERS)
             else:
@@ -69,15 +70,20 @@ def _loses_a_norm(branch: Branch, norms: Mapping[str, NormEdit]) -> bool:
 
 
 def _place(
-    candidates: Iterable[Candidate], norms: Mapping[str, NormEdit], modules: Modules, taken: Mapping[str, Alpha]
+    candidates: Iterable[Candidate],
+    norms: Mapping[str, NormEdit],
+    modules: Modules,
+    taken: Mapping[str, Alpha],
+    passed: tuple[str, ...],
 ) -> Alpha | None:
     """Take the cheapest candidate: a weight, then the slot of a norm, an identity, and any module's output last.
 
-    A module that is called several times ends as many branches, and has one scalar for all of them.
+    A module that is called several times ends as many branches, and has one scalar for all of them. A scalar passes
+    norms that become one of ``passed``.
     """
     options = []
     for candidate in candidates:
-        vanish = all(norms[name].action in ("fold", "delete") for name in candidate.through)
+        vanish = all(norms[name].action in passed for name in candidate.through)
         if candidate.place == "norm" and norms[candidate.path].action == "keep":
             candidate = replace(candidate, place="output")
         hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))

@@ -165,7 +165,7 @@ def _functional(modules: Modules, norms: Iterable[str], traced: Trace, findings:
 def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -> Plan:
     """Return a plan after which every forward goes the way it goes now, whatever it asks about classes.
 
-    Layers that it asks about keep theirs; a norm cannot, but something may stay in its slot instead of nothing.
+    Layers that it asks about keep theirs; a norm cannot.
 
     Raises:
         UnsupportedModelError: A forward goes another way without a norm.
@@ -177,15 +177,15 @@ def _unnoticed(copied: nn.Module, traced: Trace, request: Request, made: Plan) -
         found = asked(copied, traced, made)
         gone = {edit.name for edit in made.removed}
         lost = gone & (found | fixed)
-        slots = request.init == "preserve"  # where a gain is kept, if the layer in front does not take it
-        taking = {edit.producer for edit in made.norms if slots and edit.name in lost and edit.producer is not None}
-        if lost and not taking - fixed:
+        if lost:
             what = "a forward asks for its class, and goes another way once it is gone; exclude it, or do not ask"
             raise UnsupportedModelError(tuple(f"{name}: {what}" for name in request.norms if name in lost))
         if found <= fixed:
             return made
-        fixed |= (found - lost) | taking
-        made = decide(request, traced, analyse(copied, traced, request.norms, fixed - request.norms.keys()))
+        fixed |= found
+        keeping = fixed - request.norms.keys()
+        made = decide(request, traced, analyse(copied, traced, request.norms, keeping))
+        made = replace(made, unpaired=tuple(sorted(keeping)))
 
 
 def _choose_init(init: str, norms: list[Norm], loaded: bool) -> tuple[Init, str]:

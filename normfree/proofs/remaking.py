@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ def plain_form(made: nn.Module, model: nn.Module) -> nn.Module | None:
     for module in made.modules():
         if isinstance(module, ScaledWeight):
             module.__dict__["combined"] = functools.partial(_combined, weakref.ref(module))  # no circle: it is large
+            cast(nn.Module, module).register_forward_hook(_look)  # whoever is watched does not wait for a slot
     return made
 
 
@@ -96,10 +97,15 @@ def _take(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return True
 
 
-def _combined(held: weakref.ref[Any]) -> tuple[Tensor, Tensor | None]:
+def _look(*_: Any) -> None: ...
+
+
+def _combined(held: weakref.ref[Any], _: Any = None) -> tuple[Tensor, Tensor | None]:
     """Return ``alpha g U`` and ``alpha (b / u + g (s - U mu))``: the formulas of :mod:`normfree.layers.combining`."""
     layer: Any = held()
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.weight, layer.bias if layer.fixed_bias is None else layer.fixed_bias
+    if bias is None and layer.feeds_slot and layer.center is not None:
+        bias = layer.at_center * 0
     if layer.filter_mean is not None:
         mean = weight.sum(tuple(range(2, weight.dim())), keepdim=True) / weight[0, 0].numel()
         weight = weight - (1 - 1 / layer.mean_unit) * (mean - layer.filter_mean)

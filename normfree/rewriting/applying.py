@@ -57,10 +57,12 @@ def rewrite(
     drawn = [(modules[path], gain) for path, gain in plan.drawn]
     with all_or_nothing() as changes:
         changes.keep(model, *out_of_place)
-        for path in (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots):
+        for path in (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots, *writes.paired):
             changes.keep(modules[path])
         for path, carrier in writes.carriers.items():
             _write_carrier(modules[path], carrier, scale, changes)
+        for path, cls in writes.paired.items():
+            set_class(modules[path], cls)
         for path, (alpha, cls) in writes.outputs.items():
             set_class(modules[path], cls)
             modules[path]._parameters["raw_alpha"] = alpha
@@ -137,17 +139,17 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Changes) -> None:
-    if carrier.bias is not None:
+    if carrier.bias is not None or carrier.feeds_slot:
         layer._parameters["bias"] = carrier.bias
     if not carrier.changes_class:
         return
     set_class(layer, scaled_weight_class(type(layer)))
     layer._parameters["raw_alpha"] = carrier.raw_alpha
-    if isinstance(carrier.gain, nn.Parameter):
-        layer._parameters["gain"] = carrier.gain
-    else:
-        layer.__dict__["gain"] = carrier.gain
     layer.__dict__.update(
+        gain=carrier.gain,
+        feeds_slot=carrier.feeds_slot,
+        unit=carrier.unit,
+        fixed_bias=carrier.fixed_bias,
         center=carrier.center,
         at_center=carrier.at_center,
         alpha_channels=carrier.channels,

@@ -20,6 +20,7 @@ from normfree.analysis.flow import Flow
 from normfree.code.settings import asks_the_process, settings_of
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
+from normfree.rewriting.rows import text_with
 from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.roles import name_of
@@ -198,5 +199,6 @@ def _scale(block: nn.Module, graph: fx.Graph, places: Places) -> None:
 def _compiled(original: type[nn.Module], graph: fx.Graph) -> Any:
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, f"<{original.__qualname__} with alpha>", "exec"), scope)  # noqa: S102  # our own graph
+    text = text_with(code.src, scope)
+    exec(compile(text, f"<{original.__qualname__} with alpha>", "exec"), scope)  # noqa: S102  # our own graph
     return scope["forward"]

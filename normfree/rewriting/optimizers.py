@@ -53,7 +53,7 @@ def _gone(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Mapping[str, nn.P
     for edit in plan.removed:
         norm = model.get_submodule(edit.name)._parameters
         yield from ((f"{edit.name}.{key}", norm, key) for key, value in norm.items() if value is not None)
-        if edit.producer is not None and plan.init == "preserve":
+        if edit.producer is not None and plan.init == "preserve" and edit.producer not in plan.keeping_bias:
             layer = model.get_submodule(edit.producer)._parameters
             if layer["bias"] is not None:
                 yield f"{edit.producer}.bias", layer, "bias"

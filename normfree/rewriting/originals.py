@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfree.errors import CheckpointError
-from normfree.norms import Norm
 from normfree.plans import Plan
 
-__all__ = ["ORIGINALS_ATTRIBUTE", "Originals", "folded"]
+__all__ = ["ORIGINALS_ATTRIBUTE", "Originals"]
 
 ORIGINALS_ATTRIBUTE = "_normfree_originals"
 """Where a root that was converted with ``preserve`` keeps them."""
@@ -28,7 +27,7 @@ class Originals:
 
     Attributes:
         norms: Every norm, by the name it has in the plan.
-        biases: The bias of every layer that took a gain and a bias, or ``None``.
+        biases: The bias of every layer in front of a norm that takes its gain and bias, or ``None``.
     """
 
     norms: Mapping[str, nn.Module]
@@ -71,15 +70,6 @@ class Originals:
         for path, bias in self.biases.items():
             if bias is not None:
                 bias.data = values[f"{path}.bias"].clone()
-
-
-def folded(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a layer takes over from the norm behind it, in float64.
-
-    ``gain = weight / sqrt(var + eps)`` and ``bias = beta + gain * (b - mean)`` (design of arXiv 2305.11624).
-    """
-    gain, shift = norm.affine()
-    return gain, shift if bias is None else shift + gain * bias.detach().double()
 
 
 def _kept(norm: nn.Module, memo: dict[int, Any]) -> nn.Module:

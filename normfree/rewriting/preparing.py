@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from normfree.norms import Norm, describe
 from normfree.plans import Plan
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.changing import HOOKS
-from normfree.rewriting.originals import folded
+from normfree.rewriting.pairing import paired_class, specs
 from normfree.rewriting.units import Carrier, carry, features_of, weight_of
 
 __all__ = ["Writes", "prepare"]
@@ -43,6 +44,7 @@ class Writes:
     carriers: dict[str, Carrier] = field(default_factory=dict)
     outputs: dict[str, tuple[nn.Parameter, type[nn.Module]]] = field(default_factory=dict)
     blocks: dict[str, tuple[dict[str, nn.Module], type[nn.Module]]] = field(default_factory=dict)
+    paired: dict[str, type[nn.Module]] = field(default_factory=dict)
 
 
 def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> Writes:
@@ -58,9 +60,15 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
     preserve = plan.init == "preserve"
     in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
     for edit in plan.removed:
-        writes.slots[edit.name] = _slot(modules[edit.name], edit, plan, in_slot.get(edit.name), model)
+        writes.slots[edit.name] = _slot(modules, edit, plan, in_slot.get(edit.name))
         if edit.producer is not None and preserve:
-            writes.carriers[edit.producer] = _fold(modules[edit.producer], modules[edit.name], plan)
+            old, keeps = modules[edit.producer]._parameters["bias"], edit.producer in plan.keeping_bias
+            fixed = None if old is None or keeps else old.detach().clone()
+            writes.carriers[edit.producer] = Carrier(bias=old if keeps else None, feeds_slot=True, fixed_bias=fixed)
+    for path, spec in specs(modules, plan.pairs).items():
+        with contextlib.suppress(ValueError, TypeError):  # it calls one by one then, as it always did
+            if path not in plan.unpaired:
+                writes.paired[path] = paired_class(type(modules[path]), spec)
     for carried in plan.carried:
         carrier = writes.carriers.setdefault(carried.path, Carrier())
         carry(modules[carried.path], carrier, carried, plan.units, met)
@@ -86,8 +94,11 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
                 )
             else:
                 mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
-                writes.outputs[alpha.path] = scalar, scaled_output_class(type(module), mixin)
+                before = writes.paired.pop(alpha.path, type(module))
+                writes.outputs[alpha.path] = scalar, scaled_output_class(before, mixin)
     writes.blocks.update(_blocks(model, plan, modules))
+    for path in writes.blocks:  # their own text calls pairs together
+        writes.paired.pop(path, None)
     for path, slot in writes.slots.items():
         slot.training = modules[path].training
     return writes
@@ -100,7 +111,7 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
         UnsupportedModelError: A gain or a bias would be infinite; all layers are named.
     """
     made: dict[str, tuple[Tensor | None, ...]]
-    made = {path: (c.gain, c.bias, c.at_center) for path, c in writes.carriers.items()}
+    made = {path: (c.bias, c.at_center) for path, c in writes.carriers.items()}
     made |= {path: (slot.gain, slot.bias) for path, slot in writes.slots.items() if isinstance(slot, ChannelAffine)}
     problems = [
         f"{path} ({type(modules[path]).__name__}): what the norm amounts to overflows "
@@ -129,21 +140,26 @@ def _blocks(
         yield path, (held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas)))
 
 
-def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, model: nn.Module) -> nn.Module:
+def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
     """Build what takes the norm's place."""
+    module, model, preserve = modules[edit.name], modules[""], plan.init == "preserve"
     norm = describe(module)
     gain = bias = scalar = None
-    if edit.action in ("affine", "bias"):
-        like = _like(module, model)
+    unit = plan.units.bias if edit.producer is not None else 1.0
+    times = next((carried.unit for carried in plan.carried if carried.path == edit.producer), 1.0)
+    if edit.action in ("affine", "bias") or (edit.action == "fold" and preserve):
+        layer = None if edit.producer is None else modules[edit.producer]
+        like = _like(module, model) if layer is None else weight_of(layer)
         fresh = torch.zeros(norm.features, device=like.device)
-        affine = norm.affine() if plan.init == "preserve" else (fresh + 1 if edit.action == "affine" else None, fresh)
-        train = _learns(norm.weight, norm, _trains(model))
-        gain = None if affine[0] is None else affine[0].to(like.dtype)
-        if (
-            gain is not None and plan.init == "skipinit"
-        ):  # under ``preserve`` it is a constant, and no activation is kept
+        affine = norm.affine() if preserve else (fresh + 1 if edit.action == "affine" else None, fresh)
+        train = _learns(norm.weight, norm, _trains(model) if layer is None else like.requires_grad)
+        gain = None if affine[0] is None else (affine[0] / times).to(like.dtype)
+        if gain is not None and (not preserve or edit.gain_learns):  # else a constant, for which no activation is kept
             gain = nn.Parameter(gain, train)
-        bias = nn.Parameter(affine[1].to(like.dtype), _learns(norm.bias, norm, train))
+        shifts = [norm.bias] if layer is None else [norm.bias, layer._parameters["bias"]]
+        learns = [_learns(shift, norm, train) for shift in shifts if isinstance(shift, nn.Parameter)]
+        learns = learns or [_learns(norm.bias, norm, train)]
+        bias = nn.Parameter((affine[1] * unit).to(like.dtype), any(learns))
     if alpha is not None:
         scalar = _alpha_beside(plan, module, model)
     rest = norm.drop is not None or norm.act is not None
@@ -153,9 +169,9 @@ def _slot(module: nn.Module, edit: NormEdit, plan: Plan, alpha: Alpha | None, mo
         return Copy() if edit.copy else Vacant()
     hooked = gain is not None or bias is not None or scalar is not None
     cls = CopiedAffine if edit.copy and hooked and not plan.inplace_activations else ChannelAffine
-    copy = edit.copy and edit.action in ("fold", "delete")
+    copy = edit.copy and gain is None and bias is None
     channels = alpha.channels if alpha else None
-    return cls(gain, bias, scalar, channels, norm.drop, norm.act, copy, plan.units.alpha)
+    return cls(gain, bias, scalar, channels, norm.drop, norm.act, copy, plan.units.alpha, unit, times)
 
 
 def _shell(module: nn.Module, out_of_place: bool) -> nn.Module:
@@ -185,21 +201,6 @@ def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
     slot = cls(channels=channels, unit=plan.units.alpha)
     slot.raw_alpha = alpha
     return slot
-
-
-def _fold(layer: nn.Module, module: nn.Module, plan: Plan) -> Carrier:
-    """Return what a layer takes over from the norm behind it; the constant in front of its weight is to be divided."""
-    norm = describe(module)
-    weight, old = weight_of(layer), layer._parameters["bias"]
-    gain, bias = folded(norm, old)
-    trained = _learns(norm.weight, norm, weight.requires_grad)
-    learns = [p.requires_grad for p in (norm.bias, old) if isinstance(p, nn.Parameter)] or [trained]
-    return Carrier(
-        gain=gain.to(weight.dtype),
-        bias=nn.Parameter((bias * plan.units.bias).to(weight.dtype), any(learns)),
-        bias_unit=plan.units.bias,
-        gain_learns=trained,
-    )
 
 
 def _alpha(plan: Plan, like: Tensor, requires_grad: bool) -> nn.Parameter:

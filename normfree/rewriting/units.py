@@ -14,7 +14,7 @@ from normfree.edits import Carried, Units
 from normfree.errors import InternalError
 from normfree.layers import Channels, mean_of, shift
 
-__all__ = ["Carrier", "carry", "features_of", "made_of", "weight_of"]
+__all__ = ["Carrier", "carry", "features_of", "weight_of"]
 
 
 @dataclass
@@ -35,12 +35,14 @@ class Carrier:
     mean_unit: float = 1.0
     alpha_unit: float = 1.0
     times: float = 1.0
-    gain_learns: bool = True
+    unit: float = 1.0
+    feeds_slot: bool = False
+    fixed_bias: Tensor | None = None
 
     @property
     def changes_class(self) -> bool:
         """Whether the layer computes with another weight than its own; else it only gets a bias."""
-        return not (self.gain is None and self.raw_alpha is None and self.center is None)
+        return self.feeds_slot or not (self.gain is None and self.raw_alpha is None and self.center is None)
 
 
 @torch.no_grad()
@@ -55,20 +57,13 @@ def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Map
         places = weight[0].numel() // max(len(moments.mean), 1)
         unit = units.of_head(norm_of(moments.variance, max(places, 1)))
     ones = weight.new_ones(features_of(layer))
-    carrier.gain = (ones if carrier.gain is None else carrier.gain) / unit
+    carrier.unit = unit if carrier.feeds_slot else 1.0  # of a head it is found anew
+    carrier.gain = None if unit == 1.0 and carrier.feeds_slot else ones / unit
     carrier.times = 1.0 if met is None else unit
     if carried.mean_unit != 1.0:
         carrier.filter_mean, carrier.mean_unit = mean_of(weight * carrier.times), carried.mean_unit
-    if carried.learns_gain:
-        carrier.gain = nn.Parameter(carrier.gain, carrier.gain_learns)
     if carrier.center is not None:
-        carrier.at_center = made_of(weight * unit, carrier.gain.detach(), carrier.center)
-
-
-def made_of(weight: Tensor, gain: Tensor, center: Tensor) -> Tensor:
-    """Return what a layer makes of its mean input, ``(C,)``; nothing where a gain that is zero has yet to learn."""
-    made = shift(weight, center)
-    return torch.where(gain == 0, torch.zeros_like(made), made)
+        carrier.at_center = shift(weight * unit, carrier.center)
 
 
 def centred_at(layer: Any, mean: Tensor | None) -> Tensor:

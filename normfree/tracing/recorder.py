@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.tracing.callers import Callers
 from normfree.tracing.notes import Notes, tensors_in
 from normfree.tracing.shapes import of_shapes, on_meta, shortened
 
@@ -45,7 +44,6 @@ class Recorder(Notes, TorchFunctionMode):
         Notes.__init__(self, model)
         TorchFunctionMode.__init__(self)  # type: ignore[no-untyped-call]  # torch's own
         self._classes, self._entered, self._meta, self._sites = classes, entered, meta, sites
-        self.callers = Callers()
         self._inside = False  # of a leaf: what happens there is not written down
         for name, module in model.named_modules():
             self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
@@ -133,7 +131,7 @@ class Recorder(Notes, TorchFunctionMode):
         self.seen.calls[path] += 1
         self.next_step()
         if isinstance(module, _FOLDED) or path in self._sites:
-            self.seen.called[path] = self.callers.look(args[0] if args else None, self.stack)
+            self.seen.called[path] = tuple(self.stack)
         with torch._C.DisableTorchFunction():
             node_args, node_kwargs = self.argument(args), self.argument(kwargs)
             before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]

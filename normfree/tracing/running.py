@@ -67,7 +67,6 @@ def record(
         stack.enter_context(_with_versions())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled cannot be watched
-        stack.callback(recording.callers.forget)
         with recording:
             out = model(*args, **kwargs)
         return recording.finish(tensors(out))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfree.errors import UsageError
-from normfree.tracing.callers import Call
 from normfree.tracing.roles import Role, function_role, makes_constants
 
 __all__ = ["MODES", "Graph", "Trace", "Value", "memory_of"]
@@ -66,7 +65,7 @@ class Graph:
         owners: For each node, the path of the module whose forward created it.
         exits: For each node, the paths of the modules that return it, innermost first.
         calls: How often each module was called.
-        called: From where each norm, and each layer that may take its gain, was called last.
+        called: The modules that were running when each norm, or layer that may take its gain, was called last.
         read: Norms of which a forward reads a tensor, each with the first that it reads.
         elsewhere: Modules in whose forward something is computed by code that was not seen.
         optional: Modules that are called with more than their defaults.
@@ -80,7 +79,7 @@ class Graph:
     owners: dict[fx.Node, str] = field(default_factory=dict)
     exits: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
-    called: dict[str, Call] = field(default_factory=dict)
+    called: dict[str, tuple[str, ...]] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     optional: set[str] = field(default_factory=set)

@@ -107,8 +107,11 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
         ones = weight.new_ones(weight.shape[0])
         layer.__dict__.update(gain=ones, center=torch.zeros_like(center), at_center=torch.zeros_like(ones))
         layer.__dict__.update(filter_mean=None, alpha_channels=None, alpha_unit=1.0, bias_unit=1.0, mean_unit=1.0)
+        layer.__dict__.update(feeds_slot=False, fixed_bias=None)
     rows = (-1, *(1,) * (weight.dim() - 1))
-    if layer.bias is None:  # what it makes of the old mean and of the new one are both in its weight
+    if (
+        layer.bias is None and not layer.feeds_slot
+    ):  # what it makes of the old mean and of the new one are both in its weight
         steadied = layer.coordinates.steadied(weight)
         made, _ = combine(steadied, None, None, layer.coordinates._replace(filter_mean=None))
         weight.copy_(made / layer.gain.reshape(rows))

@@ -65,6 +65,9 @@ def test_branch_is_proved_zero_where_it_is_added(init: str) -> None:
     assert alphas(converted) == ["1.one.3", "1.two.3"]
     report = normfree.verify(converted, model, noise(2, 3, 6, 6))
     assert report.proofs[3].detail.startswith("2 branches exactly zero")
-    converted[1].two[3].__class__ = nn.Conv2d  # the second branch forgets its alpha
+    if init == "preserve":  # the second branch forgets its alpha
+        converted[1].two[4].raw_alpha = None
+    else:
+        converted[1].two[3].__class__ = nn.Conv2d
     report = normfree.verify(converted, model, noise(2, 3, 6, 6))
     assert report.proofs[3].detail == "branch not zero at 1.add_1"

@@ -105,7 +105,7 @@ def test_last_norm_initialised_to_zero_still_learns(init: str) -> None:
         nn.init.zeros_(branch[4].running_mean)
     converted = prove(model, noise(2, 3, 6, 6), init=init)
     converted.train()(noise(2, 3, 6, 6)).sum().backward()
-    learner = converted.a[3].gain if init == "preserve" else converted.a[3].raw_alpha
+    learner = converted.a[4].gain if init == "preserve" else converted.a[3].raw_alpha
     assert learner.grad.abs().sum() > 0
 
 

@@ -91,9 +91,8 @@ def test_norm_under_three_names_is_replaced_under_all_of_them(init: str) -> None
     converted = prove(model, noise(2, 3, 6, 6), init=init)
     assert norms(converted) == []
     assert converted.bn is converted.alias is converted.inner[1]
-    action = "affine" if init == "preserve" else "fold"  # what holds it besides may call it alone
     (edit,) = plan_of(converted).norms
-    assert (edit.name, edit.aliases, edit.action) == ("bn", ("alias", "inner.1"), action)
+    assert (edit.name, edit.aliases, edit.action) == ("bn", ("alias", "inner.1"), "fold")
     assert_preserved(model, noise(2, 3, 6, 6))
 
 
@@ -141,10 +140,11 @@ def test_weight_shared_by_two_convs_stays_shared_and_each_gets_its_own_gain(init
     model = randomise(Tied())
     converted = prove(model, noise(2, 3, 6, 6), init=init)
     assert converted.one.weight is converted.two.weight
-    assert converted.one.bias is not converted.two.bias
     assert_preserved(model, noise(2, 3, 6, 6))
     if init == "preserve":
-        assert not torch.equal(converted.one.gain, converted.two.gain)
+        assert not torch.equal(converted.bn1.gain, converted.bn2.gain)
+    else:
+        assert converted.one.bias is not converted.two.bias
 
 
 @both
@@ -205,8 +205,15 @@ BIASES: dict[str, Callable[[], nn.Module]] = {
 def test_bias_that_is_used_elsewhere_too_stays(how: str, init: str) -> None:
     model = randomise(BIASES[how]())
     converted = prove(model, noise(2, 3, 6, 6), init=init)
-    assert list(actions(converted).values()) == ["affine" if init == "preserve" else "fold"]
+    assert list(actions(converted).values()) == ["fold"]
+    assert plan_of(converted).keeping_bias == ({converted_layer(converted)} if init == "preserve" else set())
     assert_preserved(model, noise(2, 3, 6, 6))
+
+
+def converted_layer(model: nn.Module) -> str | None:
+    """Return the layer in front of the only norm that a model had."""
+    (edit,) = plan_of(model).norms
+    return edit.producer
 
 
 def test_weight_that_two_layers_share_is_drawn_for_the_first_of_them() -> None:

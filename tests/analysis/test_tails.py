@@ -160,7 +160,7 @@ def test_alpha_scales_only_the_slice_that_is_added(kind: type[nn.Module], init: 
     converted = prove(model, x, init=init)
     assert plan_of(converted).declined == ()
     (alpha,) = plan_of(converted).alphas
-    assert (alpha.path, alpha.channels) == ("1.conv2", (0, 4))
+    assert (alpha.path, alpha.channels) == ("1.bn2" if init == "preserve" else "1.conv2", (0, 4))
     assert isinstance(converted[1].conv2, scaled_weight_class(nn.Conv2d))
     assert_preserved(model, x)
     half, full, zero = (set_alphas(converted, value)(x) for value in (0.5, 1.0, 0.0))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import timm
 import torch
 from harness import Block, assert_close, noise, randomise
 from readings import plan_of
@@ -21,7 +20,6 @@ import normfree
 from normfree import files, zoo
 from normfree.checkpoint import read_header
 from normfree.errors import CheckpointError, OutputError, UsageError
-from normfree.layers import ScaledWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
 
@@ -93,7 +91,7 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     [
         (
             {"format": 99, "versions": {"normfree": "9.8"}},
-            "format 99 of normfree 9.8, newer than the 6 known here; update normfree",
+            "format 99 of normfree 9.8, newer than the 7 known here; update normfree",
         ),
         ({"plan": {"init": "preserve"}}, "header cannot be read: plan: .*missing 4 required"),
         ({"plan": None}, "header cannot be read: plan is None, where init, .* are expected"),
@@ -109,30 +107,6 @@ def test_a_header_that_is_not_ours(tmp_path: Path, change: dict[str, Any], messa
     safetensors.torch.save_file(state, path, {"normfree": json.dumps({**raw, **change})})
     with pytest.raises(CheckpointError, match=message):
         normfree.load(path, model=Net())
-
-
-def test_a_file_of_format_5_holds_what_is_made_of_means_with_the_gain(tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    model = normfree.convert(randomise(timm.create_model("test_resnet")), init="preserve").eval()
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, ScaledWeight):
-                layer.weight.add_(0.1 * noise(*layer.weight.shape))
-            if isinstance(layer, ScaledWeight) and layer.center is not None:
-                layer.gain[0] = layer.at_center[0] = 0.0  # as of a gamma that was zero
-    normfree.save(model, path, source="timm:test_resnet")
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    state = safetensors.torch.load_file(path)
-    renamed = {key: state.pop(key) for key in list(state) if key.endswith("at_center")}
-    assert len(renamed) > 5
-    for key, value in renamed.items():
-        layer = key.removesuffix("at_center")
-        state[f"{layer}offset"] = value * state[f"{layer}gain"]
-    header = {**json.loads(metadata["normfree"]), "format": 5}
-    safetensors.torch.save_file(state, path, {**metadata, "normfree": json.dumps(header)})
-    x = noise(2, 3, 32, 32)
-    assert_close(normfree.load(path).eval()(x), model(x), 1e-5)
 
 
 def test_the_plan_survives_json() -> None:

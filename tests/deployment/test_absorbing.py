@@ -125,14 +125,25 @@ class Activated(Before):
 
 
 @leaves
-@pytest.mark.parametrize("kind", [Early, Read, Other, Weight, Activated])
-def test_what_may_go_another_way_stays(kind: type[Before]) -> None:
+@pytest.mark.parametrize("kind", [Weight, Activated])
+def test_what_is_used_apart_stays(kind: type[Before]) -> None:
     model, x = made(kind, nn.Conv2d(4, 6, 1))
     fused, left = left_in(model, x)
     assert left
     for flag in (False, True):
         model.flag = fused.flag = flag
         assert_close(fused(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [Early, Read, Other])
+def test_a_fused_model_does_what_was_seen_and_a_converted_one_goes_other_ways_too(kind: type[Before]) -> None:
+    model, x = made(kind, nn.Conv2d(4, 6, 1))
+    fused, left = left_in(model, x)
+    assert not left
+    assert_close(fused(x), model(x))
+    converted = normfree.convert(model, init="preserve", inputs=x)
+    model.flag = converted.flag = True
+    assert_close(converted(x), model(x))
 
 
 @leaves

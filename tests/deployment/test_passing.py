@@ -186,13 +186,16 @@ PATHS = (activated_and_read, pooled_and_read, decided_between, other_pool, kept_
 
 @pytest.mark.parametrize("forward", PATHS)
 @torch.no_grad()
-def test_what_may_go_another_way_is_left(forward: Callable[..., Tensor]) -> None:
+def test_a_fused_model_does_what_was_seen_and_a_converted_one_goes_other_ways_too(
+    forward: Callable[..., Tensor],
+) -> None:
     kind: Any = type("Other", (Parts,), {"forward": forward, "relu": method})
     model, fused, x = made(kind(nn.Linear(4, 3)), True)
+    assert_close(fused(x), model(x))
+    converted = normfree.convert(model, init="preserve", inputs=x)
     for flag in (False, True):
-        model.flag = fused.flag = flag
-        assert_close(fused(x), model(x))
-    assert plan_of(fused).norms[0].into is None
+        model.flag = converted.flag = flag
+        assert_close(converted(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["between.0", "layer"])

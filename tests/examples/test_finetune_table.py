@@ -56,8 +56,8 @@ def test_arms_are_what_they_say(arms: dict[str, tuple[nn.Module, list[nn.Module]
 
 def test_gains_of_the_pretrained_network_are_as_far_apart_as_they_were() -> None:
     model = normfree.convert(lite.pretrained())
-    carried = [layer for layer in model._normfree_plan.carried if not layer.head]
-    gains = torch.cat([layer.unit * model.get_submodule(layer.path).gain.abs() for layer in carried])
+    slots = [model.get_submodule(name) for name in model._normfree_plan.pairs.values()]
+    gains = torch.cat([slot.gain_unit * slot.gain.abs() for slot in slots])
     assert (round(gains.min().item(), 2), int(gains.max())) == (0.01, 75)
 
 

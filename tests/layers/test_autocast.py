@@ -9,12 +9,15 @@ import timm
 import torch
 from endings import X, converted, ends, make
 from harness import assert_close, both, noise, randomise, set_alphas
+from readings import watched_pairs
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import normfree
 from normfree.deployment.plain import plain_
 from normfree.layers import ScaledWeight
+from normfree.layers.pairs import merged
+from normfree.rewriting.changing import become
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -43,15 +46,23 @@ def test_every_module_returns_the_dtype_that_the_original_one_does(dtype: torch.
     assert {name: found[name] for name in expected} == expected
 
 
-def with_plain_weights(model: nn.Module) -> nn.Module:
+def with_plain_weights(model: nn.Module, pairs: dict[str, str]) -> nn.Module:
     """Return a copy in which every layer holds its combined weight and bias, and scales nothing any more."""
     plain = copy.deepcopy(model)
-    for module in list(plain.modules()):
+    for name, module in list(plain.named_modules()):
         if isinstance(module, ScaledWeight):
-            weight, bias = (None if tensor is None else tensor.detach() for tensor in module.combined())
+            weight, bias = (None if tensor is None else tensor.detach() for tensor in combined(plain, name, pairs))
             plain_(module)
             module.weight, module.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+            if name in pairs:
+                become(plain.get_submodule(pairs[name]), nn.Identity())
     return plain
+
+
+def combined(model: nn.Module, name: str, pairs: dict[str, str]) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias with which a layer computes, with the slot behind it or alone."""
+    layer = model.get_submodule(name)
+    return layer.combined(merged(layer, model.get_submodule(pairs[name])) if name in pairs else None)
 
 
 @both
@@ -61,7 +72,10 @@ def test_resnet_computes_and_learns_as_with_plain_weights(name: str, dtype: torc
     original = timm.create_model(name, num_classes=10, zero_init_last=False)
     branches = sum(type(module) in (BasicBlock, Bottleneck) for module in original.modules())
     model = set_alphas(normfree.convert(original, init=init).train(), 0.5)
-    plain, x = with_plain_weights(model), noise(2, 3, 32, 32)
+    x = noise(2, 3, 32, 32)
+    with watched_pairs(model) as pairs, torch.no_grad():
+        model(x)
+    plain = with_plain_weights(model, pairs)
     with torch.autocast("cpu", dtype):
         found, expected = model(x), plain(x)
     assert found.dtype == dtype
@@ -72,8 +86,8 @@ def test_resnet_computes_and_learns_as_with_plain_weights(name: str, dtype: torc
     again.zero_grad()
     for name, module in again.named_modules():
         if isinstance(module, ScaledWeight):  # how the gradients of the plain ones follow on to what they are made of
-            theirs = plain.get_submodule(name)
-            torch.autograd.backward(module.combined(), (theirs.weight.grad, theirs.bias.grad))
+            theirs, made = plain.get_submodule(name), combined(again, name, pairs)
+            torch.autograd.backward(made, (theirs.weight.grad, None if made[1] is None else theirs.bias.grad))
     checked = 0
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32
@@ -89,7 +103,7 @@ def test_resnet_computes_and_learns_as_with_plain_weights(name: str, dtype: torc
 def test_compiled_it_computes_in_half_precision_what_it_does_without(name: str, init: str) -> None:
     original = randomise(timm.create_model(name, num_classes=10))
     model = set_alphas(normfree.convert(original, init=init).train(), 0.5)
-    free = [m for m in model.modules() if isinstance(m, ScaledWeight) and m.bias is None]
+    free = [m for m in model.modules() if isinstance(m, ScaledWeight) and m.bias is None and not m.feeds_slot]
     assert bool(free) == (name == "resnetv2_18"), "layers without a bias are centred in another way"
     torch._dynamo.reset()
     compiled, x = torch.compile(model, backend="aot_eager"), noise(2, 3, 32, 32)

@@ -26,7 +26,7 @@ def model() -> Any:
 
 def effective(layer: Any) -> Tensor:
     """Return what a layer computes with, over its gain."""
-    return (layer.combined()[0] / layer.gain.reshape(-1, 1, 1, 1)).detach()
+    return (layer.unit * layer.combined()[0]).detach()
 
 
 def test_units_of_filters_of_their_means_and_of_what_meets_one_position(model: Any) -> None:
@@ -41,7 +41,7 @@ def test_a_step_moves_the_mean_of_a_filter_sixteen_times_less(model: Any) -> Non
     before = effective(layer)
     assert_close(before, layer.weight.detach(), 1e-6)
     direction = noise(*layer.weight.shape)
-    (layer.combined()[0] * direction / layer.gain.reshape(-1, 1, 1, 1)).sum().backward()
+    (layer.combined()[0] * direction * layer.unit).sum().backward()
     torch.optim.SGD([layer.weight], lr=0.1).step()
     moved = (before - effective(layer)) / 0.1
     mean, expected = moved.mean((2, 3), keepdim=True), direction.mean((2, 3), keepdim=True)
@@ -68,9 +68,7 @@ def test_what_is_pruned_is_zero(model: Any, trained: bool) -> None:
     assert layer.weight.requires_grad, "the first step after pruning learns already"
     prune.remove(layer, "weight")
     assert torch.equal(effective(layer) == 0, kept == 0)
-    assert_close(
-        normfree.fuse(nn.Sequential(layer))[0].weight.detach(), before * kept * layer.gain.reshape(-1, 1, 1, 1), 1e-6
-    )
+    assert_close(normfree.fuse(nn.Sequential(layer))[0].weight.detach(), before * kept * (1 / layer.unit), 1e-6)
 
 
 class Doubled(nn.Module):

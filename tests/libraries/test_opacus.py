@@ -188,7 +188,8 @@ def test_by_default_nothing_changes(init: str) -> None:
 def test_every_kind_of_copy_is_tried_here(init: str) -> None:
     modules = [module for name in SMALL for module in private(name, init).modules()]
     found = {cls.__name__ for module in modules for cls in type(module).__mro__}
-    assert {"Copy", "CopiedAffine", "CopiedOutput", "CopiedSkipInit"} <= found
+    nothing_left = set() if init == "preserve" else {"Copy"}
+    assert {"CopiedAffine", "CopiedOutput", "CopiedSkipInit"} | nothing_left <= found
 
 
 def test_compiles_into_one_graph() -> None:

@@ -102,8 +102,8 @@ def test_affine_of_buffers_stays_frozen(init: str) -> None:
     converted = prove(model, noise(2, 3, 6, 6), init=init)
     assert [name for name, p in converted.named_parameters() if p.requires_grad] == ["conv.weight", "conv.bias"]
     converted(noise(2, 3, 6, 6)).sum().backward()
-    folded = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4)), init="preserve")[0]
-    assert {name for name, p in folded.named_parameters() if p.requires_grad} == {"weight", "bias"}
+    folded = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4)), init="preserve")
+    assert {name for name, p in folded.named_parameters() if p.requires_grad} == {"0.weight", "1.bias"}
 
 
 def test_frozen_norm_makes_auto_preserve() -> None:
@@ -121,7 +121,7 @@ def test_sync_norm_converts_on_cpu(init: str) -> None:
     x = noise(2, 3, 6, 6)
     converted = prove(model, x, init=init)
     assert actions(converted) == {"1": "fold"}
-    assert isinstance(converted[1], nn.Identity)
+    assert isinstance(converted[1], ChannelAffine if init == "preserve" else nn.Identity)
     assert_preserved(model, x)
 
 
@@ -191,7 +191,7 @@ def test_per_sample_norms_stay_as_they_are(init: str) -> None:
     assert actions(converted) == {"1": "fold"}
     assert [type(m) for m in converted] == [
         scaled_weight_class(nn.Conv2d) if init == "preserve" else nn.Conv2d,
-        Vacant,
+        ChannelAffine if init == "preserve" else Vacant,
         nn.InstanceNorm2d,
         nn.GroupNorm,
         nn.LayerNorm,
@@ -289,8 +289,7 @@ class Wrapping(nn.Module):
 def test_norm_that_differs_from_torchs_in_nothing_that_matters(kind: Any, init: str) -> None:
     norm = kind() if kind is Wrapping else kind(4)
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU()))
-    decides = kind is Wrapping and init == "preserve"  # its forward may go another way
-    assert [edit.action for edit in normfree.plan(model, init=init).norms] == ["affine" if decides else "fold"]
+    assert [edit.action for edit in normfree.plan(model, init=init).norms] == ["fold"]
     assert_preserved(model, noise(2, 3, 6, 6))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_close, assert_preserved, both, noise, prove, randomise
-from readings import actions, plan_of
+from readings import actions, plan_of, watched_pairs
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -44,11 +45,15 @@ def test_norm_folds_into_every_kind_of_convolution(kind: str, init: str) -> None
     x = noise(2, 4, *size)
     converted = prove(model, x, init=init)
     assert actions(converted) == {"1": "fold"}
-    assert isinstance(converted[1], nn.Identity)
+    assert isinstance(converted[1], ChannelAffine if init == "preserve" else nn.Identity)
     assert isinstance(converted[0], type(conv))
-    assert converted[0].bias.shape == (conv.out_channels,)
-    assert (getattr(converted[0], "gain", None) is not None) == (init == "preserve")
+    assert converted[1 if init == "preserve" else 0].bias.shape == (conv.out_channels,)
     assert_preserved(model, x)
+    if init == "preserve":  # but for the root, which keeps its class, both compute as one
+        inner = prove(nn.Sequential(copy.deepcopy(model)), x, init=init)
+        with watched_pairs(inner) as together:
+            assert_close(inner(x), converted(x), 1e-5)
+        assert together == {"0.0": "0.1"}
 
 
 class Upsampling(nn.Module):
@@ -112,8 +117,9 @@ def test_gain_is_gamma_over_the_deviation() -> None:
     conv, bn = model
     converted = normfree.convert(model, init="preserve")
     gain = bn.weight / (bn.running_var + bn.eps).sqrt()
-    assert_close(converted[0].gain, gain)
-    assert_close(converted[0].bias, 2 * (bn.bias + gain * (conv.bias - bn.running_mean)))
+    assert_close(converted[1].gain, gain)
+    assert_close(converted[1].bias, 2 * (bn.bias - gain * bn.running_mean))
+    assert torch.equal(converted[0].fixed_bias, conv.bias)
     assert torch.equal(converted[0].weight, conv.weight)
 
 
@@ -205,7 +211,7 @@ def test_conv_whose_weight_is_computed_is_not_folded_into(wrap: Callable[[nn.Mod
 
 @pytest.mark.parametrize("init", ["preserve"])
 def test_scaled_layers_say_what_they_carry(init: str) -> None:
-    converted = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), init=init)
+    converted = normfree.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), init=init)
     assert type(converted[0]) is scaled_weight_class(nn.Conv2d)
     assert repr(converted[0]).endswith("gain)")
 

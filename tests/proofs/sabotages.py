@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 import normfree
+from normfree.layers import ChannelAffine
 
 Sabotage = Callable[[Any], None]
 BOTH, SKIPINIT, PRESERVE = ("skipinit", "preserve"), ("skipinit",), ("preserve",)
@@ -312,6 +313,21 @@ def activation_moved_before_the_sum(m: Any) -> None:
 # Alpha ---------------------------------------------------------------------------------------------------------------
 
 
+def first(block: Any) -> Any:
+    """Return what holds the bias of a block's first norm: its slot, or the layer in front of it."""
+    return block.bn1 if isinstance(block.bn1, ChannelAffine) else block.conv1
+
+
+def end(block: Any) -> Any:
+    """Return what holds bias and alpha of a block that ends in a norm: its slot, or the layer in front of it."""
+    return block.bn2 if isinstance(block.bn2, ChannelAffine) else block.conv2
+
+
+def stem(model: Any) -> Any:
+    """Return what holds the bias of the model's first norm."""
+    return model.stem[1] if isinstance(model.stem[1], ChannelAffine) else model.stem[0]
+
+
 def without_alpha(module: Any) -> Callable[[], Tensor]:
     """Take alpha off a layer that carries one on its weight; return what reads it."""
     raw, unit = module.raw_alpha, module.alpha_unit
@@ -337,7 +353,7 @@ def alpha_as(module: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 @sabotage()
 def alpha_on_the_skip_path(m: Any) -> None:
-    alpha = without_alpha(m.post.conv2)
+    alpha = without_alpha(end(m.post))
     hooked(m.post.down, lambda _, y: y * alpha())
 
 
@@ -346,7 +362,7 @@ def alpha_on_both_sides(m: Any) -> None:
     base = type(m.post)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        alpha = (self.conv2.raw_alpha / self.conv2.alpha_unit).reshape(())
+        alpha = (end(self).raw_alpha / end(self).alpha_unit).reshape(())
         y = self.bn2(self.conv2(self.drop(self.act(self.bn1(self.conv1(x))))))
         return self.act(y + alpha * self.down(x))  # type: ignore[no-any-return]
 
@@ -361,7 +377,7 @@ def alpha_behind_the_sum(m: Any) -> None:
 
 @sabotage()
 def alpha_on_a_layer_inside_the_branch(m: Any) -> None:
-    alpha = without_alpha(m.post.conv2)
+    alpha = without_alpha(end(m.post))
     hooked(m.post.conv1, lambda _, y: y * alpha())
 
 
@@ -372,7 +388,7 @@ def alpha_gone(m: Any) -> None:
 
 @sabotage()
 def alpha_shared_by_two_branches(m: Any) -> None:
-    m.post.conv2.raw_alpha = m.pre.conv2.raw_alpha
+    end(m.post).raw_alpha = m.pre.conv2.raw_alpha
 
 
 @sabotage()
@@ -382,12 +398,12 @@ def alpha_detached(m: Any) -> None:
 
 @sabotage()
 def alpha_detached_on_a_weight(m: Any) -> None:
-    alpha_as(m.post.conv2, Tensor.detach)
+    alpha_as(end(m.post), Tensor.detach)
 
 
 @sabotage()
 def alpha_learns_twice_as_fast_by_a_hook(m: Any) -> None:
-    m.post.conv2.raw_alpha.register_hook(lambda grad: 2 * grad)
+    end(m.post).raw_alpha.register_hook(lambda grad: 2 * grad)
 
 
 class Doubled(torch.autograd.Function):
@@ -422,7 +438,7 @@ def alpha_of_the_wrong_sign(m: Any) -> None:
 
 @sabotage()
 def alpha_squared(m: Any) -> None:
-    hooked(m.post.conv2, lambda own, y: y * (own.raw_alpha / own.alpha_unit).reshape(()))  # type: ignore[operator]
+    hooked(end(m.post), lambda own, y: y * (own.raw_alpha / own.alpha_unit).reshape(()))  # type: ignore[operator]
 
 
 @sabotage()
@@ -432,13 +448,13 @@ def alpha_without_its_sign(m: Any) -> None:
 
 @sabotage()
 def alpha_of_another_unit(m: Any) -> None:
-    m.post.conv2.alpha_unit *= 2
-    m.post.conv2.raw_alpha.data.mul_(2)
+    end(m.post).alpha_unit *= 2
+    end(m.post).raw_alpha.data.mul_(2)
 
 
 @sabotage()
 def alpha_of_another_value(m: Any) -> None:
-    m.post.conv2.alpha = 0.5
+    end(m.post).alpha = 0.5
 
 
 @sabotage()
@@ -448,7 +464,7 @@ def alpha_of_another_value_in_a_block_with_a_forward_of_its_own(m: Any) -> None:
 
 @sabotage()
 def alpha_of_half_of_the_channels(m: Any) -> None:
-    m.post.conv2.alpha_channels = (0, 2)
+    setattr(end(m.post), "channels" if hasattr(end(m.post), "channels") else "alpha_channels", (0, 2))
 
 
 @sabotage()
@@ -471,7 +487,7 @@ def alpha_a_buffer(m: Any) -> None:
 
 @sabotage()
 def alpha_of_another_shape(m: Any) -> None:
-    m.post.conv2.raw_alpha = nn.Parameter(m.post.conv2.raw_alpha.detach().reshape(()))
+    end(m.post).raw_alpha = nn.Parameter(end(m.post).raw_alpha.detach().reshape(()))
 
 
 # Weights, biases, constants ------------------------------------------------------------------------------------------
@@ -479,17 +495,17 @@ def alpha_of_another_shape(m: Any) -> None:
 
 @sabotage()
 def bias_moved(m: Any) -> None:
-    m.post.conv1.bias.data.add_(0.1)
+    first(m.post).bias.data.add_(0.1)
 
 
 @sabotage()
 def bias_behind_an_alpha_moved(m: Any) -> None:
-    m.post.conv2.bias.data.sub_(0.1)
+    end(m.post).bias.data.sub_(0.1)
 
 
 @sabotage()
 def bias_missing(m: Any) -> None:
-    m.post.conv1.bias = None
+    first(m.post).bias = None
 
 
 @sabotage()
@@ -499,7 +515,7 @@ def bias_that_no_plan_gave(m: Any) -> None:
 
 @sabotage()
 def bias_frozen(m: Any) -> None:
-    m.stem[0].bias.requires_grad_(False)
+    stem(m).bias.requires_grad_(False)
 
 
 @sabotage()
@@ -539,7 +555,7 @@ def weight_in_float64(m: Any) -> None:
 
 @sabotage()
 def biases_shared(m: Any) -> None:
-    m.post.conv2.bias = m.stem[0].bias
+    end(m.post).bias = stem(m).bias
 
 
 @sabotage()
@@ -562,30 +578,30 @@ def weight_a_buffer(m: Any) -> None:
 @sabotage(*PRESERVE)
 def weight_of_another_unit(m: Any) -> None:
     m.post.conv1.weight.data.mul_(2)
-    m.post.conv1.gain /= 2
+    m.post.bn1.gain /= 2
 
 
 @sabotage(*PRESERVE)
 def bias_of_another_unit(m: Any) -> None:
-    m.post.conv1.bias.data.mul_(4)
-    m.post.conv1.bias_unit *= 4
+    m.post.bn1.bias.data.mul_(4)
+    m.post.bn1.bias_unit *= 4
 
 
 @sabotage(*PRESERVE)
 def gain_of_one_channel_moved_into_the_weight(m: Any) -> None:
-    m.post.conv1.weight.data[1].mul_(m.post.conv1.gain[1])
-    m.post.conv1.gain[1] = 1
+    m.post.conv1.weight.data[1].mul_(m.post.bn1.gain[1])
+    m.post.bn1.gain[1] = 1
 
 
 @sabotage(*PRESERVE)
 def gain_wrong(m: Any) -> None:
-    m.post.conv2.gain *= 1.01
+    m.post.bn2.gain *= 1.01
 
 
 @sabotage(*PRESERVE)
 def gain_learns(m: Any) -> None:
-    gain = m.post.conv1.__dict__.pop("gain")
-    m.post.conv1._parameters["gain"] = nn.Parameter(gain)
+    gain = m.post.bn1.__dict__.pop("gain")
+    m.post.bn1._parameters["gain"] = nn.Parameter(gain)
 
 
 @sabotage(*PRESERVE)
@@ -598,7 +614,7 @@ def mean_wrong_and_made_good(m: Any) -> None:
     conv = m.post.conv1
     before = conv.combined()[1].detach()
     conv.center = conv.center + 0.3
-    conv.at_center = conv.at_center + (before - conv.combined()[1].detach()) / conv.gain
+    conv.at_center = conv.at_center + before - conv.combined()[1].detach()
 
 
 @sabotage(*PRESERVE)
@@ -606,7 +622,7 @@ def mean_left_out_and_made_good(m: Any) -> None:
     conv = m.post.conv1
     before = conv.combined()[1].detach()
     conv.center = conv.at_center = None
-    conv.bias.data += (before - conv.combined()[1].detach()) * conv.bias_unit
+    conv.fixed_bias = before
 
 
 @sabotage(*SKIPINIT)

@@ -37,7 +37,7 @@ def test_a_model_that_divides_by_its_own_noise_is_compared() -> None:
     assert figure is not None
     assert figure < 1e-9
     with torch.no_grad():
-        converted.conv.bias.add_(0.01)
+        converted.bn.bias.add_(0.01)
     assert normfree.verify(converted, model, X).proofs[2].passed is False
 
 

@@ -7,6 +7,7 @@ the ways to run one.
 
 from __future__ import annotations
 
+import linecache
 import random
 import sys
 import textwrap
@@ -84,7 +85,9 @@ class Paths:
         """Return the network in float64, in eval mode, as if it had been trained, with its hooks."""
         made = ModuleType(NAME)
         sys.modules[NAME] = made  # where a class says that it comes from
-        exec(compile(self.source(), f"<{NAME}>", "exec"), made.__dict__)  # noqa: S102
+        text, file = self.source(), f"<{NAME} {hash(self)}>"
+        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # as a notebook's cells are known
+        exec(compile(text, file, "exec"), made.__dict__)  # noqa: S102
         torch.manual_seed(self.seed)
         model = made.Network().double().eval()
         for module in model.modules():

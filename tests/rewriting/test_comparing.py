@@ -19,8 +19,8 @@ from normfree.rewriting import comparing, units
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constants that are wrong by a thousandth."""
-    right = units.made_of
-    monkeypatch.setattr(units, "made_of", lambda *args: 1.001 * right(*args))
+    right = units.shift
+    monkeypatch.setattr(units, "shift", lambda *args: 1.001 * right(*args))
 
 
 def original() -> nn.Module:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 from torch import nn
 
 import normfree
+from normfree.layers import pairs
 
 
 def plan_of(model: nn.Module) -> normfree.Plan:
@@ -23,10 +28,25 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 def alphas(model: nn.Module) -> list[str]:
-    """Return the modules that carry an alpha, from the parameters and not from the plan."""
-    return [name.removesuffix(".raw_alpha") for name, _ in model.named_parameters() if name.endswith(".raw_alpha")]
+    """Return the modules that alpha scales, from the parameters: a layer, where the slot behind it carries alpha."""
+    layers = {slot: layer for layer, slot in plan_of(model).pairs.items()}
+    found = [name.removesuffix(".raw_alpha") for name, _ in model.named_parameters() if name.endswith(".raw_alpha")]
+    return [layers.get(name, name) for name in found]
 
 
 def norms(model: nn.Module) -> list[str]:
     """Return the names of the batch norms in the module tree."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def watched_pairs(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Yield the layers that compute as one with the slot behind them, while the model runs, with these slots."""
+    names, found, merged = {module: name for name, module in model.named_modules()}, dict[str, str](), pairs.merged
+
+    def noted(layer: nn.Module, slot: nn.Module) -> pairs.Affine:
+        found[names[layer]] = names[slot]
+        return merged(layer, slot)  # type: ignore[arg-type]  # what stands in for it knows
+
+    with patch.object(pairs, "merged", noted):
+        yield found

@@ -171,6 +171,6 @@ def test_files_of_the_earlier_form_are_refused_in_one_line(tmp_path) -> None:
         header = json.loads(file.metadata()["normfree"])
     header["format"] = 2
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"normfree": json.dumps(header)})
-    with pytest.raises(CheckpointError, match="format 2, in which gain and weight were two parameters") as caught:
+    with pytest.raises(CheckpointError, match="format 2, in which gain and bias were on the layers in front") as caught:
         normfree.load(path)
     assert "\n" not in str(caught.value)

@@ -133,7 +133,7 @@ def test_clipping_takes_alphas_and_the_classifier_where_they_start_at_one() -> N
     normfree.clip_grad(model)
     left = {name for name, p in model.named_parameters() if torch.equal(p.grad, torch.ones_like(p))}
     assert left == {name for name, _ in model.named_parameters() if name.endswith("bias")}
-    alpha = model[0].conv2.raw_alpha
+    alpha = model[0].bn2.raw_alpha
     assert float(alpha.grad) == pytest.approx(0.01 * float(alpha.detach()), rel=1e-4)
 
 

@@ -1,0 +1,72 @@
+"""The text of a function, where it is known and is what runs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from types import CodeType, FunctionType
+from typing import cast
+
+from normfree.code.functions import names_in
+
+__all__ = ["compiled", "names_of", "tree_of"]
+
+
+@functools.lru_cache(maxsize=1024)
+def tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """Return the text of a function, if it is known and compiles to what runs; nobody may change it.
+
+    A file may have been edited since it was read, and a decorator may have put another function in place of one.
+    """
+    try:
+        lines, start = inspect.getsourcelines(function.__code__)
+        head, shift = ("if True:\n", 2) if lines[0][:1].isspace() else ("", 1)  # a method stands in its class
+        tree: ast.AST = ast.parse("".join((head, *lines))).body[0]
+        tree = cast(ast.If, tree).body[0] if head else tree
+        if not isinstance(tree, ast.FunctionDef):
+            return None
+        ast.increment_lineno(tree, start - shift)
+        tree.decorator_list = []
+        return tree if _does(compiled(tree, function)) == _does(function.__code__) else None
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def names_of(tree: ast.AST) -> Iterator[str]:
+    """Yield every name in a text, and every attribute."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def compiled(tree: ast.FunctionDef, like: FunctionType, helpers: Sequence[str] = ()) -> CodeType:
+    """Compile a function as if it stood in its file, with the variables that it takes from around it.
+
+    Args:
+        tree: Its text.
+        like: The function of which it is the text, or was.
+        helpers: Further variables that it takes from around it.
+    """
+    code, names = like.__code__, like.__globals__
+    around = cast(ast.FunctionDef, ast.parse(f"def around({', '.join([*code.co_freevars, *helpers])}): 0").body[0])
+    around.body = [tree]
+    # A method of what is imported is called by other instructions.
+    others = (name for name in sorted(names_in(like)) if getattr(names.get(name), "__module__", "") != like.__module__)
+    imports = [ast.Import([ast.alias(name)]) for name in others if name in names]
+    module = ast.fix_missing_locations(ast.Module([*imports, around], []))
+    found = compile(module, code.co_filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)
+    for name in ("around", tree.name):
+        found = next(c for c in found.co_consts if isinstance(c, CodeType) and c.co_name == name)
+    return cast(CodeType, found)
+
+
+_FUTURE = 0x1FF0000
+"""The flags of what is imported from ``__future__``."""
+
+
+def _does(code: CodeType) -> tuple[object, ...]:
+    """Return what two codes have in common that do the same."""
+    constants = [_does(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants

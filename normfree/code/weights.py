@@ -1,0 +1,153 @@
+"""Whose weight or bias somebody computes with besides the layer: these must stay what they are."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from normfree.code.functions import bases, forward_functions, names_in, other_functions
+from normfree.code.held import held_by
+from normfree.code.text import tree_of
+
+__all__ = ["read_elsewhere"]
+
+_ABOUT = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "grad", "stride"}
+"""What can be asked of a weight without its values."""
+_ALL = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter"}
+"""By these one comes to every weight of a module."""
+_PARAMETERS = ("weight", "bias")
+_RUNNING = ("forward", "_conv_forward")
+_STATISTICS = {"running_mean", "running_var"}
+"""Whoever reads these of a norm fails once it is gone."""
+
+
+def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[int]]:
+    """Return the identities of the layers whose ``"weight"``, or whose ``"bias"``, may be used apart from them.
+
+    Tied ones are; so are those that a function of the model's classes names and does something with, but for what only
+    builds the model. In doubt, all that it may come to.
+
+    Args:
+        model: The model.
+        used: The parameters that were used apart in a run.
+    """
+    found: dict[str, set[int]] = {name: set() for name in _PARAMETERS}
+    owners: dict[tuple[str, int], set[int]] = defaultdict(set)
+    holders: dict[int, int] = defaultdict(int)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders[id(parameter)] += 1
+                owners[name, id(parameter)].add(id(module))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    apart = {id(named[name]) for name in used if name in named}
+    for value in held_by(model):
+        own = value.__self__ if isinstance(value, MethodType) else None
+        apart |= set(map(id, own._parameters.values())) if isinstance(own, nn.Module) else {id(value)}
+    for (name, held), layers in owners.items():
+        if name in found and (holders[held] > 1 or held in apart):
+            found[name] |= layers
+    forward = forward_functions(model)
+    instances: dict[type, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for cls in bases(type(module)):
+            instances[cls].append(module)
+    methods = {f: cls for cls in instances for f in vars(cls).values() if isinstance(f, FunctionType)}
+    for function in forward | other_functions(model):
+        names = names_in(function)
+        if function not in forward and names & _STATISTICS:
+            continue
+        own = instances[methods[function]] if function in methods else None
+        for name, modules in _Reading(function, function in forward, own).read(model):
+            found[name].update(map(id, modules))
+    return found
+
+
+class _Reading:
+    """What one function does with weights."""
+
+    def __init__(self, function: FunctionType, forward: bool, instances: list[nn.Module] | None) -> None:
+        self.function, self.forward, self.instances = function, forward, instances
+        code = function.__code__
+        self.own = code.co_varnames[0] if code.co_argcount and instances is not None else ""
+
+    def read(self, model: nn.Module) -> Iterator[tuple[str, Iterable[nn.Module]]]:
+        """Yield whose parameters of which name may be read: single layers, or all below a module."""
+        texts = {c for c in self.function.__code__.co_consts if isinstance(c, str)}
+        words = (names_in(self.function) | texts) & {*_PARAMETERS, *_RUNNING, *(_ALL if self.forward else ())}
+        tree, below = tree_of(self.function) if words else None, self.instances or [model]
+        if tree is None:
+            yield from ((name, top.modules()) for name in _PARAMETERS for top in below if words)
+            return
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            holder, name = _taken(node)
+            if self._runs_past(node):
+                yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
+            elif holder is not None and self._works(node, parents):
+                for meant in _PARAMETERS if name is None else [name]:
+                    yield from ((meant, modules) for modules in self._meant(holder, below))
+            elif self.forward and isinstance(node, ast.Attribute) and node.attr in _ALL:
+                yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
+
+    def _meant(self, holder: ast.expr, below: list[nn.Module]) -> Iterator[Iterable[nn.Module]]:
+        for top in below:
+            module = self._value(holder, top)
+            if module is None:
+                yield top.modules()
+            elif module is not top or not self.forward:  # a layer's own forward reads its own
+                yield [module]
+
+    def _value(self, name: ast.expr, top: nn.Module) -> nn.Module | None:
+        """Return the module that some names lead to, or ``None`` if that is not known."""
+        if isinstance(name, ast.Name):
+            return top if name.id == self.own else None
+        if isinstance(name, ast.Attribute):
+            holder = self._value(name.value, top)
+            return None if holder is None else holder._modules.get(name.attr)
+        return None
+
+    def _runs_past(self, node: ast.AST) -> bool:
+        """Whether a layer is run by its class, which knows no coordinates: ``nn.Conv2d.forward(layer, x)``."""
+        if not isinstance(node, ast.Attribute) or node.attr not in _RUNNING:
+            return False
+        base: Any = node.value
+        if isinstance(base, ast.Call):  # in a forward ``super()`` is what runs anyway
+            return getattr(base.func, "id", "") == "super" and not self.forward
+        while isinstance(base, ast.Attribute):
+            base = base.value
+        return isinstance(base, ast.Name) and isinstance(self.function.__globals__.get(base.id), (type, ModuleType))
+
+    def _works(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+        """Whether something is made of a weight, and it is not only asked for, or filled."""
+        above: Any = parents.get(node)
+        if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+            return False
+        name = getattr(above, "attr", "")
+        if name in _ABOUT or (name.endswith("_") and not self.forward):
+            return False
+        if name == "data":
+            return self._works(above, parents)
+        if isinstance(above, ast.Compare):
+            return not all(isinstance(op, (ast.Is, ast.IsNot)) for op in above.ops)
+        if isinstance(above, ast.Call) and node is not above.func and not self.forward:
+            name = getattr(above.func, "attr", getattr(above.func, "id", ""))
+            return not name.endswith("_") and name not in ("isinstance", "hasattr", "id", "type", "len", "print")
+        return not isinstance(above, (ast.Expr, ast.If, ast.IfExp))
+
+
+def _taken(node: ast.AST) -> tuple[ast.expr | None, str | None]:
+    """Return of what a parameter is taken, and which, if that is known: ``layer.weight``, ``getattr(layer, name)``."""
+    if isinstance(node, ast.Attribute) and node.attr in _PARAMETERS:
+        return node.value, node.attr
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+        text = node.args[1]
+        if not isinstance(text, ast.Constant):
+            return node.args[0], None
+        return (node.args[0], text.value) if text.value in _PARAMETERS else (None, None)
+    return None, None

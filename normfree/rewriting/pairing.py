@@ -1,0 +1,215 @@
+"""Which modules call a layer and the slot behind it in a row, and the class with which they call them together."""
+
+from __future__ import annotations
+
+import ast
+import copyreg
+import itertools
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from normfree.errors import UsageError
+from normfree.layers import ScaledOutput, scaled_output_class
+from normfree.layers.pairs import OneByOne
+from normfree.rewriting.changing import set_class
+from normfree.rewriting.rows import Row, rows_in, with_rows
+
+__all__ = ["Paired", "Spec", "paired_class", "specs", "unpaired_"]
+
+Spec = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+"""The methods of a class that call pairs, each with the places in its text; empty for a sequence."""
+Modules = Mapping[str, nn.Module]
+Pairs = Mapping[int, int]
+"""The identity of each layer with that of the slot behind it."""
+
+
+class Paired(nn.Module):
+    """Mixin for a module whose methods call a layer and its slot together; it is still what it was otherwise."""
+
+    _normfree_before: ClassVar[type[nn.Module]]
+    _normfree_spec: ClassVar[Spec]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse TorchScript, which knows no class that is made at run time."""
+        raise UsageError(f"{type(self).__name__} cannot be scripted: torch.jit.script(normfree.fuse(model).eval())")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__ or "_normfree_before" not in vars(type(self)):  # type: ignore[attr-defined]
+            return reduced
+        return _empty, (self._normfree_before, self._normfree_spec), *reduced[2:]
+
+
+def specs(modules: Modules, pairs: Mapping[str, str]) -> dict[str, Spec]:
+    """Return the modules that call pairs in a row, with the methods that do, and the sequences in which pairs stand.
+
+    The root is left out: it keeps its class.
+
+    Args:
+        modules: The modules of a model by name.
+        pairs: The layers with the norms, or slots, behind them.
+    """
+    identities = {id(modules[layer]): id(modules[norm]) for layer, norm in pairs.items()}
+    found: dict[str, Spec] = {}
+    members = {*identities, *identities.values()}
+    holding = {name.rpartition(".")[0] for name in (*pairs, *pairs.values())}
+    above = {name for held in holding for name in _above(held) if name}
+    known: dict[int, str] = {}
+    for name in sorted(above, key=lambda held: held.count("."), reverse=True):
+        module = modules[name]
+        if id(module) in known or isinstance(module, torch.jit.ScriptModule):
+            continue
+        known[id(module)] = name
+        if _is_sequence(module):
+            parts = _flat(module)
+            if any(identities.get(id(a)) == id(b) for a, b in itertools.pairwise(parts)):
+                found[name] = ()
+            continue
+        spec, sequences = _spec(module, identities)
+        if spec:
+            found[name] = spec
+            found.update({path: () for path, m in modules.items() if m in sequences})
+    ends = {name for name, spec in found.items() if not spec}  # what such a sequence is made of must come apart too
+    for name, module in modules.items():
+        inside = any(name.startswith(f"{end}.") for end in ends)
+        if inside and _is_sequence(module) and not members.isdisjoint(map(id, _flat(module))):
+            found[name] = ()
+    return found
+
+
+def paired_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
+    """Return the class of a module that calls pairs together.
+
+    Raises:
+        ValueError: The text of a method is not known, or is another one than it was.
+        TypeError: No class may be derived from ``original``.
+    """
+    known = _MADE.get((original, spec))
+    if known is not None:
+        return known
+    members: dict[str, Any] = {"_normfree_before": original, "_normfree_spec": spec}
+    members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    members["__doc__"] = original.__doc__
+    for name, keys in spec:
+        method = _method(original, name)
+        if method is None:
+            raise ValueError(f"{original.__qualname__} has no method {name} of its own")
+        members[name] = with_rows(method, frozenset(keys))
+    mixins = (Paired,) if spec else (Paired, OneByOne)
+    made = type(original.__name__, (*mixins, original), members)
+    return _MADE.setdefault((original, spec), made)
+
+
+_MADE: dict[tuple[type[nn.Module], Spec], type[nn.Module]] = {}
+
+
+def _empty(original: type[nn.Module], spec: Spec) -> nn.Module:
+    """Return an object without contents, for pickle; where no text is known, of the class that it was."""
+    try:
+        cls = paired_class(original, spec)
+    except (ValueError, TypeError):
+        cls = original
+    return cls.__new__(cls)
+
+
+def unpaired_(model: nn.Module) -> None:
+    """Give every module of a model the class back that it had."""
+    for module in model.modules():
+        cls = type(module)
+        if "_normfree_before" in vars(cls):
+            set_class(module, cast(Paired, module)._normfree_before)
+        elif isinstance(module, Paired) and isinstance(module, ScaledOutput):
+            mixin, inner = cls.__bases__
+            set_class(module, scaled_output_class(vars(inner)["_normfree_before"], mixin))
+
+
+def _above(name: str) -> Iterator[str]:
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a module calls what it holds one after the other, and does nothing else."""
+    cls = type(module)
+    return (
+        isinstance(module, nn.Sequential)
+        and all(
+            getattr(cls, name) is getattr(nn.Sequential, name)
+            for name in ("forward", "__iter__", "__call__", "__len__")
+        )
+        and "forward" not in module.__dict__
+    )
+
+
+def _flat(module: nn.Module) -> list[nn.Module]:
+    if not _is_sequence(module) or not len(module._modules):
+        return [module]
+    return [part for child in module._modules.values() for part in _flat(cast(nn.Module, child))]
+
+
+def _spec(module: nn.Module, pairs: Pairs) -> tuple[Spec, list[nn.Module]]:
+    """Return the methods of a module that call pairs in a row, and the sequences that these are in."""
+    cls, spec, sequences = type(module), list[tuple[str, tuple[tuple[int, int], ...]]](), list[nn.Module]()
+    names = dict.fromkeys(n for base in cls.__mro__ if not base.__module__.startswith("torch.") for n in vars(base))
+    for name in names:
+        method = _method(cls, name)
+        keys = [row.key for row in rows_in(method) if _is_pair(row, method, module, pairs, sequences)] if method else []
+        if keys:
+            spec.append((name, tuple(keys)))
+    return tuple(spec), sequences
+
+
+def _method(cls: type, name: str) -> FunctionType | None:
+    """Return the method that instances of a class have under a name, if it is a plain one."""
+    found = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+    return found if isinstance(found, FunctionType) and not hasattr(found, "__wrapped__") else None
+
+
+_UNKNOWN = object()
+"""What a variable holds."""
+
+
+def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs, sequences: list[nn.Module]) -> bool:
+    """Whether what is called in a row is a pair, or may be one: what a loop goes through is not known."""
+    first, second = (_value(end, method, module) for end in (row.first, row.second))
+    if first is None or second is None:
+        return False
+    if first is _UNKNOWN and second is _UNKNOWN:
+        return any(id(part) in pairs for part in module.modules())
+    layer = None if first is _UNKNOWN else id(_flat(first)[-1])
+    slot = None if second is _UNKNOWN else id(_flat(second)[0])
+    found = slot in pairs.values() if layer is None else layer in pairs and slot in (None, pairs[layer])
+    if found:
+        sequences += [end for end in (first, second) if isinstance(end, nn.Module) and _is_sequence(end)]
+    return found
+
+
+def _value(name: ast.expr, method: FunctionType, module: nn.Module) -> Any:
+    """Return the module that stands at the end of some names; ``None`` if there is none."""
+    code = method.__code__
+    if isinstance(name, ast.Name):
+        if name.id in code.co_varnames[: min(code.co_argcount, 1)]:
+            return module
+        found = _UNKNOWN if name.id in code.co_varnames + code.co_cellvars else method.__globals__.get(name.id)
+        return found if found is _UNKNOWN or isinstance(found, nn.Module) else None
+    held = name.args[0] if isinstance(name, ast.Call) else cast(Any, name).value  # ``getattr(self, "0")``
+    holder = _value(held, method, module)
+    if holder is _UNKNOWN or holder is None:
+        return holder
+    if not isinstance(name, ast.Subscript):
+        attribute = cast(Any, name).args[1].value if isinstance(name, ast.Call) else cast(Any, name).attr
+        found = holder._modules.get(attribute, holder.__dict__.get(attribute))
+        return _UNKNOWN if isinstance(found, (list, tuple, dict)) else found if isinstance(found, nn.Module) else None
+    which = name.slice
+    if not isinstance(which, ast.Constant) or not isinstance(holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return _UNKNOWN
+    try:
+        return holder[which.value]  # type: ignore[index]  # whatever its text says
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
