@@ -130,6 +130,7 @@ def _as_a_norm_has_them(slot: ChannelAffine, plain: nn.Module) -> None:
     slot.gain_unit = slot.bias_unit = 1.0
     slot.__dict__.pop("gain", None)
     slot._parameters["gain"] = nn.Parameter(gain)
+    slot.constant = False
     slot.bias = nn.Parameter(bias if own is None else bias + gain * own)
 
 

@@ -11,7 +11,7 @@ from typing import cast
 
 from normfree.code.functions import names_in
 
-__all__ = ["compiled", "names_of", "tree_of"]
+__all__ = ["compiled", "is_shared", "names_of", "reads", "tree_of", "uses"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -39,6 +39,26 @@ def names_of(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)):
             yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def uses(node: ast.AST, name: str, kind: type[ast.expr_context] = ast.expr_context) -> int:
+    """Count how often a variable is named; with ``kind``, how often it is read, assigned or taken away."""
+    return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, kind) for n in ast.walk(node))
+
+
+def reads(node: ast.AST, name: str) -> int:
+    """Count how often a variable is read: ``x += 1`` reads it too."""
+    added = (getattr(n.target, "id", None) for n in ast.walk(node) if isinstance(n, ast.AugAssign))
+    return uses(node, name, ast.Load) + list(added).count(name)
+
+
+def is_shared(function: ast.FunctionDef, name: str) -> bool:
+    """Whether a variable is taken away, is none of the function's own, or is read by a function inside of it."""
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.GeneratorExp)
+    nodes = [node for node in ast.walk(function) if node is not function]
+    declared = any(isinstance(node, (ast.Global, ast.Nonlocal)) and name in node.names for node in nodes)
+    captured = any(isinstance(node, inner) and uses(node, name) for node in nodes)
+    return declared or captured or uses(function, name, ast.Del) > 0
 
 
 def compiled(tree: ast.FunctionDef, like: FunctionType, helpers: Sequence[str] = ()) -> CodeType:

@@ -206,6 +206,7 @@ def _bake_affine(slot: ChannelAffine) -> None:
     gain = factor.clone() if slot.gain is None else slot.gain * factor
     slot.__dict__.pop("gain", None)
     slot._parameters["gain"] = nn.Parameter(gain, like.requires_grad)
+    slot.constant = False
     slot.bias = None if slot.bias is None else nn.Parameter(slot.bias * factor, like.requires_grad)
     slot.raw_alpha = None
 

@@ -16,7 +16,8 @@ from normfree.layers.combining import Constants, mean_of, shift
 from normfree.layers.copies import CopiedAffine, CopiedOutput, CopiedSkipInit
 from normfree.layers.held import CONSTANTS, HasAlpha, alpha_of
 from normfree.layers.linearity import is_carrier
-from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, Vacant, alpha_scale
+from normfree.layers.slots import ChannelAffine, Channels, Copy, SkipInit, alpha_scale
+from normfree.layers.vacant import Vacant
 
 __all__ = [
     "CONSTANTS",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from normfree.layers.held import HasAlpha, HasConstants
-
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+from normfree.layers.vacant import OfNorm
 
 __all__ = [
     "ChannelAffine",
@@ -22,7 +18,6 @@ __all__ = [
     "HasAlpha",
     "HasConstants",
     "SkipInit",
-    "Vacant",
     "affine",
     "alpha_scale",
     "scale",
@@ -68,27 +63,6 @@ def affine(x: Tensor, gain: Tensor | None, bias: Tensor | None, alpha: Tensor | 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     shaped = values if values.dim() == 0 else values.reshape([-1] + [1] * (x.dim() - 2))  # TorchScript unpacks no list
     return shaped.to(x.dtype)
-
-
-class _OfNorm(_Module):
-    """Mixin for what stands where a norm was: it tells so whoever reads the norm that it was.
-
-    Who asks politely (``hasattr``, ``getattr`` with a default) is answered as by any other module.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name not in _OF_NORMS:
-                raise
-            raise AttributeError(
-                f"normfree has converted the norm that had this {name!r}; what merges branches or reads norms wants "
-                "normfree.fuse(model) first, which merges them"
-            ) from error
-
-
-_OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "num_features", "momentum", "affine")
 
 
 class SkipInit(HasAlpha, nn.Module):
@@ -139,7 +113,7 @@ class SkipInit(HasAlpha, nn.Module):
         return "" if self.channels is None else f"channels={self.channels}"
 
 
-class ChannelAffine(_OfNorm, HasConstants, HasAlpha, nn.Module):
+class ChannelAffine(OfNorm, HasConstants, HasAlpha, nn.Module):
     """What is left of a norm: ``alpha * act(drop(gain_unit * gain * x + bias / bias_unit))``.
 
     Every part may be missing. ``drop`` and ``act`` are the ones a fused norm-and-activation brought along and keep
@@ -186,6 +160,7 @@ class ChannelAffine(_OfNorm, HasConstants, HasAlpha, nn.Module):
         self.alpha_unit = unit
         self.bias_unit = bias_unit
         self.gain_unit = gain_unit
+        self.constant = gain is not None and not isinstance(gain, nn.Parameter)
         self.gain = gain
         self.register_parameter("bias", bias)
         self.register_parameter("raw_alpha", raw_alpha)
@@ -205,6 +180,8 @@ class ChannelAffine(_OfNorm, HasConstants, HasAlpha, nn.Module):
         if gain is not None and self.gain_unit != 1.0:
             gain = gain * self.gain_unit
         last = self.drop is None and self.act is None
+        if self.constant and gain is not None and bias is not None and (alpha is None or not last):
+            return self.rest(torch.addcmul(_per_channel(bias, x), x, _per_channel(gain, x)))  # one pass
         return self.rest(affine(x, gain, bias, alpha if last else None, self.channels))
 
     def rest(self, x: Tensor) -> Tensor:
@@ -233,16 +210,3 @@ class Copy(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return a copy of ``input``."""
         return input.clone()
-
-
-class Vacant(_OfNorm, nn.Identity):
-    """Stands where a norm was of which nothing is left here."""
-
-    __module__ = nn.Identity.__module__  # torch.fx looks there for what it takes as a whole, as feature extractors do
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _vacant, (), self.__dict__  # pickle looks there too
-
-
-def _vacant() -> Vacant:
-    return Vacant.__new__(Vacant)

@@ -54,31 +54,27 @@ def specs(modules: Modules, pairs: Mapping[str, str]) -> dict[str, Spec]:
         pairs: The layers with the norms, or slots, behind them.
     """
     identities = {id(modules[layer]): id(modules[norm]) for layer, norm in pairs.items()}
-    found: dict[str, Spec] = {}
-    members = {*identities, *identities.values()}
     holding = {name.rpartition(".")[0] for name in (*pairs, *pairs.values())}
-    above = {name for held in holding for name in _above(held) if name}
-    known: dict[int, str] = {}
-    for name in sorted(above, key=lambda held: held.count("."), reverse=True):
+    above = {id(modules[name]): name for held in holding for name in _above(held) if name}
+    found: dict[str, Spec] = {}
+    sequences = set[nn.Module]()
+    for name in above.values():
         module = modules[name]
-        if id(module) in known or isinstance(module, torch.jit.ScriptModule):
-            continue
-        known[id(module)] = name
         if _is_sequence(module):
-            parts = _flat(module)
-            if any(identities.get(id(a)) == id(b) for a, b in itertools.pairwise(parts)):
-                found[name] = ()
-            continue
-        spec, sequences = _spec(module, identities)
-        if spec:
-            found[name] = spec
-            found.update({path: () for path, m in modules.items() if m in sequences})
-    ends = {name for name, spec in found.items() if not spec}  # what such a sequence is made of must come apart too
-    for name, module in modules.items():
-        inside = any(name.startswith(f"{end}.") for end in ends)
-        if inside and _is_sequence(module) and not members.isdisjoint(map(id, _flat(module))):
-            found[name] = ()
-    return found
+            parts = itertools.pairwise(_flat(module))
+            sequences |= {module} if any(identities.get(id(a)) == id(b) for a, b in parts) else set()
+        elif not isinstance(module, torch.jit.ScriptModule):
+            found[name], ends = _spec(module, identities)
+            sequences.update(ends)
+    members = {*identities, *identities.values()}
+    apart = {  # what a sequence is made of must come apart too
+        part
+        for sequence in sequences
+        for part in sequence.modules()
+        if _is_sequence(part) and not members.isdisjoint(map(id, _flat(part)))
+    }
+    one_by_one: dict[str, Spec] = {name: () for name, module in modules.items() if name and module in apart}
+    return {name: spec for name, spec in found.items() if spec} | one_by_one
 
 
 def paired_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:

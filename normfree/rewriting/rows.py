@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import cast
 
-from normfree.code.text import compiled, names_of, tree_of
+from normfree.code.text import compiled, is_shared, names_of, reads, tree_of, uses
 from normfree.layers.pairs import held, taken
 
 __all__ = ["Row", "rows_in", "text_with", "with_rows"]
@@ -163,11 +163,7 @@ def _clears_another(statement: ast.stmt, name: str, behind: ast.stmt) -> bool:
     """Whether a statement gives a constant to a variable that has nothing to do with what is behind it."""
     target = _target(statement)
     constant = isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
-    return constant and target not in (None, name) and not _uses(behind, str(target))
-
-
-def _uses(node: ast.AST, name: str, kind: type[ast.expr_context] = ast.expr_context) -> int:
-    return sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, kind) for n in ast.walk(node))
+    return constant and target not in (None, name) and not uses(behind, str(target))
 
 
 def _taker(statement: ast.stmt, name: str, function: ast.FunctionDef) -> tuple[ast.Call | None, ast.expr | None]:
@@ -183,25 +179,16 @@ def _taker(statement: ast.stmt, name: str, function: ast.FunctionDef) -> tuple[a
     if not isinstance(statement, (ast.Assign, ast.Return)) or statement.value is None:
         return None, None
     found = _first_call_on(statement.value, name)
-    if found is None or _is_others_too(function, name):
+    if found is None or is_shared(function, name):
         return None, None
     gone = isinstance(statement, ast.Return) or _target(statement) == name
-    alone = _uses(function, name, ast.Load) == 1 or (gone and _uses(statement, name, ast.Load) == 1)
+    alone = reads(function, name) == 1 or (gone and reads(statement, name) == 1)
     return (found, test) if alone else (None, None)
 
 
 def _is_pure(test: ast.expr, name: str) -> bool:
     """Whether a question may be asked twice, and is of something else than a variable."""
-    return not _uses(test, name) and not any(isinstance(node, (ast.Call, ast.NamedExpr)) for node in ast.walk(test))
-
-
-def _is_others_too(function: ast.FunctionDef, name: str) -> bool:
-    """Whether a variable is taken away, is none of the function's own, or is read by a function inside of it."""
-    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.GeneratorExp)
-    nodes = [node for node in ast.walk(function) if node is not function]
-    declared = any(isinstance(node, (ast.Global, ast.Nonlocal)) and name in node.names for node in nodes)
-    captured = any(isinstance(node, inner) and _uses(node, name) for node in nodes)
-    return declared or captured or _uses(function, name, ast.Del) > 0
+    return not uses(test, name) and not any(isinstance(node, (ast.Call, ast.NamedExpr)) for node in ast.walk(test))
 
 
 def _first_call_on(node: ast.expr, name: str) -> ast.Call | None:

@@ -135,6 +135,12 @@ class Apart(Rows):
         z = self.b(y)
         return z + y
 
+    def added_to_later(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.b(y)
+        y += 1  # which nobody reads, but a tensor it must be
+        return z
+
     def read_by_a_closure(self, x: Tensor) -> Tensor:
         y = self.a(x)
         late = lambda: y  # noqa: E731  # what is tested
