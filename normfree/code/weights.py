@@ -18,6 +18,7 @@ __all__ = ["read_elsewhere"]
 
 _ABOUT = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_grad", "grad", "stride"}
 """What can be asked of a weight without its values."""
+_ASKING = ("isinstance", "hasattr", "id", "type", "len", "print")
 _ALL = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter"}
 """By these one comes to every weight of a module."""
 _PARAMETERS = ("weight", "bias")
@@ -87,19 +88,21 @@ class _Reading:
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
             holder, name = _taken(node)
+            use = "" if holder is None else self._use(node, parents)
             if self._runs_past(node):
                 yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
-            elif holder is not None and self._works(node, parents):
+            elif holder is not None and use:
                 for meant in _PARAMETERS if name is None else [name]:
-                    yield from ((meant, modules) for modules in self._meant(holder, below))
+                    yield from ((meant, modules) for modules in self._meant(holder, below, doubt=use != "written"))
             elif self.forward and isinstance(node, ast.Attribute) and node.attr in _ALL:
                 yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
 
-    def _meant(self, holder: ast.expr, below: list[nn.Module]) -> Iterator[Iterable[nn.Module]]:
+    def _meant(self, holder: ast.expr, below: list[nn.Module], *, doubt: bool) -> Iterator[Iterable[nn.Module]]:
+        """Yield the layers that some names lead to; in doubt all, but who fills any layer is who loads or draws it."""
         for top in below:
             module = self._value(holder, top)
             if module is None:
-                yield top.modules()
+                yield top.modules() if doubt else ()
             elif module is not top or not self.forward:  # a layer's own forward reads its own
                 yield [module]
 
@@ -123,22 +126,22 @@ class _Reading:
             base = base.value
         return isinstance(base, ast.Name) and isinstance(self.function.__globals__.get(base.id), (type, ModuleType))
 
-    def _works(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-        """Whether something is made of a weight, and it is not only asked for, or filled."""
+    def _use(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
+        """Say whether something is made of a parameter, or it is ``"written"``; nothing if it is only asked for."""
         above: Any = parents.get(node)
+        name, written = getattr(above, "attr", ""), "read" if self.forward else "written"
         if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
-            return False
-        name = getattr(above, "attr", "")
-        if name in _ABOUT or (name.endswith("_") and not self.forward):
-            return False
+            return written
         if name == "data":
-            return self._works(above, parents)
+            return self._use(above, parents)
+        if name in _ABOUT or name.endswith("_"):
+            return "" if name in _ABOUT else written
         if isinstance(above, ast.Compare):
-            return not all(isinstance(op, (ast.Is, ast.IsNot)) for op in above.ops)
+            return "" if all(isinstance(op, (ast.Is, ast.IsNot)) for op in above.ops) else "read"
         if isinstance(above, ast.Call) and node is not above.func and not self.forward:
             name = getattr(above.func, "attr", getattr(above.func, "id", ""))
-            return not name.endswith("_") and name not in ("isinstance", "hasattr", "id", "type", "len", "print")
-        return not isinstance(above, (ast.Expr, ast.If, ast.IfExp))
+            return "" if name in _ASKING else "written" if name.endswith("_") else "read"
+        return "" if isinstance(above, (ast.Expr, ast.If, ast.IfExp)) else "read"
 
 
 def _taken(node: ast.AST) -> tuple[ast.expr | None, str | None]:

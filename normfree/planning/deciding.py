@@ -189,7 +189,7 @@ def _carried(
             continue
         own = id(layer) not in apart["weight"]
         head = path not in produced and path not in rescaled
-        centred = path in findings.known and not getattr(layer, "transposed", False)
+        centred = own and path in findings.known and not getattr(layer, "transposed", False)
         if own or path in produced:
             unit, mean_unit = _units(layer) if own and not head else (1.0, 1.0)
             keeps = path in produced and layer.bias is not None and id(layer) in apart["bias"]

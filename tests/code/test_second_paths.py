@@ -660,6 +660,32 @@ def test_another_method_is_read_for_what_ends_in_a_layer_too(way: str) -> None:
     hold(model, lambda m, x: m(x), lambda m, x: m.features(x))
 
 
+class Written(Net):
+    """Writes into its own weights."""
+
+    forward = Net.plain
+
+    def clip(self) -> None:
+        with torch.no_grad():
+            self.c.weight.clamp_(-0.05, 0.05)
+
+    def swap(self) -> None:
+        self.c.weight = nn.Parameter(self.c.weight.detach().flip(0))
+
+    def draw(self) -> None:
+        torch.manual_seed(0)
+        nn.init.normal_(self.c.weight)
+
+
+@pytest.mark.parametrize("method", ["clip", "swap", "draw"])
+def test_a_method_that_writes_a_weight_writes_that_of_the_layer(method: str) -> None:
+    def written(model: Any, x: Tensor) -> Tensor:
+        getattr(model, method)()
+        return model(x)
+
+    hold(randomise(Written()).double().eval(), lambda m, x: m(x), written)
+
+
 class Sequence(nn.Module):
     flag = False
 
