@@ -21,6 +21,7 @@ __all__ = [
     "affine",
     "alpha_scale",
     "scale",
+    "shifted",
 ]
 
 Channels = tuple[int, int] | None
@@ -58,6 +59,12 @@ def affine(x: Tensor, gain: Tensor | None, bias: Tensor | None, alpha: Tensor | 
     if gain is not None:
         x = x * _per_channel(gain, x)
     return x if bias is None else x + _per_channel(bias, x)
+
+
+@torch.fx.wrap
+def shifted(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """Return ``gain * x + bias``, in one pass over the activation."""
+    return torch.addcmul(_per_channel(bias, x), x, _per_channel(gain, x))
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -181,7 +188,7 @@ class ChannelAffine(OfNorm, HasConstants, HasAlpha, nn.Module):
             gain = gain * self.gain_unit
         last = self.drop is None and self.act is None
         if self.constant and gain is not None and bias is not None and (alpha is None or not last):
-            return self.rest(torch.addcmul(_per_channel(bias, x), x, _per_channel(gain, x)))  # one pass
+            return self.rest(shifted(x, gain, bias))
         return self.rest(affine(x, gain, bias, alpha if last else None, self.channels))
 
     def rest(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import normfree
 from normfree.layers.pairs import Held, held, taken
@@ -240,6 +241,15 @@ def test_what_waits_is_called_on_what_it_was_given() -> None:
     assert_close(taken(model.branch.norm, waiting), model.branch.norm(model.branch.layer(x)), 1e-10)
     assert torch.equal(held(torch.tanh, torch.relu, x), torch.tanh(x))
     assert torch.equal(taken(torch.relu, x), torch.relu(x))
+
+
+@pytest.mark.parametrize("kind", ["conv", "with an activation"])
+def test_a_tracer_sees_both_one_by_one(kind: str) -> None:
+    _, model, x = converted(kind)
+    traced = torch.fx.symbolic_trace(model.branch)
+    assert "layer" in [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert_close(traced(x), model.branch(x), 1e-12)
+    assert_close(create_feature_extractor(model.branch, ["layer"])(x)["layer"], model.branch.layer(x), 1e-12)
 
 
 def test_copies_and_compiled_ones_compute_as_one_too() -> None:
