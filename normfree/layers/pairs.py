@@ -131,7 +131,10 @@ def _all_is_watched() -> bool:
     modes = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
     return bool(
         nn.Module.__call__ is not _CALL  # torch.fx, and whoever else writes down calls
-        or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]  # torch's own
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
         or not all(isinstance(mode, DeviceContext) for mode in modes)
     )
 
