@@ -20,11 +20,11 @@ _ABOUT = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_
 """What can be asked of a weight without its values."""
 _ASKING = ("isinstance", "hasattr", "id", "type", "len", "print")
 _ALL = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter"}
-"""By these one comes to every weight of a module."""
+"""By these a forward comes to every weight of a module, and who gives a module others for one call."""
 _PARAMETERS = ("weight", "bias")
 _RUNNING = ("forward", "_conv_forward")
 _STATISTICS = {"running_mean", "running_var"}
-"""Whoever reads these of a norm fails once it is gone."""
+"""Whoever reads these of a norm fails once it is gone, so what he makes of a weight with them is not made."""
 
 
 def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[int]]:
@@ -60,9 +60,6 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
             instances[cls].append(module)
     methods = {f: cls for cls in instances for f in vars(cls).values() if isinstance(f, FunctionType)}
     for function in forward | other_functions(model):
-        names = names_in(function)
-        if function not in forward and names & _STATISTICS:
-            continue
         own = instances[methods[function]] if function in methods else None
         for name, modules in _Reading(function, function in forward, own).read(model):
             found[name].update(map(id, modules))
@@ -74,19 +71,23 @@ class _Reading:
 
     def __init__(self, function: FunctionType, forward: bool, instances: list[nn.Module] | None) -> None:
         self.function, self.forward, self.instances = function, forward, instances
+        self.gives = forward or "functional_call" in names_in(function)
         code = function.__code__
         self.own = code.co_varnames[0] if code.co_argcount and instances is not None else ""
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, Iterable[nn.Module]]]:
         """Yield whose parameters of which name may be read: single layers, or all below a module."""
         texts = {c for c in self.function.__code__.co_consts if isinstance(c, str)}
-        words = (names_in(self.function) | texts) & {*_PARAMETERS, *_RUNNING, *(_ALL if self.forward else ())}
+        words = (names_in(self.function) | texts) & {*_PARAMETERS, *_RUNNING, *(_ALL if self.gives else ())}
         tree, below = tree_of(self.function) if words else None, self.instances or [model]
         if tree is None:
             yield from ((name, top.modules()) for name in _PARAMETERS for top in below if words)
             return
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        failing = set() if self.forward else set(_failing(tree))
         for node in ast.walk(tree):
+            if node in failing:
+                continue
             holder, name = _taken(node)
             use = "" if holder is None else self._use(node, parents)
             if self._runs_past(node):
@@ -94,7 +95,7 @@ class _Reading:
             elif holder is not None and use:
                 for meant in _PARAMETERS if name is None else [name]:
                     yield from ((meant, modules) for modules in self._meant(holder, below, doubt=use != "written"))
-            elif self.forward and isinstance(node, ast.Attribute) and node.attr in _ALL:
+            elif self.gives and isinstance(node, ast.Attribute) and node.attr in _ALL:
                 yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
 
     def _meant(self, holder: ast.expr, below: list[nn.Module], *, doubt: bool) -> Iterator[Iterable[nn.Module]]:
@@ -142,6 +143,23 @@ class _Reading:
             name = getattr(above.func, "attr", getattr(above.func, "id", ""))
             return "" if name in _ASKING else "written" if name.endswith("_") else "read"
         return "" if isinstance(above, (ast.Expr, ast.If, ast.IfExp)) else "read"
+
+
+def _failing(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what runs only together with a read of a norm's statistics: the rows of each suite that holds one."""
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            rows = getattr(node, field, None)
+            if isinstance(rows, list) and any(map(_reads_statistics, rows)):
+                yield from (inner for row in rows for inner in ast.walk(row))
+
+
+def _reads_statistics(node: ast.AST) -> bool:
+    """Whether a row reads statistics whatever is decided in it."""
+    if getattr(node, "attr", "") in _STATISTICS:
+        return True
+    deciding = (ast.stmt, ast.IfExp, ast.BoolOp, ast.Lambda)
+    return any(_reads_statistics(child) for child in ast.iter_child_nodes(node) if not isinstance(child, deciding))
 
 
 def _taken(node: ast.AST) -> tuple[ast.expr | None, str | None]:
