@@ -88,5 +88,10 @@ _FUTURE = 0x1FF0000
 
 def _does(code: CodeType) -> tuple[object, ...]:
     """Return what two codes have in common that do the same."""
-    constants = [_does(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts]
+    constants = [_does(c) if isinstance(c, CodeType) else (type(c), _without_place(c)) for c in code.co_consts]
     return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
+
+
+def _without_place(constant: object) -> object:
+    """Return a constant, without where a function stands: Python 3.10 keeps the names of inner functions among them."""
+    return constant.rpartition(".<locals>.")[2] if isinstance(constant, str) else constant
