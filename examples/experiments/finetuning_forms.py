@@ -72,8 +72,13 @@ first root mean square an output behind a norm that went was at most in a hundre
 `one unit` is the form of the last version, run there: whole filters in units of 2, and heads as large as 8. It and
 `units 1` left layers without a bias as they were, of which pre-activation networks have some.
 
-Batches of 2 and 64 are of one seed, and so are most cells of ImageNet's networks, and rates of one seed beside others.
-Open: three seeds of those, other rates of lite1 and lite2, and of solar cells."""
+Batch 2, lite1 and lite2, solar cells and the last stage of lite0 are of one or two seeds, and so are rates with another
+n beside others. Open: three seeds of those, and their other rates."""
+OVERVIEW = """\
+## At the rate that is best for batch norm
+
+normfree / batch norm, all of the network behind a fresh head. The rate is the one that validates best with batch norm
+among those that both ran at; n is how many seeds normfree has there, where that is fewer than three."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ def run(asked: dict[str, object], threads: int) -> Outcome:
 
 def page(table: list[Row]) -> str:
     """Write the accuracies of every network, task, optimizer and batch, a line an arm and a column a learning rate."""
-    parts = [LEGEND]
+    parts = [LEGEND, OVERVIEW, overview(table), "## All rates"]
     for values in dict.fromkeys(tuple(row[key] for key in CELL) for row in table):
         named = dict(zip(CELL, values, strict=True))
         mine = list(matching(table, named))
@@ -238,6 +243,34 @@ def page(table: list[Row]) -> str:
         about += f", training images: {named['images']}" if named["images"] != "0" else ""
         parts += [f"### {about}, seeds: {seeds}", grid(mine, seeds)]
     return "\n\n".join(parts) + "\n"
+
+
+def overview(table: list[Row]) -> str:
+    """Write how far both are at batch norm's best rate, a line a network, task and batch."""
+    whole = list(matching(table, {"way": WAYS[0], "images": "0"}))
+    lines = sorted(
+        {(int(row["batch"]), row["network"] not in lite.PACKAGES, row["network"], row["task"]) for row in whole}
+    )
+    body = []
+    for batch, _, network, task in lines:
+        own = {"batch": batch, "network": network, "task": task}
+        cells = (beside(list(matching(whole, own | {"optimizer": optimizer}))) for optimizer in RATES)
+        body.append([batch, network, task, *cells])
+    return markdown(["batch", "network", "task", *RATES], body)
+
+
+def beside(mine: list[Row]) -> str | None:
+    """Write both accuracies at the rate that is best for batch norm, and the rate."""
+    ran = {row["lr"] for row in matching(mine, {"arm": "normfree"})}
+    validated = {lr: value for lr, value in mean(mine, "bn").items() if lr in ran}
+    if not validated:
+        return None
+    best = max(sorted(validated, key=float), key=validated.__getitem__)
+    ours, theirs = (
+        [accuracy(row, "test") for row in matching(mine, {"arm": name, "lr": best})] for name in ("normfree", "bn")
+    )
+    few = f" n={len(ours)}" if len(ours) < 3 else ""
+    return f"{statistics.mean(ours):.1f} / {statistics.mean(theirs):.1f} ({power(float(best))}){few}"
 
 
 def grid(mine: list[Row], seeds: int) -> str:

@@ -17,6 +17,7 @@ import csv
 import datetime
 import json
 import re
+import statistics
 import time
 import warnings
 from collections import Counter
@@ -40,8 +41,10 @@ TABLE = Path(__file__).parents[1] / "results" / "support.csv"
 PAGE = TABLE.with_suffix(".md")
 EXPORTS = TABLE.with_name("export.csv")
 STRUCTURE = ("norms", "fold", "affine", "residual", "parallel", "merge", "alphas", "declined", "opaque")
-COLUMNS = ("model", "file", "parameters", *STRUCTURE, "why", "input", "gains", "status", "preserve_error")
-COLUMNS += ("batch_error", "gradients", "seconds", "versions", "proved")
+COLUMNS = ("model", "file", "parameters", *STRUCTURE, "why", "plan_seconds", "input", "gains", "status")
+COLUMNS += ("preserve_error", "batch_error", "gradients", "seconds", "versions", "proved")
+USUAL = 100 * 10**6
+"""Parameters of the largest network whose plan's time is summed up."""
 LARGE = 224
 """Pixels of a side from which on a model is built for a smaller image, if it can be."""
 VERSIONS = f"torch {torch.__version__.partition('+')[0]}, torchvision {torchvision.__version__.partition('+')[0]}, "
@@ -75,7 +78,9 @@ def structure(name: str) -> dict[str, Any] | None:
     model = build_on_meta(name)
     if not find_norms(model):
         return None
+    start = time.process_time()
     plan = normfree.plan(model, init="preserve")
+    seconds = time.process_time() - start
     actions, kinds = Counter(e.action for e in plan.norms), Counter(s.kind for s in plan.sums)
     reasons = [*plan.declined, *(f"{path or 'the root'} is not traced: {why}" for path, why in plan.opaque)]
     return {
@@ -89,6 +94,7 @@ def structure(name: str) -> dict[str, Any] | None:
         "declined": len(plan.declined),
         "opaque": len(plan.opaque),
         "why": "; ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", reason)[:160] for reason in reasons)),
+        "plan_seconds": round(seconds, 2),
     }
 
 
@@ -312,6 +318,7 @@ def page(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         f"{VERSIONS}. Proved with what the package was on " + ", ".join(f"{d} ({days[d]})" for d in sorted(days)) + "."
     )
+    yield from plan_times(rows)
     yield "Written by `python examples/experiments/support_table.py --render`; the figures are in `support.csv`.\n"
     yield "| file | models | verified | norms | residual | parallel | merge | alpha | declined |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -330,6 +337,18 @@ def page(rows: list[dict[str, Any]]) -> Iterator[str]:
         status = (row["status"] or "planned only") + (f" ({row['why']})" if row["why"] else "")
         yield "| " + " | ".join(row[key] for key in keys) + f" | {status.replace('|', '/')} | {row['seconds']} |"
     yield from exports(exported(EXPORTS))
+
+
+def plan_times(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What a plan takes, of the processor."""
+    usual = [row for row in rows if row["plan_seconds"] and int(row["parameters"]) <= USUAL]
+    seconds = sorted(float(row["plan_seconds"]) for row in usual)
+    if not seconds:
+        return
+    median, most = statistics.median(seconds), seconds[int(0.9 * (len(seconds) - 1))]
+    over = sum(value > 1 for value in seconds)
+    yield f"`plan`, processor time, {len(seconds)} networks to {USUAL // 10**6} million parameters: median"
+    yield f"{median:.2f} s, nine of ten within {most:.2f} s, {over} over 1 s, the slowest {seconds[-1]:.2f} s."
 
 
 def exported(path: Path) -> list[dict[str, str]]:
