@@ -16,17 +16,17 @@ from normfree.files import check_fits
 from normfree.layers import is_normfree
 from normfree.layers.reparametrized import check_plain
 
-__all__ = ["SaveWarning", "loadable", "said_by_timm"]
+__all__ = ["SaveWarning", "loadable"]
 
 
 class SaveWarning(UserWarning):
     """What is written can be loaded only with the original at hand."""
 
 
-def loadable(model: nn.Module, header: Header, state: Mapping[str, Tensor]) -> Header:
-    """Return a header with which ``load`` builds this very model.
-
-    What timm's configuration of the model says is taken where the caller says nothing.
+def loadable(
+    model: nn.Module, header: Header, source: str | None, num_classes: int | None, state: Mapping[str, Tensor]
+) -> Header:
+    """Return a header with which ``load`` builds this very model; of it the caller has said the source and the classes.
 
     Raises:
         UsageError: The architecture that is named is not this model's, or a layer is not plain.
@@ -38,30 +38,18 @@ def loadable(model: nn.Module, header: Header, state: Mapping[str, Tensor]) -> H
     touched = {edit.producer or "" for edit in plan.removed} | {*plan.biases, *(layer.path for layer in plan.carried)}
     touched |= {name for name, module in model.named_modules() if is_normfree(module)}
     check_plain(model, touched - {""}, "save")
-    named = said_by_timm(model, header)
-    problem = _problem(named, state)
+    problem = _problem(header, state)
     if problem is None:
-        return named
-    if header.source is not None:
-        raise UsageError(f"load could not read this {type(model).__name__} as {header.source}: {problem}")
+        return header
+    if source is not None:
+        raise UsageError(f"load could not read this {type(model).__name__} as {source}: {problem}")
     warnings.warn(
         f"no source= names the architecture of this {type(model).__name__}: to load the file, pass the "
         "original architecture, load(path, model=...)",
         SaveWarning,
         stacklevel=3,
     )
-    return replace(named, source=None, num_classes=header.num_classes)
-
-
-def said_by_timm(model: nn.Module, header: Header) -> Header:
-    """Fill in what timm's configuration of a model says, where the caller says nothing."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    source, classes, size = header.source, header.num_classes, header.input_size or config.get("input_size")
-    if source is None and config.get("architecture"):
-        source = f"timm:{config['architecture']}"
-    if classes is None and (source or "").startswith("timm:"):
-        classes = getattr(model, "num_classes", None)
-    return replace(header, source=source, num_classes=classes, input_size=None if size is None else tuple(size))
+    return replace(header, source=None, num_classes=num_classes)
 
 
 def _problem(header: Header, state: Mapping[str, Tensor]) -> str | None:

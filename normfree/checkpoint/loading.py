@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from normfree import zoo
@@ -49,7 +48,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
         3
     """
     header = read_header(path)
-    state = _renamed(read_state_dict(weights_in(path)))
+    state = read_state_dict(weights_in(path))
     if model is None:
         # Without memory first: a file that names what it does not hold should not cost more than its own size.
         source, classes = _architecture(header, path, num_classes)
@@ -67,17 +66,6 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     if kept is not None and ORIGINALS_ATTRIBUTE in model.__dict__:
         model.__dict__[ORIGINALS_ATTRIBUTE].fill_(kept, str(path))
     return model
-
-
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a file holds under today's names; see :data:`normfree.checkpoint.header.FORMAT`."""
-    renamed = dict(state)
-    for key in state:
-        layer, _, name = key.rpartition("offset")
-        if name == "" and layer + "center" in state and layer + "gain" in state:
-            gain, made = state[layer + "gain"], renamed.pop(key)
-            renamed[layer + "at_center"] = torch.where(gain == 0, torch.zeros_like(made), made / gain)
-    return renamed
 
 
 def _hold_to_plan(model: nn.Module, stored: Plan, path: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,8 @@ from torch import nn
 
 from normfree.checkpoint.checking import loadable
 from normfree.checkpoint.header import WEIGHTS, Header
-from normfree.checkpoint.hub import write_config
 from normfree.errors import UsageError
-from normfree.files import Pieces, check_output, stored, write_state
+from normfree.files import Pieces, check_output, replacing, stored, write_state
 from normfree.layers import ScaledWeight
 from normfree.plans import Plan
 from normfree.proofs.reference import Reference
@@ -64,15 +64,20 @@ def save(
         0.0
     """
     check_target(path, overwrite=overwrite)
-    header = replace(header_of(model, source, num_classes, plan, reference), input_size=input_size)
-    header = loadable(model, header, stored(model)[0])
-    write(model, path, header.to_metadata(), header.source, header.num_classes, overwrite=overwrite)
+    header = header_of(model, source, num_classes, plan, reference, input_size)
+    header = loadable(model, header, source, num_classes, stored(model)[0])
+    write(model, path, header, overwrite=overwrite)
 
 
 def header_of(
-    model: nn.Module, source: str | None, num_classes: int | None, plan: Plan | None, reference: Reference | None
+    model: nn.Module,
+    source: str | None,
+    num_classes: int | None,
+    plan: Plan | None,
+    reference: Reference | None = None,
+    input_size: tuple[int, ...] | None = None,
 ) -> Header:
-    """Return what the file is to say about itself."""
+    """Return what the file is to say about itself; timm's configuration of a model says what the caller does not."""
     plan = plan if plan is not None else Plan.of(model)
     if not plan.fused:  # a head that was put on since the conversion is a plain layer
         carried = {name for name, module in model.named_modules() if isinstance(module, ScaledWeight)}
@@ -82,26 +87,45 @@ def header_of(
     if originals is not None:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in originals.tensors().items()}
         norms = base64.b64encode(safetensors.torch.save(tensors)).decode()
-    return Header(plan, source, num_classes, reference, norms=norms)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if source is None and config.get("architecture"):
+        source = f"timm:{config['architecture']}"
+    if num_classes is None and (source or "").startswith("timm:"):
+        num_classes = getattr(model, "num_classes", None)
+    size = input_size or config.get("input_size")
+    return Header(plan, source, num_classes, reference, None if size is None else tuple(size), norms)
 
 
 def write(
     model: nn.Module,
     path: str | Path,
-    metadata: dict[str, str],
-    source: str | None,
-    num_classes: int | None,
+    header: Header,
     *,
     overwrite: bool,
+    converted: bool = True,
     pieces: Pieces | None = None,
 ) -> None:
-    """Write the state of any model to a file or a folder."""
+    """Write the state of a model to a file or a folder, with its header if it is ``converted``."""
     out = check_target(path, overwrite=overwrite)
     state, aliases = stored(model)
     out.parent.mkdir(exist_ok=True)
+    metadata = header.to_metadata() if converted else {"format": "pt"}
     write_state(out, state, {**metadata, **aliases}, pieces)
     if out != Path(path):
-        write_config(model, out.parent, source, num_classes)
+        _write_config(model, out.parent, header)
+
+
+def _write_config(model: nn.Module, folder: Path, header: Header) -> None:
+    """Write what timm and the Hub want to know: timm's own of its models, name and number of classes of others."""
+    with replacing(folder / "config.json") as temporary:
+        library, *_ = (header.source or "").partition(":")
+        if isinstance(getattr(model, "pretrained_cfg", None), dict) and library in ("", "timm"):
+            from timm.models._hub import save_config_for_hf
+
+            save_config_for_hf(model, str(temporary))
+        else:
+            config = {"architecture": header.source or type(model).__name__, "num_classes": header.num_classes}
+            temporary.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def check_target(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:

@@ -45,7 +45,7 @@ def restore(file: FileArgument, out: OutOption, force: ForceOption = False, as_j
             step("writing")
             from normfree.checkpoint import write
 
-            write(model, out, {"format": "pt"}, header.source, header.num_classes, overwrite=force)
+            write(model, out, header, overwrite=force, converted=False)
         _say(as_json, out, left)
 
 
