@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Iterator
 from typing import cast
 
@@ -46,13 +45,12 @@ def output_in_torch_alone_(module: nn.Module) -> None:
     if alone:
         held.add_module("inner", inner)
         held.register_parameter("raw_alpha", raw)
-        output, alpha = graph.call_module("inner", (given,)), graph.get_attr("raw_alpha")
+        output, alpha = graph.call_module("inner", (given,)), fx.Proxy(graph.get_attr("raw_alpha"))
     else:
         module.register_parameter("raw_alpha", raw)
         _, output = graph.placeholder("given"), graph.placeholder("output")
-        alpha = graph.call_function(getattr, (given, "raw_alpha"))
-    alpha = graph.call_function(operator.truediv, (graph.call_method("reshape", (alpha, ())), unit))
-    graph.output(graph.call_function(operator.mul, (output, alpha)))
+        alpha = fx.Proxy(given).raw_alpha
+    graph.output((fx.Proxy(output) * (alpha.reshape(()) / unit)).node)
     made = fx.GraphModule(held, graph, class_name="ScaledOutput").train(module.training)
     if alone:
         become(module, made)

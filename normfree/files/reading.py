@@ -10,7 +10,7 @@ import re
 import threading
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,12 @@ def reader(path: Path, choice: Choice = ANY) -> Callable[[], Callable[[str], Ten
     raw = _read_safetensors(path)
     names = {id(tensor): name for name, tensor in raw.items()}
     stored = {key: names[id(tensor)] for key, tensor in pick(raw, path, choice).state.items()}
-    return lambda: _reading_one(path, stored)
 
+    def opened() -> Callable[[str], Tensor]:
+        file = _safetensors(path, lambda: safetensors.safe_open(path, framework="pt"))
+        return lambda key: _safetensors(path, lambda: file.get_tensor(stored[key]))
 
-def _reading_one(path: Path, stored: Mapping[str, str]) -> Callable[[str], Tensor]:
-    file = _safetensors(path, lambda: safetensors.safe_open(path, framework="pt"))
-    return lambda key: _safetensors(path, lambda: file.get_tensor(stored[key]))
+    return opened
 
 
 def _read_safetensors(path: Path) -> Any:
