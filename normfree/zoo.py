@@ -111,7 +111,7 @@ def build(source: Source, *, pretrained: bool = False, num_classes: int | None =
         if source.library == "timm":
             import timm
 
-            return cast(nn.Module, timm.create_model(source.name, pretrained=pretrained, **options))
+            return timm.create_model(source.name, pretrained=pretrained, **options)  # type: ignore[no-any-return]
         import torchvision
 
         builder = torchvision.models.get_model_builder(source.name)

@@ -120,7 +120,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[int, str]:
     """Put vectors and placeholders into a skeleton; return the key in the checkpoint of each placeholder, by its id."""
     own = model.state_dict(keep_vars=True)  # kept, so that no other tensor gets one of their ids
     keys = {id(tensor): key for key, tensor in own.items() if key in weights}
-    made = {identity: _stand_in(own[key], weights[key]) for identity, key in keys.items()}
+    made: dict[int, Any] = {identity: _stand_in(own[key], weights[key]) for identity, key in keys.items()}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             held.update([(name, made[id(old)]) for name, old in held.items() if id(old) in made])

@@ -10,23 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.absorbing import absorb_
+from normfree.deployment.alone import in_torch_alone_
 from normfree.deployment.merging import merge_
-from normfree.deployment.outputs import absorb_output_, output_in_torch_alone_
+from normfree.deployment.outputs import absorb_output_
 from normfree.deployment.plain import plain_
-from normfree.deployment.slots import in_torch_alone
 from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
-from normfree.layers import (
-    ChannelAffine,
-    Copy,
-    ScaledOutput,
-    ScaledWeight,
-    SkipInit,
-    Vacant,
-    alpha_of,
-    alpha_scale,
-    is_normfree,
-)
+from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, alpha_of, alpha_scale, is_normfree
 from normfree.layers.pairs import merged as merged_affine
 from normfree.layers.reparametrized import check_plain
 from normfree.planning.hooks import any_global_hook, hooks_on
@@ -142,13 +132,7 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
         plan = replace(absorb_(model, plan, merged is not None), fused=True)
         plan = replace(plan, merged=merge_(model, plan, merged))
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
-    for module in list(model.modules()):
-        if isinstance(module, (ChannelAffine, SkipInit, Copy)):
-            become(module, in_torch_alone(module))
-        elif isinstance(module, ScaledOutput):
-            output_in_torch_alone_(module)
-        elif isinstance(module, Vacant):
-            become(module, nn.Identity().train(module.training))
+    in_torch_alone_(model)
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
     no_hint_(model)
 

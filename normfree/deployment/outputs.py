@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normfree.layers import ScaledOutput, alpha_of, scaled_output_class
-from normfree.planning.hooks import hooks_on
-from normfree.rewriting.changing import become, set_class
+from normfree.rewriting.changing import set_class
 from normfree.tracing.copying import deep_copy
 
-__all__ = ["absorb_output_", "output_in_torch_alone_", "scaled_like", "unscaled_output_"]
+__all__ = ["absorb_output_", "scaled_like", "unscaled_output_"]
 
 
 def unscaled_output_(module: nn.Module) -> Tensor:
@@ -26,44 +24,11 @@ def unscaled_output_(module: nn.Module) -> Tensor:
 
 def scaled_like(module: nn.Module, like: nn.Module) -> nn.Module:
     """Return ``module`` with the alpha of ``like`` on its output."""
-    mixin = next(base for base in type(like).__bases__ if issubclass(base, ScaledOutput))
+    mixin = next((base for base in type(like).__bases__ if issubclass(base, ScaledOutput)), ScaledOutput)
     set_class(module, scaled_output_class(type(module), mixin))
     module.register_parameter("raw_alpha", like._parameters["raw_alpha"])
     module.__dict__["alpha_unit"] = like.__dict__["alpha_unit"]
     return module
-
-
-def output_in_torch_alone_(module: nn.Module) -> None:
-    """Multiply what a :class:`ScaledOutput` returns by a program of torch.fx, for which torch is enough.
-
-    What holds nothing becomes the program, which can be scripted; anything else gets it as a hook.
-    """
-    raw, unit, alone = module._parameters["raw_alpha"], module.__dict__["alpha_unit"], _holds_nothing(module)
-    inner, graph, held = deep_copy(module) if alone else module, fx.Graph(), nn.Module()
-    unscaled_output_(inner)
-    given = graph.placeholder("input")
-    if alone:
-        held.add_module("inner", inner)
-        held.register_parameter("raw_alpha", raw)
-        output, alpha = graph.call_module("inner", (given,)), fx.Proxy(graph.get_attr("raw_alpha"))
-    else:
-        module.register_parameter("raw_alpha", raw)
-        _, output = graph.placeholder("given"), graph.placeholder("output")
-        alpha = fx.Proxy(given).raw_alpha
-    graph.output((fx.Proxy(output) * (alpha.reshape(()) / unit)).node)
-    made = fx.GraphModule(held, graph, class_name="ScaledOutput").train(module.training)
-    if alone:
-        become(module, made)
-    else:
-        module.register_forward_hook(made)
-
-
-def _holds_nothing(module: nn.Module) -> bool:
-    """Whether a module has nothing but alpha, is not watched, and is given one tensor."""
-    more = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name != "raw_alpha"]
-    original = cast(ScaledOutput, module)._normfree_original
-    single = len(inspect.signature(original.forward).parameters) == 2
-    return single and not (more or hooks_on(module) or any(True for _ in module.children()))
 
 
 def absorb_output_(module: nn.Module) -> bool:
