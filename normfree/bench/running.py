@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from normfree.bench.arms import ARMS, Arm, Subject, build_arms
 from normfree.bench.measures import (
-    Operators,
     Step,
     autocast,
     kernels,
@@ -83,17 +82,6 @@ class Setting:
         return {"model": source, **common, "threads": torch.get_num_threads(), "versions": versions}
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """What does not depend on the clock."""
-
-    saved: tuple[int, int]
-    operators: Operators
-    kernels: int | None
-    peak: int | None
-    largest: int | None
-
-
 def run(
     source: str,
     model: nn.Module,
@@ -124,11 +112,11 @@ def run(
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = images.to(device).contiguous(memory_format=layout)
     trained = {name: _compiled(arm.train(), setting) for name, arm in arms.items()}
-    counted: dict[str, _Counted] = {}
+    counted: list[Result] = []
     with torch._dynamo.config.patch(recompile_limit=8 * len(arms)):  # all arms share the cache of one forward
         for name, arm in arms.items():
             step(f"counting {name}")
-            counted[name] = _count(_move(arm, device, layout), trained[name], x, setting)
+            counted.append(_count(name, _move(arm, device, layout), trained[name], x, setting))
             arm.model.cpu()
         try:
             times = _times(arms, trained, x, setting, layout, step) if setting.runs else {}
@@ -138,7 +126,7 @@ def run(
             raise UsageError(
                 f"batch norm refuses a batch of one here ({error}): larger images, or without bn"
             ) from error
-    return tuple(_result(name, arms, counted[name], times) for name in arms)
+    return tuple(_timed(result, times) if times else result for result in counted)
 
 
 def _move(arm: Arm, device: torch.device, layout: torch.memory_format) -> Arm:
@@ -156,14 +144,20 @@ def _compiled(model: nn.Module, setting: Setting) -> nn.Module:
     return cast(nn.Module, torch.compile(model)) if setting.compiled else model
 
 
-def _count(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> _Counted:
+def _count(name: str, arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> Result:
+    """Return what does not depend on the clock."""
     two = torch.cat([x, x])[:2]  # batch norm may refuse one image
-    saved = saved_bytes(arm.model, two, DTYPES[setting.dtype])
+    per_image, constant = saved_bytes(arm.model, two, DTYPES[setting.dtype])
     counted = operators(_step(arm.model, setting), two)
+    parameters = sum(p.nbytes for p in arm.model.parameters())
+    result = Result(name, parameters, per_image, constant, counted.all, counted.on_activations)
+    if x.device.type != "cuda":
+        return result
     step = _step(trained, setting)
-    peak, launched = peak_memory(step, x), kernels(step, x)
-    searched = setting.largest and x.device.type == "cuda" and not setting.compiled  # or every size would compile anew
-    return _Counted(saved, counted, launched, peak, largest_batch(step, x) if searched else None)
+    result = replace(result, peak_bytes=peak_memory(step, x), kernels=kernels(step, x))
+    if not setting.largest or setting.compiled:  # every size would compile anew
+        return result
+    return replace(result, largest_batch=largest_batch(step, x))
 
 
 def _times(
@@ -203,27 +197,13 @@ def _works(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> dict[st
     return {"step": lambda: step(x), "forward": lambda: step.loss(x), "fused": infer}
 
 
-def _result(
-    name: str, arms: Mapping[str, Arm], counted: _Counted, times: Mapping[str, Mapping[str, list[float]]]
-) -> Result:
-    spread = {what: Spread.of([1e3 * t for t in series]) for what, series in times.get(name, {}).items()}
+def _timed(result: Result, times: Mapping[str, Mapping[str, list[float]]]) -> Result:
+    """Add what the clock says."""
+    own = times[result.arm]
     ratios = {
-        other: Spread.of([a / b for a, b in zip(times[name]["step"], series["step"], strict=True)])
+        other: Spread.of([a / b for a, b in zip(own["step"], series["step"], strict=True)])
         for other, series in times.items()
-        if other != name
+        if other != result.arm
     }
-    return Result(
-        arm=name,
-        parameters=sum(p.nbytes for p in arms[name].model.parameters()),
-        step_ms=spread.get("step"),
-        forward_ms=spread.get("forward"),
-        fused_ms=spread.get("fused"),
-        step_to=ratios,
-        saved_per_image=counted.saved[0],
-        saved_constant=counted.saved[1],
-        operators=counted.operators.all,
-        activation_operators=counted.operators.on_activations,
-        kernels=counted.kernels,
-        peak_bytes=counted.peak,
-        largest_batch=counted.largest,
-    )
+    spreads: dict[str, Any] = {f"{what}_ms": Spread.of([1e3 * t for t in series]) for what, series in own.items()}
+    return replace(result, step_to=ratios, **spreads)
