@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfree.cli.options import Loaded, build_original, tell
+from normfree.cli.options import Loaded, build_original
+from normfree.cli.printing import note
 from normfree.errors import NormfreeError, UsageError, one_line
 
 if TYPE_CHECKING:
     from normfree.plans import Plan
     from normfree.proofs.verify import Report
 
-__all__ = ["Job", "Outcome", "each", "run"]
+__all__ = ["Job", "each", "prove", "run"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,23 @@ class Job:
     size: int | None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it: the unambiguous name of the architecture, the plan, and the proofs if there are any."""
+def prove(step: Callable[[str], None], *arguments: Any, **more: Any) -> Report:
+    """Run the six proofs, as :func:`normfree.proofs.verify.each_proof` does, and say of each that it is done."""
+    from normfree.proofs.verify import Report, each_proof
 
-    source: str
-    plan: Plan
-    report: Report
+    done = []
+    for number, proof in enumerate(each_proof(*arguments, **more), start=1):
+        done.append(proof)
+        step(f"proof {number} of 6")
+    return Report(tuple(done))
 
 
-def run(job: Job, step: Callable[[str], None]) -> Outcome:
-    """Convert one checkpoint and write it, if no proof fails."""
+def run(job: Job, step: Callable[[str], None]) -> tuple[str, Plan, Report]:
+    """Convert one checkpoint and write it, if no proof fails.
+
+    Returns:
+        The unambiguous name of the architecture, the plan, and the proofs if there are any.
+    """
     step("importing torch")
     import torch
 
@@ -63,7 +70,7 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     from normfree.files import Choice
     from normfree.options import Options
     from normfree.planning.plan import look
-    from normfree.proofs import verify as verifying
+    from normfree.proofs import verify
     from normfree.proofs.reference import Reference
     from normfree.tracing.trace import example_input
 
@@ -74,29 +81,25 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     if checkpoint is not None and not job.proofs:
         step("converting")
         torch.manual_seed(job.seed)
-        about |= {"choice": Choice(job.loaded.key, job.loaded.prefix), "tell": tell}
+        about |= {"choice": Choice(job.loaded.key, job.loaded.prefix), "tell": note}
         plan = files.convert_file(job.source, checkpoint, job.out, **about, size=job.size, **job.options)
-        return Outcome(str(zoo.find(job.source)), plan, verifying.Report(()))
+        return str(zoo.find(job.source)), plan, verify.Report(())
     name, original = build_original(job.source, step, job.loaded, job.num_classes)
     step("converting")
     torch.manual_seed(job.seed)
     given = None if job.size is None else example_input(original, size=job.size)
     plan, _ = look(original, Options(**job.options, inputs=given), loaded=bool(job.loaded))
     model = conversion.convert(original, plan=plan, inputs=given)
-    done = []
-    reference = None
+    report, reference = verify.Report(()), None
     if job.proofs:
         x = example_input(model) if given is None else given
-        for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
-            done.append(proof)
-            step(f"proof {number} of 6")
-        if plan.init == "preserve" and plan.alpha == 1 and done[2].passed and isinstance(x, torch.Tensor):
-            reference = Reference.of(original, x)
-    report = verifying.Report(tuple(done))
+        report = prove(step, model, original, x)
+        exact = plan.init == "preserve" and plan.alpha == 1 and report.proofs[2].passed
+        reference = Reference.of(original, x) if exact and isinstance(x, torch.Tensor) else None
     if report.ok:
         step("writing")
         files.save(model, job.out, source=name, reference=reference, **about)
-    return Outcome(name, plan, report)
+    return name, plan, report
 
 
 def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
@@ -123,8 +126,9 @@ def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
         step(path.name)
         out = job.out / f"{path.name.removesuffix('.tar').rpartition('.')[0] or path.name}.safetensors"
         try:
-            outcome = run(replace(job, loaded=replace(job.loaded, checkpoint=path), out=out), lambda _: None)
-            failed = [proof.name for proof in outcome.report.proofs if proof.passed is False]
+            one = replace(job, loaded=replace(job.loaded, checkpoint=path), out=out)
+            *_, report = run(one, lambda _: None)
+            failed = [proof.name for proof in report.proofs if proof.passed is False]
             yield path, out, f"a proof failed: {', '.join(failed)}" if failed else None
         except NormfreeError as error:
             yield path, out, str(error)

@@ -22,6 +22,7 @@ __all__ = [
     "KeyOption",
     "Loaded",
     "OwnSourceArgument",
+    "PlotOption",
     "PrefixOption",
     "PretrainedOption",
     "SizeOption",
@@ -31,7 +32,6 @@ __all__ = [
     "check_plot",
     "check_written",
     "parse_alpha",
-    "tell",
 ]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)  # which breaks no name
@@ -66,6 +66,7 @@ PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the l
 ClassesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of classes of the classifier.")]
 InitOption = Annotated[str, typer.Option(metavar="INIT", help="auto, skipinit or preserve.")]
 SizeOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width; found by default.")]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -95,7 +96,7 @@ class Loaded:
         if self.checkpoint is None:
             return None
         found = read_weights(self.checkpoint, Choice(self.key, self.prefix))
-        tell(found.note)
+        note(found.note)
         return found.state
 
     def give(self, model: Any, state: Any) -> None:
@@ -104,13 +105,7 @@ class Loaded:
 
         if self.checkpoint is not None:
             prefix = load_weights(model, state, self.checkpoint)
-            tell(without_prefix(prefix, self.checkpoint))
-
-
-def tell(text: str) -> None:
-    """Print a note, if there is one."""
-    if text:
-        note(text)
+            note(without_prefix(prefix, self.checkpoint))
 
 
 def build_original(
@@ -141,7 +136,7 @@ def build_original(
         loaded.give(model, loaded.read())
         return source, model
     found = zoo.find(source)
-    tell(found.note)
+    note(found.note)
     step(f"building {found}")
     # The checkpoint first: a file that cannot be read should not cost the time of building.
     state = loaded.read()
