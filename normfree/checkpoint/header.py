@@ -52,17 +52,10 @@ class Header:
 
     def to_metadata(self) -> dict[str, str]:
         """Return it as the metadata of a safetensors file."""
-        raw = {
-            "format": FORMAT,
-            "plan": json.loads(self.plan.to_json()),
-            "source": self.source,
-            "num_classes": self.num_classes,
-            "reference": None if self.reference is None else asdict(self.reference),
-            "input_size": self.input_size,
-            "versions": _versions(self.source),
-        }
-        norms = {} if self.norms is None else {_NORMS: self.norms}
-        return {"format": "pt", _KEY: json.dumps(raw, separators=(",", ":")), **norms}
+        raw = {"format": FORMAT, **asdict(self), "versions": _versions(self.source)}
+        norms = raw.pop("norms")
+        kept = {} if norms is None else {_NORMS: norms}
+        return {"format": "pt", _KEY: json.dumps(raw, separators=(",", ":")), **kept}
 
     def kept(self, where: object) -> Mapping[str, Tensor] | None:
         """Return the tensors of the norms.

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from normfree.deployment.outputs import unscaled_output_
+from normfree.deployment.plain import unscaled_output_
 from normfree.layers import ChannelAffine, CopiedAffine, CopiedSkipInit, Copy, ScaledOutput, SkipInit, Vacant
 from normfree.planning.hooks import hooks_on
 from normfree.rewriting.changing import become

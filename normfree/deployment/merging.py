@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.code.functions import MERGING
-from normfree.deployment.outputs import scaled_like, unscaled_output_
+from normfree.deployment.plain import scaled_like, unscaled_output_
 from normfree.edits import NormEdit
 from normfree.layers import ChannelAffine, ScaledOutput, is_normfree
 from normfree.plans import Plan

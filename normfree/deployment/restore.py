@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.fuse import FuseWarning, multiplying
-from normfree.deployment.outputs import scaled_like, unscaled_output_
-from normfree.deployment.plain import moved, unscaled_, without_norm_
+from normfree.deployment.plain import moved, scaled_like, unscaled_, unscaled_output_, without_norm_
 from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
