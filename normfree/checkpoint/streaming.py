@@ -72,13 +72,13 @@ def convert_file(
     """
     check_target(out, overwrite=overwrite, inputs=(checkpoint,))
     found = zoo.find(source)
-    read = read_weights(checkpoint, choice)
-    tell(read.note)
+    state, note = read_weights(checkpoint, choice)
+    tell(note)
     model = zoo.skeleton(found, num_classes=num_classes)
-    prefix = prefix_of(model, read.state, checkpoint)
+    prefix = prefix_of(model, state, checkpoint)
     tell(without_prefix(prefix, checkpoint))
-    streamed = _fill(model, {key.removeprefix(prefix): value for key, value in read.state.items()})
-    del read
+    streamed = _fill(model, {key.removeprefix(prefix): value for key, value in state.items()})
+    del state
     open_again = reader(Path(checkpoint), replace(choice, prefix=choice.prefix + prefix))
     if size is not None:
         options["inputs"] = example_input(model, size=size)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from normfree.cli import options
-from normfree.cli.jobs import Job, each, prove, run
+from normfree.cli.jobs import each, prove, run
 from normfree.cli.printing import (
     Table,
     plan_tables,
@@ -83,13 +84,13 @@ def convert(
         asked: dict[str, Any] = {"init": init, "alpha": options.parse_alpha(alpha), "scope": scope, "reset": reset}
         asked |= {"include": include or (), "exclude": exclude or (), "inplace_activations": not hooked}
         loaded = options.Loaded(checkpoint, key, prefix, pretrained)
-        job = Job(source, out, loaded, num_classes, asked, force, proofs, seed, size)
+        one = partial(run, source, num_classes, asked, force, proofs, seed, size)
         many = checkpoint is not None and checkpoint.is_dir()
         with progress(10 if proofs else 4) as step:
             if many:
-                rows = list(each(job, step))
+                rows = list(each(one, loaded, out, step))
             else:
-                name, plan, report = run(job, step)
+                name, plan, report = one(loaded, out, step)
         ok = all(problem is None for *_, problem in rows) if many else report.ok
         if many:
             _say_all(rows, ok, as_json)

@@ -95,9 +95,9 @@ class Loaded:
 
         if self.checkpoint is None:
             return None
-        found = read_weights(self.checkpoint, Choice(self.key, self.prefix))
-        note(found.note)
-        return found.state
+        state, taken = read_weights(self.checkpoint, Choice(self.key, self.prefix))
+        note(taken)
+        return state
 
     def give(self, model: Any, state: Any) -> None:
         """Load what was read into a model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normfree.files.entries import ANY, Choice, Weights
+from normfree.files.entries import ANY, Choice
 from normfree.files.fitting import check_fits, load_weights, prefix_of, take, without_prefix
 from normfree.files.reading import ENDINGS, is_mapped, read_state_dict, read_weights, reader
 from normfree.files.writing import Pieces, check_output, replacing, stored, write_state
@@ -12,7 +12,6 @@ __all__ = [
     "ENDINGS",
     "Choice",
     "Pieces",
-    "Weights",
     "check_fits",
     "check_output",
     "is_mapped",

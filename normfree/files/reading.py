@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normfree.errors import CheckpointError
-from normfree.files.entries import ANY, Choice, Weights, pick
+from normfree.files.entries import ANY, Choice, pick
 
 __all__ = ["ENDINGS", "is_mapped", "read_state_dict", "read_weights", "reader"]
 
@@ -30,11 +30,11 @@ ENDINGS = (".safetensors", *_PICKLED)
 
 def read_state_dict(path: str | Path, choice: Choice = ANY) -> dict[str, Tensor]:
     """Return the weights that :func:`read_weights` finds."""
-    return read_weights(path, choice).state
+    return read_weights(path, choice)[0]
 
 
-def read_weights(path: str | Path, choice: Choice = ANY) -> Weights:
-    """Read the weights of a checkpoint: ``.safetensors``, or what ``torch.save`` wrote.
+def read_weights(path: str | Path, choice: Choice = ANY) -> tuple[dict[str, Tensor], str]:
+    """Read the weights of a checkpoint, ``.safetensors`` or what ``torch.save`` wrote, with a note on which they are.
 
     They may be bare or under a key, averaged ones first, with or without the prefixes of DDP, ``torch.compile`` and
     ``AveragedModel``. Pickles are read with ``weights_only=True`` and in no other way.
@@ -74,7 +74,7 @@ def reader(path: Path, choice: Choice = ANY) -> Callable[[], Callable[[str], Ten
         return lambda: read_state_dict(path, choice).__getitem__
     raw = _read_safetensors(path)
     names = {id(tensor): name for name, tensor in raw.items()}
-    stored = {key: names[id(tensor)] for key, tensor in pick(raw, path, choice).state.items()}
+    stored = {key: names[id(tensor)] for key, tensor in pick(raw, path, choice)[0].items()}
 
     def opened() -> Callable[[str], Tensor]:
         file = _safetensors(path, lambda: safetensors.safe_open(path, framework="pt"))
