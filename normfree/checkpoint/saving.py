@@ -1,25 +1,36 @@
-"""``save``: one file, or a folder in the layout of the Hugging Face Hub."""
+"""``save``: one file, or a folder in the layout of the Hugging Face Hub.
+
+Before it writes, it asks whether ``load`` will be able to read that, and what it will have to be given.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
-from normfree.checkpoint.checking import loadable
+from normfree import zoo
 from normfree.checkpoint.header import WEIGHTS, Header
-from normfree.errors import UsageError
-from normfree.files import Pieces, check_output, replacing, stored, write_state
-from normfree.layers import ScaledWeight
+from normfree.checkpoint.loading import applied_to_empty
+from normfree.errors import CheckpointError, SourceError, UsageError
+from normfree.files import Pieces, check_fits, check_output, replacing, stored, write_state
+from normfree.layers import ScaledWeight, is_normfree
+from normfree.layers.reparametrized import check_plain
 from normfree.plans import Plan
 from normfree.proofs.reference import Reference
 from normfree.rewriting.originals import ORIGINALS_ATTRIBUTE, Originals
 
-__all__ = ["check_target", "header_of", "save", "write"]
+__all__ = ["SaveWarning", "check_target", "header_of", "save", "write"]
+
+
+class SaveWarning(UserWarning):
+    """What is written can be loaded only with the original at hand."""
 
 
 def save(
@@ -65,7 +76,7 @@ def save(
     """
     check_target(path, overwrite=overwrite)
     header = header_of(model, source, num_classes, plan, reference, input_size)
-    header = loadable(model, header, source, num_classes, stored(model)[0])
+    header = _loadable(model, header, source, num_classes, stored(model)[0])
     write(model, path, header, overwrite=overwrite)
 
 
@@ -94,6 +105,39 @@ def header_of(
         num_classes = getattr(model, "num_classes", None)
     size = input_size or config.get("input_size")
     return Header(plan, source, num_classes, reference, None if size is None else tuple(size), norms)
+
+
+def _loadable(
+    model: nn.Module, header: Header, source: str | None, num_classes: int | None, state: Mapping[str, Tensor]
+) -> Header:
+    """Return a header with which ``load`` builds this very model; the caller has said the source and the classes."""
+    plan = header.plan
+    touched = {edit.producer or "" for edit in plan.removed} | {*plan.biases, *(layer.path for layer in plan.carried)}
+    touched |= {name for name, module in model.named_modules() if is_normfree(module)}
+    check_plain(model, touched - {""}, "save")
+    problem = "none is named" if header.source is None else _problem(header, header.source, state)
+    if problem is None:
+        return header
+    if source is not None:
+        raise UsageError(f"load could not read this {type(model).__name__} as {source}: {problem}")
+    warnings.warn(
+        f"no source= names the architecture of this {type(model).__name__}: to load the file, pass the "
+        "original architecture, load(path, model=...)",
+        SaveWarning,
+        stacklevel=3,
+    )
+    return replace(header, source=None, num_classes=num_classes)
+
+
+def _problem(header: Header, source: str, state: Mapping[str, Tensor]) -> str | None:
+    """Say why the architecture that is named is not the model's, by building it without memory."""
+    try:
+        empty = applied_to_empty(header, source, zoo.find(source), header.num_classes)
+        hint = "if only the classifier differs, give its num_classes"
+        check_fits(empty.state_dict(keep_vars=True), state, source, hint)
+    except (CheckpointError, SourceError) as error:
+        return str(error)
+    return None
 
 
 def write(
