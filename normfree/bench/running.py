@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -43,6 +43,9 @@ class Setting:
         runs: Rounds against the clock; with none, only what does not depend on it is counted.
         arms: Which arms, in this order.
         largest: Whether to look for the largest batch that fits, on a GPU and without ``torch.compile``.
+
+    Raises:
+        UsageError: There is no such device, dtype or starting point here, or the batch is too small.
     """
 
     batch: int = 16
@@ -56,12 +59,7 @@ class Setting:
     arms: tuple[str, ...] = tuple(ARMS)
     largest: bool = True
 
-    def check(self) -> None:
-        """Refuse what cannot be measured here.
-
-        Raises:
-            UsageError: There is no such device, dtype or starting point, or the batch is too small.
-        """
+    def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"device is {self.device!r}; it must be cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -77,7 +75,7 @@ class Setting:
         """Return what the rows of a run have in common."""
         names = ("init", "batch", "size", "device", "dtype", "compiled", "channels_last", "runs")
         device = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        common = {key: value for key, value in asdict(self).items() if key in names} | {"device": device}
+        common = {name: getattr(self, name) for name in names} | {"device": device}
         versions = f"torch {torch.__version__.partition('+')[0]}"
         return {"model": source, **common, "threads": torch.get_num_threads(), "versions": versions}
 
@@ -99,9 +97,8 @@ def run(
         images: What to run on, ``(N, C, *)``; by default white noise of three channels.
 
     Raises:
-        UsageError: The setting makes no sense here, no arm exists for this model, or batch norm refuses one image.
+        UsageError: No arm exists for this model, or batch norm refuses one image.
     """
-    setting.check()
     arms = build_arms(Subject(source, model, setting.init), setting.arms)
     if not arms:
         raise UsageError(f"none of {', '.join(setting.arms)} exists for {source}")
@@ -111,15 +108,18 @@ def run(
         shape = (setting.batch, 3, setting.size, setting.size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = images.to(device).contiguous(memory_format=layout)
+    for arm in arms.values():
+        cast(Any, arm.model).to(memory_format=layout)
     trained = {name: _compiled(arm.train(), setting) for name, arm in arms.items()}
     counted: list[Result] = []
     with torch._dynamo.config.patch(recompile_limit=8 * len(arms)):  # all arms share the cache of one forward
         for name, arm in arms.items():
             step(f"counting {name}")
-            counted.append(_count(name, _move(arm, device, layout), trained[name], x, setting))
+            arm.model.to(device)
+            counted.append(_count(name, arm, trained[name], x, setting))
             arm.model.cpu()
         try:
-            times = _times(arms, trained, x, setting, layout, step) if setting.runs else {}
+            times = _times(arms, trained, x, setting, step) if setting.runs else {}
         except ValueError as error:
             if setting.batch > 1:
                 raise
@@ -127,11 +127,6 @@ def run(
                 f"batch norm refuses a batch of one here ({error}): larger images, or without bn"
             ) from error
     return tuple(_timed(result, times) if times else result for result in counted)
-
-
-def _move(arm: Arm, device: torch.device, layout: torch.memory_format) -> Arm:
-    cast(Any, arm.model).to(device=device, memory_format=layout)
-    return arm
 
 
 def _step(model: nn.Module, setting: Setting) -> Step:
@@ -165,14 +160,14 @@ def _times(
     trained: Mapping[str, nn.Module],
     x: Tensor,
     setting: Setting,
-    layout: torch.memory_format,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of every round by arm and by what was timed: ``step``, ``forward``, ``fused``."""
     work: dict[str, dict[str, Callable[[], object]]] = {}
     for name, arm in arms.items():
         say(f"preparing {name}")
-        work[name] = _works(_move(arm, x.device, layout), trained[name], x, setting)
+        arm.model.to(x.device)
+        work[name] = _works(arm, trained[name], x, setting)
         for call in work[name].values():  # compiles, allocates, chooses kernels: not on the clock
             call()
     times: dict[str, dict[str, list[float]]] = {name: {what: [] for what in calls} for name, calls in work.items()}

@@ -69,11 +69,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
 
 
 def _hold_to_plan(model: nn.Module, stored: Plan, path: str | Path) -> None:
-    """Refuse an architecture with the same names that does something else with them; what cannot be run is not held.
-
-    Raises:
-        CheckpointError: A norm is fed by another layer, or a branch that has a scalar ends in no sum.
-    """
+    """Refuse an architecture with the same names that does something else with them; what cannot be run is not held."""
     try:
         anew, _ = look(model, Options(init=stored.init))
     except NormfreeError:  # what is wrong with the model is told where the plan is applied
@@ -134,11 +130,7 @@ def _apply(model: nn.Module, header: Header, path: object) -> None:
 def _fitting(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, num_classes: int | None
 ) -> dict[str, Tensor]:
-    """Return the weights to be loaded: all, but for a classifier of another width.
-
-    Raises:
-        CheckpointError: Names, shapes or types differ.
-    """
+    """Hold weights to a model, and return those to be loaded: all, but for a classifier of another width."""
     own = model.state_dict(keep_vars=True)
     head = {
         key

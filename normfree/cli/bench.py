@@ -46,8 +46,7 @@ def bench(
     `nf`: timm's nf_ model.
     """
     with reporting(as_json):
-        options.check_plot(plot)
-        options.check_written(csv)
+        options.check_written(csv, plot)
         with progress() as step:
             step("importing torch")
             from normfree.bench import Setting, arm_names, run
@@ -57,7 +56,6 @@ def bench(
             setting = Setting(
                 batch, size, device, dtype, compiled, channels_last, chosen, runs, arm_names(arms), largest
             )
-            setting.check()
             step.total(3 + 2 * len(setting.arms) + runs)
             name, model = options.build_original(source, step, num_classes=num_classes, own=True)
             results = run(name, model, setting, step)

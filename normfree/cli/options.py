@@ -14,25 +14,9 @@ import normfree
 from normfree.cli.printing import note, quiet
 from normfree.errors import UsageError, require
 
-__all__ = [
-    "CheckpointOption",
-    "ClassesOption",
-    "InitOption",
-    "JsonOption",
-    "KeyOption",
-    "Loaded",
-    "OwnSourceArgument",
-    "PlotOption",
-    "PrefixOption",
-    "PretrainedOption",
-    "SizeOption",
-    "SourceArgument",
-    "app",
-    "build_original",
-    "check_plot",
-    "check_written",
-    "parse_alpha",
-]
+__all__ = ["CheckpointOption", "ClassesOption", "InitOption", "JsonOption", "KeyOption", "Loaded", "OwnSourceArgument"]
+__all__ += ["PlotOption", "PrefixOption", "PretrainedOption", "SizeOption", "SourceArgument"]
+__all__ += ["app", "build_original", "check_written", "parse_alpha"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)  # which breaks no name
 
@@ -146,30 +130,22 @@ def build_original(
     return str(found), model
 
 
-def check_plot(path: Path | None) -> None:
-    """Refuse a picture that could not be drawn, before anything is measured.
+def check_written(csv: Path | None = None, plot: Path | None = None) -> None:
+    """Refuse files that could not be written, before anything is measured.
 
     Raises:
-        UsageError: matplotlib is missing, knows no such ending, or the folder is not there.
+        UsageError: A folder is not there; matplotlib is missing, or knows no such ending.
     """
-    if path is None:
-        return
-    require("matplotlib", "plot")
-    from matplotlib.figure import Figure
-
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise UsageError(
-            f"--plot {path}: a picture ends in one of {' '.join(f'.{ending}' for ending in sorted(known))}"
-        )
-    check_written(path)
-
-
-def check_written(path: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
     from normfree.files import check_output
 
-    if path is not None:
+    if plot is not None:
+        require("matplotlib", "plot")
+        from matplotlib.figure import Figure
+
+        known = sorted(Figure().canvas.get_supported_filetypes())
+        if plot.suffix.removeprefix(".").lower() not in known:
+            raise UsageError(f"--plot {plot}: a picture ends in one of {' '.join(f'.{ending}' for ending in known)}")
+    for path in filter(None, (plot, csv)):
         check_output(path, overwrite=True)
 
 

@@ -36,7 +36,7 @@ def signals(
     have the same weights, as the conversion draws them.
     """
     with reporting(as_json):
-        options.check_plot(plot)
+        options.check_written(plot=plot)
         with progress(7) as step:
             step("importing torch")
             from normfree.tracing.trace import example_input

@@ -106,11 +106,7 @@ def _once_(block: nn.Module, method: str) -> None:
 
 
 def _run(block: nn.Module, slots: list[str]) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Return an input that a block takes, what it makes of it, and how many channels its slots see.
-
-    Raises:
-        ValueError: It takes none of those that are tried.
-    """
+    """Return an input that a block takes, what it makes of it, and how many channels its slots see."""
     widths: dict[str, int] = {}
     for name in slots:
         block.get_submodule(name).register_forward_hook(lambda *io, name=name: widths.update({name: io[-1].shape[1]}))
@@ -121,11 +117,7 @@ def _run(block: nn.Module, slots: list[str]) -> tuple[Tensor, Tensor, dict[str, 
 
 
 def _give_norms(path: str, block: nn.Module, plan: Plan, widths: Mapping[str, int]) -> None:
-    """Put a norm into every slot, with what its producer or the slot itself adds and multiplies.
-
-    Raises:
-        ValueError: A slot does more.
-    """
+    """Put a norm into every slot, with what its producer or the slot itself adds and multiplies, if that is all."""
     modules = {f"{path}.{name}": module for name, module in block.named_modules(remove_duplicate=False)}
     norms: list[tuple[nn.Module, nn.Module]] = []
     for edit in _edits(path, plan):

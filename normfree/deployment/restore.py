@@ -124,11 +124,7 @@ def _asked(model: nn.Module) -> tuple[Plan, Originals]:
 def _norm(
     edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, originals: Originals, unit: float
 ) -> nn.Module:
-    """Return the norm that does what has taken its place.
-
-    Raises:
-        ValueError: There is none, or the model is no longer what was converted.
-    """
+    """Return the norm that does what has taken its place; raise a ``ValueError`` if there is none."""
     norm = originals.norms[edit.name]
     for path, held, cls in ((edit.name, slot, ChannelAffine), (edit.producer, layer, ScaledWeight)):
         if path is not None and not isinstance(held, cls):

@@ -49,10 +49,7 @@ def read_weights(path: str | Path, choice: Choice = ANY) -> tuple[dict[str, Tens
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    size = path.stat().st_size
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     if path.suffix not in ENDINGS:
