@@ -203,16 +203,14 @@ def own_shape(model: nn.Module, source: Source | None = None) -> tuple[int, ...]
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config.get("input_size"):
         return tuple(config["input_size"])
-    if source is not None and source.library == "torchvision":
-        return _trained_on(source.name)
-    if type(model).__module__.startswith("torchvision.models."):
+    names = [source.name] if source is not None and source.library == "torchvision" else []
+    if not names and type(model).__module__.startswith("torchvision.models."):
         import torchvision
 
         builders = {name: inspect.unwrap(torchvision.models.get_model_builder(name)) for name in _torchvision_names()}
         names = [name for name, builder in builders.items() if typing.get_type_hints(builder)["return"] is type(model)]
-        shapes = {_trained_on(name) for name in names}
-        return shapes.pop() if len(shapes) == 1 else None
-    return None
+    shapes = {_trained_on(name) for name in names}
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _trained_on(name: str) -> tuple[int, ...] | None:

@@ -10,16 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.bench.arms import ARMS, Arm, Subject, build_arms
-from normfree.bench.measures import (
-    Step,
-    autocast,
-    kernels,
-    largest_batch,
-    operators,
-    peak_memory,
-    saved_bytes,
-    seconds,
-)
+from normfree.bench.measures import Step, autocast, kernels, largest_batch, operators, peak_memory, saved_bytes, seconds
 from normfree.bench.results import Result, Spread
 from normfree.errors import UsageError
 
@@ -156,11 +147,7 @@ def _count(name: str, arm: Arm, trained: nn.Module, x: Tensor, setting: Setting)
 
 
 def _times(
-    arms: Mapping[str, Arm],
-    trained: Mapping[str, nn.Module],
-    x: Tensor,
-    setting: Setting,
-    say: Callable[[str], None],
+    arms: Mapping[str, Arm], trained: Mapping[str, nn.Module], x: Tensor, setting: Setting, say: Callable[[str], None]
 ) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of every round by arm and by what was timed: ``step``, ``forward``, ``fused``."""
     work: dict[str, dict[str, Callable[[], object]]] = {}

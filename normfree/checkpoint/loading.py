@@ -51,8 +51,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     state = read_state_dict(weights_in(path))
     if model is None:
         # Without memory first: a file that names what it does not hold should not cost more than its own size.
-        source, classes = _architecture(header, path, num_classes)
-        _fitting(applied_to_empty(header, path, source, classes), state, path, num_classes)
+        _fitting(applied_to_empty(header, path, num_classes), state, path, num_classes)
         model = build_original(header, path, num_classes=num_classes)
     else:
         check_is_module(model)
@@ -99,18 +98,20 @@ def build_original(
     return zoo.build(source, pretrained=pretrained, num_classes=classes)
 
 
-def applied_to_empty(header: Header, where: object, source: zoo.Source, num_classes: int | None) -> nn.Module:
+def applied_to_empty(header: Header, where: object, num_classes: int | None = None) -> nn.Module:
     """Return the architecture after the stored plan, without memory: its state has names, shapes and types only.
 
     Raises:
         CheckpointError: The plan does not fit.
+        UsageError: No architecture is named.
     """
-    empty = meta_copy(zoo.skeleton(source, num_classes=num_classes))
+    source, classes = _architecture(header, where, num_classes)
+    empty = meta_copy(zoo.skeleton(source, num_classes=classes))
     _apply(empty, header, where)
     return empty
 
 
-def _architecture(header: Header, path: str | Path, num_classes: int | None) -> tuple[zoo.Source, int | None]:
+def _architecture(header: Header, path: object, num_classes: int | None) -> tuple[zoo.Source, int | None]:
     if header.source is None:
         raise UsageError(f"{path} names no architecture, so only Python can read it: normfree.load(path, model=...)")
     return zoo.find(header.source), header.num_classes if num_classes is None else num_classes

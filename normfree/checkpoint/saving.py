@@ -15,10 +15,9 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from normfree import zoo
 from normfree.checkpoint.header import WEIGHTS, Header
 from normfree.checkpoint.loading import applied_to_empty
-from normfree.errors import CheckpointError, SourceError, UsageError
+from normfree.errors import CheckpointError, UsageError
 from normfree.files import Pieces, check_fits, check_output, replacing, stored, write_state
 from normfree.layers import ScaledWeight, is_normfree
 from normfree.layers.reparametrized import check_plain
@@ -115,7 +114,7 @@ def _loadable(
     touched = {edit.producer or "" for edit in plan.removed} | {*plan.biases, *(layer.path for layer in plan.carried)}
     touched |= {name for name, module in model.named_modules() if is_normfree(module)}
     check_plain(model, touched - {""}, "save")
-    problem = "none is named" if header.source is None else _problem(header, header.source, state)
+    problem = _problem(header, state)
     if problem is None:
         return header
     if source is not None:
@@ -129,13 +128,13 @@ def _loadable(
     return replace(header, source=None, num_classes=num_classes)
 
 
-def _problem(header: Header, source: str, state: Mapping[str, Tensor]) -> str | None:
+def _problem(header: Header, state: Mapping[str, Tensor]) -> str | None:
     """Say why the architecture that is named is not the model's, by building it without memory."""
     try:
-        empty = applied_to_empty(header, source, zoo.find(source), header.num_classes)
+        empty = applied_to_empty(header, header.source)
         hint = "if only the classifier differs, give its num_classes"
-        check_fits(empty.state_dict(keep_vars=True), state, source, hint)
-    except (CheckpointError, SourceError) as error:
+        check_fits(empty.state_dict(keep_vars=True), state, str(header.source), hint)
+    except (CheckpointError, UsageError) as error:  # or none is named
         return str(error)
     return None
 

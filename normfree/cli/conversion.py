@@ -43,8 +43,7 @@ def convert(
     source: options.SourceArgument,
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="File (.safetensors) or folder.")],
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Weights to load first, or a folder of such files."),
+        Path | None, typer.Option(metavar="FILE", help="Weights to load first, or a folder of such files.")
     ] = None,
     key: options.KeyOption = None,
     prefix: options.PrefixOption = "",
@@ -65,9 +64,7 @@ def convert(
     proofs: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify",
-            show_default=False,
-            help="Prove before writing (default); no: stream files.",
+            "--verify/--no-verify", show_default=False, help="Prove before writing (default); no: stream files."
         ),
     ] = True,
     as_json: options.JsonOption = False,

@@ -72,9 +72,8 @@ def export(
             x = exporting.own_input(model, own, size)
             given = tensors(x)[0]
             error = exporting.export(model, out, x, dynamic_size=dynamic_size, overwrite=force)
-        taken = (
-            ["N", *given.shape[1:]] if not dynamic_size else ["N", *given.shape[1:2], *("H", "W")[: given.dim() - 2]]
-        )
+        sizes = ("H", "W")[: given.dim() - 2] if dynamic_size else given.shape[2:]
+        taken = ["N", *given.shape[1:2], *sizes]
         if as_json:
             print_json({"ok": True, "output": str(out), "input": taken, "difference": error})
         else:

@@ -40,8 +40,7 @@ SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, or a bare name that one has.")
 ]
 OwnSourceArgument = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, NAME, or your package.module:function."),
+    str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, NAME, or your package.module:function.")
 ]
 CheckpointOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights to load first.", dir_okay=False)]
 KeyOption = Annotated[str | None, typer.Option(metavar="KEY", help="Entry that holds them, as in ema.module.")]

@@ -71,7 +71,7 @@ def _is_state(value: Any) -> bool:
 def _chosen(raw: Any, entries: Mapping[str, Any], where: object, key: str | None) -> str:
     if key is not None and key in entries:
         return key
-    known = [name for known in _KNOWN for name in entries if name.partition(".")[0] == known]
+    known = [name for first in _KNOWN for name in entries if name.partition(".")[0] == first]
     if key is None and (known or len(entries) == 1):
         return (known or [*entries])[0]
     kinds = [str(name)[:100] for name in raw] if isinstance(raw, Mapping) else [type(raw).__name__]
