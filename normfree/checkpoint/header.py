@@ -52,7 +52,9 @@ class Header:
 
     def to_metadata(self) -> dict[str, str]:
         """Return it as the metadata of a safetensors file."""
-        raw = {"format": FORMAT, **asdict(self), "versions": _versions(self.source)}
+        libraries = ["torch"] if self.source is None else ["torch", self.source.partition(":")[0]]
+        versions = {"normfree": normfree.__version__} | {name: metadata.version(name) for name in libraries}
+        raw = {"format": FORMAT, **asdict(self), "versions": versions}
         norms = raw.pop("norms")
         kept = {} if norms is None else {_NORMS: norms}
         return {"format": "pt", _KEY: json.dumps(raw, separators=(",", ":")), **kept}
@@ -69,11 +71,6 @@ class Header:
             return safetensors.torch.load(base64.b64decode(self.norms, validate=True))
         except Exception as error:  # as in reading: whatever damaged bytes lead to
             raise CheckpointError(f"{where}: the norms that are kept in it cannot be read: {error}") from error
-
-
-def _versions(source: str | None) -> dict[str, str]:
-    library = [] if source is None else [source.partition(":")[0]]
-    return {"normfree": normfree.__version__, **{name: metadata.version(name) for name in ("torch", *library)}}
 
 
 def weights_in(path: str | Path) -> Path:

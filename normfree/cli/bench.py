@@ -67,13 +67,10 @@ def bench(
             write_plot(results, f"{name}, batch {batch}, {size} px, {rows[0]['device']}, {dtype}", plot)
             note(f"wrote {plot}")
         if as_json:
-            print_json({"ok": True, "rows": rows, "step_to": {r.arm: _medians(r) for r in results}})
+            ratios = {r.arm: {other: round(to.median, 4) for other, to in r.step_to.items()} for r in results}
+            print_json({"ok": True, "rows": rows, "step_to": ratios})
         else:
             _print(results, rows[0])
-
-
-def _medians(result: Result) -> dict[str, float]:
-    return {other: round(spread.median, 4) for other, spread in result.step_to.items()}
 
 
 def _print(results: tuple[Result, ...], about: dict[str, Any]) -> None:

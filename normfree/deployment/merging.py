@@ -41,7 +41,8 @@ def merge_(model: nn.Module, plan: Plan, known: tuple[str, ...] | None = None) -
     merged: list[str] = []
     for path, block in list(model.named_modules()):
         inside = any(path.startswith(f"{outer}.") for outer in merged)
-        if path and not inside and (path in known if known is not None else _may_merge(path, block, plan)):
+        has_method = any(callable(getattr(block, name, None)) for name in MERGING)
+        if path and not inside and (path in known if known is not None else has_method and _edits(path, plan)):
             made = _merged(path, block, plan, check=known is None)
             if made is not None:
                 become(block, made)
@@ -61,10 +62,6 @@ class _Doubled(TorchFunctionMode):
 
 def _edits(path: str, plan: Plan) -> list[NormEdit]:
     return [edit for edit in plan.removed if edit.name.startswith(f"{path}.")]
-
-
-def _may_merge(path: str, block: nn.Module, plan: Plan) -> bool:
-    return any(callable(getattr(block, name, None)) for name in MERGING) and bool(_edits(path, plan))
 
 
 @torch.no_grad()

@@ -84,9 +84,11 @@ def _chosen(raw: Any, entries: Mapping[str, Any], where: object, key: str | None
 def _cleaned(raw: Mapping[Any, Tensor], where: object, prefix: str) -> dict[str, Tensor]:
     from timm.models import clean_state_dict
 
-    names = [str(key)[:100] for key, value in raw.items() if not (isinstance(key, str) and _is_plain(value))]
-    if names:
-        raise CheckpointError(f"{where}: not plain tensors in memory (sparse, quantised, without values): {names[0]}")
+    for key, value in raw.items():
+        plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not (plain and isinstance(key, str)):
+            what = "not plain tensors in memory (sparse, quantised, without values)"
+            raise CheckpointError(f"{where}: {what}: {str(key)[:100]}")
     # torch's AveragedModel counts what it has averaged, beside what it holds under ``module.``
     counted = {key: v for key, v in raw.items() if key != "n_averaged" or len(raw) == 1}
     # torch.compile around DDP: older timm takes these two prefixes off in the other order only.
@@ -98,10 +100,6 @@ def _cleaned(raw: Mapping[Any, Tensor], where: object, prefix: str) -> dict[str,
         first = some(list(dict.fromkeys(key.partition(".")[0] + "." for key in state)))
         raise CheckpointError(f"{where}: no name begins with --prefix {prefix!r} (found: {first})")
     return behind
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def shared_prefix(own: Mapping[str, Any], found: Mapping[str, Any], *, by_all: bool = True) -> str:
