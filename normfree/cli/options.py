@@ -135,8 +135,6 @@ def check_written(csv: Path | None = None, plot: Path | None = None) -> None:
     Raises:
         UsageError: A folder is not there; matplotlib is missing, or knows no such ending.
     """
-    from normfree.files import check_output
-
     if plot is not None:
         require("matplotlib", "plot")
         from matplotlib.figure import Figure
@@ -145,6 +143,8 @@ def check_written(csv: Path | None = None, plot: Path | None = None) -> None:
         if plot.suffix.removeprefix(".").lower() not in known:
             raise UsageError(f"--plot {plot}: a picture ends in one of {' '.join(f'.{ending}' for ending in known)}")
     for path in filter(None, (plot, csv)):
+        from normfree.files import check_output
+
         check_output(path, overwrite=True)
 
 

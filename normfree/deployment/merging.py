@@ -8,7 +8,8 @@ if it computes the same in float64.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.code.functions import MERGING
-from normfree.deployment.plain import scaled_like, unscaled_output_
+from normfree.deployment.plain import scaled_like, trial_inputs, unscaled_output_
 from normfree.edits import NormEdit
 from normfree.layers import ChannelAffine, ScaledOutput, is_normfree
 from normfree.plans import Plan
@@ -107,9 +108,12 @@ def _run(block: nn.Module, slots: list[str]) -> tuple[Tensor, Tensor, dict[str, 
     widths: dict[str, int] = {}
     for name in slots:
         block.get_submodule(name).register_forward_hook(lambda *io, name=name: widths.update({name: io[-1].shape[1]}))
-    for x in _inputs(block):
+    inner = [getattr(m, "in_channels", getattr(m, "in_features", None)) for m in block.modules()]
+    inner += [len(slot.gain) for slot in block.modules() if isinstance(slot, ChannelAffine) and slot.gain is not None]
+    for x in itertools.chain.from_iterable(map(trial_inputs, dict.fromkeys(filter(None, inner)))):
+        given = x.to(next(block.parameters()).device)
         with contextlib.suppress(Exception):  # it takes another shape
-            return x, block(x.clone()), widths
+            return given, block(given.clone()), widths
     raise ValueError("no input is known")
 
 
@@ -148,12 +152,3 @@ def _norm(edit: NormEdit, width: int, gain: Tensor | None, bias: Tensor | None, 
 def _is_close(found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().max().clamp_min(1e-300)
     return found.shape == expected.shape and float((found - expected).abs().max() / scale) <= _TOLERANCE
-
-
-def _inputs(block: nn.Module) -> Iterator[Tensor]:
-    generator, device = torch.Generator().manual_seed(0), next(block.parameters()).device
-    widths = [getattr(m, "in_channels", getattr(m, "in_features", None)) for m in block.modules()]
-    widths += [len(slot.gain) for slot in block.modules() if isinstance(slot, ChannelAffine) and slot.gain is not None]
-    for width in dict.fromkeys(filter(None, widths)):
-        for shape in ((2, width, 14, 14), (4, width), (2, 5, width)):
-            yield torch.randn(shape, generator=generator, dtype=torch.float64).to(device)

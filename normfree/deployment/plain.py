@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import cast
 
@@ -12,7 +13,8 @@ from normfree.layers import CONSTANTS, ScaledOutput, ScaledWeight, alpha_of, sca
 from normfree.rewriting.changing import set_class
 from normfree.tracing.copying import deep_copy
 
-__all__ = ["absorb_output_", "moved", "plain_", "scaled_like", "unscaled_", "unscaled_output_", "without_norm_"]
+__all__ = ["absorb_output_", "moved", "plain_", "scaled_like", "trial_inputs", "unscaled_", "unscaled_output_"]
+__all__ += ["without_norm_"]
 
 
 def plain_(module: nn.Module) -> None:
@@ -91,14 +93,12 @@ def _factor(module: nn.Module) -> str | None:
     shape = probe._parameters[own[0]].shape  # type: ignore[union-attr]
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tried = 0
-    for x in _inputs(drawn.numel()):
+    for x in trial_inputs(drawn.numel()):
         found = []
-        for factor in (1.0, -3.0, 0.5):
-            probe._parameters[own[0]] = nn.Parameter(drawn * factor, requires_grad=False)
-            try:
+        with contextlib.suppress(Exception):  # whatever a module raises that takes no such input
+            for factor in (1.0, -3.0, 0.5):
+                probe._parameters[own[0]] = nn.Parameter(drawn * factor, requires_grad=False)
                 found.append(probe.forward(x.clone()) / factor)  # no hook of the user is called
-            except Exception:  # whatever a module raises that takes no such input
-                break
         if len(found) == 3:
             tried += 1
             if not all(torch.allclose(other, found[0], rtol=1e-12, atol=1e-12) for other in found):
@@ -106,7 +106,8 @@ def _factor(module: nn.Module) -> str | None:
     return own[0] if tried else None
 
 
-def _inputs(width: int) -> Iterator[Tensor]:
+def trial_inputs(width: int) -> Iterator[Tensor]:
+    """Yield what a module may take that knows how many channels there are: images, vectors, and tokens."""
     generator = torch.Generator().manual_seed(1)
-    for shape in ((2, width, 4, 4), (2, 3, width), (3, width), (2, 3, 3, width)):
+    for shape in ((2, width, 14, 14), (4, width), (2, 5, width), (2, 5, 5, width)):
         yield torch.randn(shape, generator=generator, dtype=torch.float64)
