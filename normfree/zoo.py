@@ -8,8 +8,9 @@ import inspect
 import pkgutil
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from normfree.errors import CheckpointError, SourceError, one_line
 
 __all__ = ["Source", "build", "build_own", "find", "own_shape", "skeleton"]
+
+Library = Literal["torchvision", "timm"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Source:
         note: What the caller should be told, if the name was ambiguous.
     """
 
-    library: Literal["torchvision", "timm"]
+    library: Library
     name: str
     note: str = ""
 
@@ -49,24 +52,15 @@ def find(text: str) -> Source:
         >>> str(zoo.find("timm:resnet50.a1_in1k"))
         'timm:resnet50.a1_in1k'
     """
-    library, colon, name = text.partition(":")
-    if not colon:
-        in_torchvision, in_timm = text in _torchvision_names(), _in_timm(text)
-        if in_torchvision:
-            note = f"{text} is in torchvision and in timm: taking torchvision:{text}" if in_timm else ""
-            return Source("torchvision", text, note)
-        if in_timm:
-            return Source("timm", text)
-        raise SourceError(f"neither torchvision nor timm has a model {text!r}{_nearest(text)}")
-    if library == "torchvision":
-        if name in _torchvision_names():
-            return Source("torchvision", name)
-        raise SourceError(f"torchvision has no model {name!r}{_nearest(name, library)}")
-    if library == "timm":
-        if _in_timm(name):
-            return Source("timm", name)
-        raise SourceError(f"timm has no model {name!r}{_nearest(name, library)}")
-    raise SourceError(f"unknown library {library!r}: write torchvision:NAME or timm:NAME")
+    library, colon, name = text.partition(":") if ":" in text else ("", "", text)
+    if colon and library not in _HAS:
+        raise SourceError(f"unknown library {library!r}: write torchvision:NAME or timm:NAME")
+    having = [known for known in _HAS if library in ("", known) and _HAS[known](name)]
+    if not having:
+        who = f"{library} has no" if colon else "neither torchvision nor timm has a"
+        raise SourceError(f"{who} model {name!r}{_nearest(name, library)}")
+    note = f"{name} is in torchvision and in timm: taking torchvision:{name}" if len(having) > 1 else ""
+    return Source(having[0], name, note)
 
 
 def _torchvision_names() -> list[str]:
@@ -81,21 +75,23 @@ def _in_timm(name: str) -> bool:
     return bool(timm.is_model(name))
 
 
-def _nearest(name: str, asked: str = "") -> str:
+_HAS: dict[Library, Callable[[str], bool]] = {
+    "torchvision": lambda name: name in _torchvision_names(),
+    "timm": _in_timm,
+}
+
+
+def _nearest(name: str, asked: str) -> str:
     """Say which names are alike: of the library that was asked, if that was said, or that the other has this one."""
     import timm
 
-    names = {"torchvision": _torchvision_names(), "timm": list(timm.list_models())}
-    other = next((library for library in names if library != asked and _has(library, name)), None)
+    other = next((library for library in _HAS if library != asked and _HAS[library](name)), None)
     if other is not None:
         return f"; {other} has: write {other}:{name}"
+    names = {"torchvision": _torchvision_names(), "timm": list(timm.list_models())}
     known = names[asked] if asked else [*names["torchvision"], *names["timm"]]
     close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
     return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
-
-
-def _has(library: str, name: str) -> bool:
-    return name in _torchvision_names() if library == "torchvision" else _in_timm(name)
 
 
 def build(source: Source, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
@@ -115,14 +111,12 @@ def build(source: Source, *, pretrained: bool = False, num_classes: int | None =
         if source.library == "timm":
             import timm
 
-            model: nn.Module = timm.create_model(source.name, pretrained=pretrained, **options)
-            return model
+            return timm.create_model(source.name, pretrained=pretrained, **options)  # type: ignore[no-any-return]
         import torchvision
 
         builder = torchvision.models.get_model_builder(source.name)
         options |= _torchvision_options(builder)
-        built: nn.Module = builder(weights="DEFAULT" if pretrained else None, **options)
-        return built
+        return cast(nn.Module, builder(weights="DEFAULT" if pretrained else None, **options))
     except Exception as error:  # hub, cache and constructor errors of two libraries
         said = one_line(error).partition(". ")[0]
         if pretrained and isinstance(error, OSError):  # as those of a hub and of a connection are
@@ -139,7 +133,7 @@ def build_own(source: str, num_classes: int | None = None) -> nn.Module | None:
         SourceError: There is no such function, or it makes no model.
     """
     module, _, name = source.partition(":")
-    if not name or module in typing.get_args(typing.get_type_hints(Source)["library"]):
+    if not name or module in _HAS:
         return None
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` has it
@@ -209,16 +203,14 @@ def own_shape(model: nn.Module, source: Source | None = None) -> tuple[int, ...]
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config.get("input_size"):
         return tuple(config["input_size"])
-    if source is not None and source.library == "torchvision":
-        return _trained_on(source.name)
-    if type(model).__module__.startswith("torchvision.models."):
+    names = [source.name] if source is not None and source.library == "torchvision" else []
+    if not names and type(model).__module__.startswith("torchvision.models."):
         import torchvision
 
         builders = {name: inspect.unwrap(torchvision.models.get_model_builder(name)) for name in _torchvision_names()}
         names = [name for name, builder in builders.items() if typing.get_type_hints(builder)["return"] is type(model)]
-        shapes = {_trained_on(name) for name in names}
-        return shapes.pop() if len(shapes) == 1 else None
-    return None
+    shapes = {_trained_on(name) for name in names}
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _trained_on(name: str) -> tuple[int, ...] | None:

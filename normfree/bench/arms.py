@@ -16,10 +16,11 @@ from normfree.conversion import convert
 from normfree.deployment.fuse import FuseWarning, fuse_
 from normfree.errors import UsageError
 from normfree.layers import ChannelAffine, ScaledWeight
-from normfree.norms import Norm, describe, find_norms
+from normfree.norms import describe, find_norms
 from normfree.planning.plan import plan
 from normfree.plans import Plan
 from normfree.rewriting.applying import rewrite
+from normfree.rewriting.changing import become
 from normfree.rewriting.pairing import unpaired_
 from normfree.tracing.copying import deep_copy
 
@@ -72,35 +73,19 @@ class Arm:
         return model.eval()
 
 
-def _bn(subject: Subject) -> Arm:
-    return Arm(deep_copy(subject.model))
-
-
-def _frozen(subject: Subject) -> Arm:
-    return Arm(deep_copy(subject.model), tuple(find_norms(subject.model)))
-
-
 def _groupnorm(subject: Subject) -> Arm:
     """What Opacus' ``ModuleValidator.fix`` puts in place of a BatchNorm: ``gcd(32, C)`` groups, a new affine.
 
     On timm's norm-and-activation layers it finds nothing to fix; here they are replaced too, and keep their activation.
     """
     model = deep_copy(subject.model)
-    slots = {}
     for name in find_norms(model):
-        norm = describe(model.get_submodule(name))
-        slots[name] = _with_activation(nn.GroupNorm(math.gcd(32, norm.features), norm.features, norm.eps), norm)
-    _put(model, slots)
+        module = model.get_submodule(name)
+        norm = describe(module)
+        group_norm = nn.GroupNorm(math.gcd(32, norm.features), norm.features, norm.eps)
+        rest = [part for part in (norm.drop, norm.act) if part is not None]
+        become(module, nn.Sequential(group_norm, *rest) if rest else group_norm)
     return Arm(model)
-
-
-def _with_activation(group_norm: nn.Module, norm: Norm) -> nn.Module:
-    rest = [module for module in (norm.drop, norm.act) if module is not None]
-    return nn.Sequential(group_norm, *rest) if rest else group_norm
-
-
-def _normfree(subject: Subject) -> Arm:
-    return Arm(convert(subject.model, init=subject.init))
 
 
 def _activation(subject: Subject) -> Arm:
@@ -108,16 +93,18 @@ def _activation(subject: Subject) -> Arm:
     model = convert(subject.model, init=subject.init)
     unpaired_(model)
     behind = {model.get_submodule(layer): model.get_submodule(slot) for layer, slot in Plan.of(model).pairs.items()}
-    slots: dict[str, nn.Module] = {}
-    for name, layer in model.named_modules():
+    scaled: dict[nn.Module, nn.Module] = {}
+    for layer in model.modules():
         if isinstance(layer, ScaledWeight):
             raw, layer.raw_alpha = layer.raw_alpha, None
             affine = ChannelAffine(raw_alpha=raw, channels=layer.alpha_channels, unit=layer.alpha_unit)
             slot, plain = behind.get(layer), fuse_(nn.Sequential(layer))[0]
             if isinstance(slot, ChannelAffine):
                 _as_a_norm_has_them(slot, plain)
-            slots[name] = plain if raw is None else nn.Sequential(plain, affine)
-    _put(model, slots)
+            if raw is not None:
+                scaled[plain] = nn.Sequential(plain, affine)
+    for parent in list(model.modules()):
+        parent._modules.update([(n, scaled[child]) for n, child in parent._modules.items() if child in scaled])
     return Arm(model)
 
 
@@ -134,28 +121,15 @@ def _as_a_norm_has_them(slot: ChannelAffine, plain: nn.Module) -> None:
     slot.bias = nn.Parameter(bias if own is None else bias + gain * own)
 
 
-def _bare(subject: Subject) -> Arm:
-    """Norms deleted and nothing in their place, neither alpha nor bias: the limit."""
-    full = _without_alpha(subject)
-    norms = tuple(
-        replace(edit, action="delete" if edit.action in ("bias", "affine") else edit.action) for edit in full.norms
-    )
-    return _rewritten(subject, replace(full, norms=norms, biases=()))
-
-
-def _biases(subject: Subject) -> Arm:
-    """Norms deleted and biases in their place, no alpha: tells what a bias costs from what alpha and gain do."""
-    return _rewritten(subject, _without_alpha(subject))
-
-
-def _without_alpha(subject: Subject) -> Plan:
+def _deleted(subject: Subject, biases: bool) -> Arm:
+    """Norms deleted, with biases in their place or with nothing, and no alpha: what each costs, and the limit."""
     full = plan(subject.model, init="skipinit")
-    return replace(full, sums=tuple(replace(total, alphas=(), declined=()) for total in full.sums))
-
-
-def _rewritten(subject: Subject, changed: Plan) -> Arm:
+    full = replace(full, sums=tuple(replace(total, alphas=(), declined=()) for total in full.sums))
+    if not biases:
+        gone = (replace(edit, action="delete") if edit.action in ("bias", "affine") else edit for edit in full.norms)
+        full = replace(full, norms=tuple(gone), biases=())
     model = deep_copy(subject.model)
-    rewrite(model, changed)
+    rewrite(model, full)
     return Arm(model)
 
 
@@ -168,13 +142,13 @@ def _nf(subject: Subject) -> Arm | None:
 
 
 ARMS: Mapping[str, Callable[[Subject], Arm | None]] = {
-    "bn": _bn,
-    "frozen": _frozen,
+    "bn": lambda subject: Arm(deep_copy(subject.model)),
+    "frozen": lambda subject: Arm(deep_copy(subject.model), tuple(find_norms(subject.model))),
     "groupnorm": _groupnorm,
     "activation": _activation,
-    "normfree": _normfree,
-    "biases": _biases,
-    "bare": _bare,
+    "normfree": lambda subject: Arm(convert(subject.model, init=subject.init)),
+    "biases": lambda subject: _deleted(subject, biases=True),
+    "bare": lambda subject: _deleted(subject, biases=False),
     "nf": _nf,
 }
 
@@ -196,12 +170,3 @@ def build_arms(subject: Subject, names: tuple[str, ...]) -> dict[str, Arm]:
     """Build the arms that exist for this model."""
     built = {name: ARMS[name](subject) for name in names}
     return {name: arm for name, arm in built.items() if arm is not None}
-
-
-def _put(model: nn.Module, slots: Mapping[str, nn.Module]) -> None:
-    """Replace modules under every name that they have."""
-    by_identity = {id(model.get_submodule(name)): slot for name, slot in slots.items()}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in by_identity:
-                parent._modules[name] = by_identity[id(child)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,8 @@ def operators(step: Step, x: Tensor) -> Operators:
     return Operators(len(runs[0]), (once - twice).total())
 
 
-def kernels(step: Step, x: Tensor) -> int | None:
-    """Return how many kernels one training step launches, or ``None`` where there is no CUDA device."""
-    if x.device.type != "cuda":
-        return None
+def kernels(step: Step, x: Tensor) -> int:
+    """Return how many kernels one training step launches on a CUDA device."""
     from torch.profiler import ProfilerActivity, profile
 
     step(x)
@@ -150,10 +148,8 @@ def kernels(step: Step, x: Tensor) -> int | None:
     return sum(not name.startswith(("Memcpy", "Memset")) for name in events)
 
 
-def peak_memory(step: Step, x: Tensor) -> int | None:
-    """Return the most bytes the device holds during a training step, or ``None`` where there is no CUDA device."""
-    if x.device.type != "cuda":
-        return None
+def peak_memory(step: Step, x: Tensor) -> int:
+    """Return the most bytes that a CUDA device holds during a training step."""
     step(x)
     torch.cuda.reset_peak_memory_stats(x.device)
     step(x)
@@ -161,25 +157,21 @@ def peak_memory(step: Step, x: Tensor) -> int | None:
 
 
 def largest_batch(step: Callable[[Tensor], None], x: Tensor, limit: int = 1 << 16) -> int:
-    """Return the largest power of two that a training step takes as its batch before memory runs out, at least 1.
+    """Return the largest power of two that a training step takes as its batch before memory runs out.
 
     Args:
         step: The training step.
         x: One image or more, ``(N, C, *)``.
         limit: Where to stop looking.
     """
-    return max(_fitting(step, x[:1], limit), default=0)
-
-
-def _fitting(step: Callable[[Tensor], None], image: Tensor, limit: int) -> Iterator[int]:
-    batch = 2
+    largest, batch = 0, 2
     while batch <= limit:
         try:
-            step(image.expand(batch, *image.shape[1:]).contiguous())
+            step(x[:1].expand(batch, *x.shape[1:]).contiguous())
         except torch.OutOfMemoryError:
-            return
+            break
         finally:
-            if image.device.type == "cuda":
+            if x.device.type == "cuda":
                 torch.cuda.empty_cache()
-        yield batch
-        batch *= 2
+        largest, batch = batch, 2 * batch
+    return largest

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,6 @@ class Result:
     Attributes:
         arm: Its name.
         parameters: Size of its parameters in bytes.
-        step_ms: A training step (forward, backward, SGD) in milliseconds; ``None`` like the next two if nothing ran
-            against the clock.
-        forward_ms: Its forward pass alone, in train mode.
-        fused_ms: A forward pass of the model as it is deployed, without gradients.
-        step_to: Ratio of the training step to that of another arm in the same round, by its name.
         saved_per_image: Bytes saved for backward an image.
         saved_constant: Bytes saved for backward whatever the batch.
         operators: Operators that forward and backward dispatch, views aside.
@@ -52,14 +47,15 @@ class Result:
             two.
         peak_bytes: The most memory that the device holds during a step.
         largest_batch: Largest power of two that fits; not looked for under ``torch.compile``.
+        step_ms: A training step (forward, backward, SGD) in milliseconds; ``None`` like the next two if nothing ran
+            against the clock.
+        forward_ms: Its forward pass alone, in train mode.
+        fused_ms: A forward pass of the model as it is deployed, without gradients.
+        step_to: Ratio of the training step to that of another arm in the same round, by its name.
     """
 
     arm: str
     parameters: int
-    step_ms: Spread | None
-    forward_ms: Spread | None
-    fused_ms: Spread | None
-    step_to: dict[str, Spread]
     saved_per_image: int
     saved_constant: int
     operators: int
@@ -67,6 +63,10 @@ class Result:
     kernels: int | None = None
     peak_bytes: int | None = None
     largest_batch: int | None = None
+    step_ms: Spread | None = None
+    forward_ms: Spread | None = None
+    fused_ms: Spread | None = None
+    step_to: Mapping[str, Spread] = field(default_factory=dict)
 
 
 COLUMNS = ["model", "arm", "init", "batch", "size", "device", "dtype", "compiled", "channels_last", "runs", "threads"]

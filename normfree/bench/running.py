@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from normfree.bench.arms import ARMS, Arm, Subject, build_arms
-from normfree.bench.measures import (
-    Operators,
-    Step,
-    autocast,
-    kernels,
-    largest_batch,
-    operators,
-    peak_memory,
-    saved_bytes,
-    seconds,
-)
+from normfree.bench.measures import Step, autocast, kernels, largest_batch, operators, peak_memory, saved_bytes, seconds
 from normfree.bench.results import Result, Spread
 from normfree.errors import UsageError
 
@@ -44,6 +34,9 @@ class Setting:
         runs: Rounds against the clock; with none, only what does not depend on it is counted.
         arms: Which arms, in this order.
         largest: Whether to look for the largest batch that fits, on a GPU and without ``torch.compile``.
+
+    Raises:
+        UsageError: There is no such device, dtype or starting point here, or the batch is too small.
     """
 
     batch: int = 16
@@ -57,12 +50,7 @@ class Setting:
     arms: tuple[str, ...] = tuple(ARMS)
     largest: bool = True
 
-    def check(self) -> None:
-        """Refuse what cannot be measured here.
-
-        Raises:
-            UsageError: There is no such device, dtype or starting point, or the batch is too small.
-        """
+    def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"device is {self.device!r}; it must be cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -78,20 +66,9 @@ class Setting:
         """Return what the rows of a run have in common."""
         names = ("init", "batch", "size", "device", "dtype", "compiled", "channels_last", "runs")
         device = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        common = {key: value for key, value in asdict(self).items() if key in names} | {"device": device}
+        common = {name: getattr(self, name) for name in names} | {"device": device}
         versions = f"torch {torch.__version__.partition('+')[0]}"
         return {"model": source, **common, "threads": torch.get_num_threads(), "versions": versions}
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """What does not depend on the clock."""
-
-    saved: tuple[int, int]
-    operators: Operators
-    kernels: int | None
-    peak: int | None
-    largest: int | None
 
 
 def run(
@@ -111,9 +88,8 @@ def run(
         images: What to run on, ``(N, C, *)``; by default white noise of three channels.
 
     Raises:
-        UsageError: The setting makes no sense here, no arm exists for this model, or batch norm refuses one image.
+        UsageError: No arm exists for this model, or batch norm refuses one image.
     """
-    setting.check()
     arms = build_arms(Subject(source, model, setting.init), setting.arms)
     if not arms:
         raise UsageError(f"none of {', '.join(setting.arms)} exists for {source}")
@@ -123,27 +99,25 @@ def run(
         shape = (setting.batch, 3, setting.size, setting.size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = images.to(device).contiguous(memory_format=layout)
+    for arm in arms.values():
+        cast(Any, arm.model).to(memory_format=layout)
     trained = {name: _compiled(arm.train(), setting) for name, arm in arms.items()}
-    counted: dict[str, _Counted] = {}
+    counted: list[Result] = []
     with torch._dynamo.config.patch(recompile_limit=8 * len(arms)):  # all arms share the cache of one forward
         for name, arm in arms.items():
             step(f"counting {name}")
-            counted[name] = _count(_move(arm, device, layout), trained[name], x, setting)
+            arm.model.to(device)
+            counted.append(_count(name, arm, trained[name], x, setting))
             arm.model.cpu()
         try:
-            times = _times(arms, trained, x, setting, layout, step) if setting.runs else {}
+            times = _times(arms, trained, x, setting, step) if setting.runs else {}
         except ValueError as error:
             if setting.batch > 1:
                 raise
             raise UsageError(
                 f"batch norm refuses a batch of one here ({error}): larger images, or without bn"
             ) from error
-    return tuple(_result(name, arms, counted[name], times) for name in arms)
-
-
-def _move(arm: Arm, device: torch.device, layout: torch.memory_format) -> Arm:
-    cast(Any, arm.model).to(device=device, memory_format=layout)
-    return arm
+    return tuple(_timed(result, times) if times else result for result in counted)
 
 
 def _step(model: nn.Module, setting: Setting) -> Step:
@@ -156,29 +130,31 @@ def _compiled(model: nn.Module, setting: Setting) -> nn.Module:
     return cast(nn.Module, torch.compile(model)) if setting.compiled else model
 
 
-def _count(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> _Counted:
+def _count(name: str, arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> Result:
+    """Return what does not depend on the clock."""
     two = torch.cat([x, x])[:2]  # batch norm may refuse one image
-    saved = saved_bytes(arm.model, two, DTYPES[setting.dtype])
+    per_image, constant = saved_bytes(arm.model, two, DTYPES[setting.dtype])
     counted = operators(_step(arm.model, setting), two)
+    parameters = sum(p.nbytes for p in arm.model.parameters())
+    result = Result(name, parameters, per_image, constant, counted.all, counted.on_activations)
+    if x.device.type != "cuda":
+        return result
     step = _step(trained, setting)
-    peak, launched = peak_memory(step, x), kernels(step, x)
-    searched = setting.largest and x.device.type == "cuda" and not setting.compiled  # or every size would compile anew
-    return _Counted(saved, counted, launched, peak, largest_batch(step, x) if searched else None)
+    result = replace(result, peak_bytes=peak_memory(step, x), kernels=kernels(step, x))
+    if not setting.largest or setting.compiled:  # every size would compile anew
+        return result
+    return replace(result, largest_batch=largest_batch(step, x))
 
 
 def _times(
-    arms: Mapping[str, Arm],
-    trained: Mapping[str, nn.Module],
-    x: Tensor,
-    setting: Setting,
-    layout: torch.memory_format,
-    say: Callable[[str], None],
+    arms: Mapping[str, Arm], trained: Mapping[str, nn.Module], x: Tensor, setting: Setting, say: Callable[[str], None]
 ) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of every round by arm and by what was timed: ``step``, ``forward``, ``fused``."""
     work: dict[str, dict[str, Callable[[], object]]] = {}
     for name, arm in arms.items():
         say(f"preparing {name}")
-        work[name] = _works(_move(arm, x.device, layout), trained[name], x, setting)
+        arm.model.to(x.device)
+        work[name] = _works(arm, trained[name], x, setting)
         for call in work[name].values():  # compiles, allocates, chooses kernels: not on the clock
             call()
     times: dict[str, dict[str, list[float]]] = {name: {what: [] for what in calls} for name, calls in work.items()}
@@ -203,27 +179,13 @@ def _works(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> dict[st
     return {"step": lambda: step(x), "forward": lambda: step.loss(x), "fused": infer}
 
 
-def _result(
-    name: str, arms: Mapping[str, Arm], counted: _Counted, times: Mapping[str, Mapping[str, list[float]]]
-) -> Result:
-    spread = {what: Spread.of([1e3 * t for t in series]) for what, series in times.get(name, {}).items()}
+def _timed(result: Result, times: Mapping[str, Mapping[str, list[float]]]) -> Result:
+    """Add what the clock says."""
+    own = times[result.arm]
     ratios = {
-        other: Spread.of([a / b for a, b in zip(times[name]["step"], series["step"], strict=True)])
+        other: Spread.of([a / b for a, b in zip(own["step"], series["step"], strict=True)])
         for other, series in times.items()
-        if other != name
+        if other != result.arm
     }
-    return Result(
-        arm=name,
-        parameters=sum(p.nbytes for p in arms[name].model.parameters()),
-        step_ms=spread.get("step"),
-        forward_ms=spread.get("forward"),
-        fused_ms=spread.get("fused"),
-        step_to=ratios,
-        saved_per_image=counted.saved[0],
-        saved_constant=counted.saved[1],
-        operators=counted.operators.all,
-        activation_operators=counted.operators.on_activations,
-        kernels=counted.kernels,
-        peak_bytes=counted.peak,
-        largest_batch=counted.largest,
-    )
+    spreads: dict[str, Any] = {f"{what}_ms": Spread.of([1e3 * t for t in series]) for what, series in own.items()}
+    return replace(result, step_to=ratios, **spreads)

@@ -52,17 +52,12 @@ class Header:
 
     def to_metadata(self) -> dict[str, str]:
         """Return it as the metadata of a safetensors file."""
-        raw = {
-            "format": FORMAT,
-            "plan": json.loads(self.plan.to_json()),
-            "source": self.source,
-            "num_classes": self.num_classes,
-            "reference": None if self.reference is None else asdict(self.reference),
-            "input_size": self.input_size,
-            "versions": _versions(self.source),
-        }
-        norms = {} if self.norms is None else {_NORMS: self.norms}
-        return {"format": "pt", _KEY: json.dumps(raw, separators=(",", ":")), **norms}
+        libraries = ["torch"] if self.source is None else ["torch", self.source.partition(":")[0]]
+        versions = {"normfree": normfree.__version__} | {name: metadata.version(name) for name in libraries}
+        raw = {"format": FORMAT, **asdict(self), "versions": versions}
+        norms = raw.pop("norms")
+        kept = {} if norms is None else {_NORMS: norms}
+        return {"format": "pt", _KEY: json.dumps(raw, separators=(",", ":")), **kept}
 
     def kept(self, where: object) -> Mapping[str, Tensor] | None:
         """Return the tensors of the norms.
@@ -76,11 +71,6 @@ class Header:
             return safetensors.torch.load(base64.b64decode(self.norms, validate=True))
         except Exception as error:  # as in reading: whatever damaged bytes lead to
             raise CheckpointError(f"{where}: the norms that are kept in it cannot be read: {error}") from error
-
-
-def _versions(source: str | None) -> dict[str, str]:
-    library = [] if source is None else [source.partition(":")[0]]
-    return {"normfree": normfree.__version__, **{name: metadata.version(name) for name in ("torch", *library)}}
 
 
 def weights_in(path: str | Path) -> Path:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from normfree import zoo
@@ -49,11 +48,10 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
         3
     """
     header = read_header(path)
-    state = _renamed(read_state_dict(weights_in(path)))
+    state = read_state_dict(weights_in(path))
     if model is None:
         # Without memory first: a file that names what it does not hold should not cost more than its own size.
-        source, classes = _architecture(header, path, num_classes)
-        _fitting(applied_to_empty(header, path, source, classes), state, path, num_classes)
+        _fitting(applied_to_empty(header, path, num_classes), state, path, num_classes)
         model = build_original(header, path, num_classes=num_classes)
     else:
         check_is_module(model)
@@ -69,23 +67,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, num_classes: int |
     return model
 
 
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a file holds under today's names; see :data:`normfree.checkpoint.header.FORMAT`."""
-    renamed = dict(state)
-    for key in state:
-        layer, _, name = key.rpartition("offset")
-        if name == "" and layer + "center" in state and layer + "gain" in state:
-            gain, made = state[layer + "gain"], renamed.pop(key)
-            renamed[layer + "at_center"] = torch.where(gain == 0, torch.zeros_like(made), made / gain)
-    return renamed
-
-
 def _hold_to_plan(model: nn.Module, stored: Plan, path: str | Path) -> None:
-    """Refuse an architecture with the same names that does something else with them; what cannot be run is not held.
-
-    Raises:
-        CheckpointError: A norm is fed by another layer, or a branch that has a scalar ends in no sum.
-    """
+    """Refuse an architecture with the same names that does something else with them; what cannot be run is not held."""
     try:
         anew, _ = look(model, Options(init=stored.init))
     except NormfreeError:  # what is wrong with the model is told where the plan is applied
@@ -115,18 +98,20 @@ def build_original(
     return zoo.build(source, pretrained=pretrained, num_classes=classes)
 
 
-def applied_to_empty(header: Header, where: object, source: zoo.Source, num_classes: int | None) -> nn.Module:
+def applied_to_empty(header: Header, where: object, num_classes: int | None = None) -> nn.Module:
     """Return the architecture after the stored plan, without memory: its state has names, shapes and types only.
 
     Raises:
         CheckpointError: The plan does not fit.
+        UsageError: No architecture is named.
     """
-    empty = meta_copy(zoo.skeleton(source, num_classes=num_classes))
+    source, classes = _architecture(header, where, num_classes)
+    empty = meta_copy(zoo.skeleton(source, num_classes=classes))
     _apply(empty, header, where)
     return empty
 
 
-def _architecture(header: Header, path: str | Path, num_classes: int | None) -> tuple[zoo.Source, int | None]:
+def _architecture(header: Header, path: object, num_classes: int | None) -> tuple[zoo.Source, int | None]:
     if header.source is None:
         raise UsageError(f"{path} names no architecture, so only Python can read it: normfree.load(path, model=...)")
     return zoo.find(header.source), header.num_classes if num_classes is None else num_classes
@@ -146,11 +131,7 @@ def _apply(model: nn.Module, header: Header, path: object) -> None:
 def _fitting(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, num_classes: int | None
 ) -> dict[str, Tensor]:
-    """Return the weights to be loaded: all, but for a classifier of another width.
-
-    Raises:
-        CheckpointError: Names, shapes or types differ.
-    """
+    """Hold weights to a model, and return those to be loaded: all, but for a classifier of another width."""
     own = model.state_dict(keep_vars=True)
     head = {
         key

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from normfree import zoo
-from normfree.checkpoint.checking import said_by_timm
 from normfree.checkpoint.saving import check_target, header_of, write
 from normfree.errors import CheckpointError
 from normfree.files import ANY, Choice, is_mapped, prefix_of, read_weights, reader, without_prefix
@@ -73,13 +72,13 @@ def convert_file(
     """
     check_target(out, overwrite=overwrite, inputs=(checkpoint,))
     found = zoo.find(source)
-    read = read_weights(checkpoint, choice)
-    tell(read.note)
+    state, note = read_weights(checkpoint, choice)
+    tell(note)
     model = zoo.skeleton(found, num_classes=num_classes)
-    prefix = prefix_of(model, read.state, checkpoint)
+    prefix = prefix_of(model, state, checkpoint)
     tell(without_prefix(prefix, checkpoint))
-    streamed = _fill(model, {key.removeprefix(prefix): value for key, value in read.state.items()})
-    del read
+    streamed = _fill(model, {key.removeprefix(prefix): value for key, value in state.items()})
+    del state
     open_again = reader(Path(checkpoint), replace(choice, prefix=choice.prefix + prefix))
     if size is not None:
         options["inputs"] = example_input(model, size=size)
@@ -90,9 +89,8 @@ def convert_file(
     rewrite(model, replace(made, reset=False), met(), scale=False)
     factors = _scaled(model, made, streamed, open_again)
     model.__dict__[PLAN_ATTRIBUTE] = made
-    metadata = said_by_timm(model, header_of(model, str(found), num_classes, made, None)).to_metadata()
     pieces = _Pieces(Path(checkpoint), open_again, streamed, drawn, factors)
-    write(model, out, metadata, str(found), num_classes, overwrite=overwrite, pieces=pieces)
+    write(model, out, header_of(model, str(found), num_classes, made), overwrite=overwrite, pieces=pieces)
     return made
 
 
@@ -120,37 +118,22 @@ def _scaled(
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[int, str]:
     """Put vectors and placeholders into a skeleton; return the key in the checkpoint of each placeholder, by its id."""
-    made: dict[int, Tensor] = {}
-    replaced: list[Tensor] = []  # kept, so that no other tensor gets one of their ids
-    streamed: dict[int, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    own = model.state_dict(keep_vars=True)  # kept, so that no other tensor gets one of their ids
+    keys = {id(tensor): key for key, tensor in own.items() if key in weights}
+    made: dict[int, Any] = {identity: _stand_in(own[key], weights[key]) for identity, key in keys.items()}
+    for module in model.modules():
         for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                key = f"{path}.{name}" if path else name
-                if old is None or key not in weights:
-                    continue
-                if id(old) not in made:
-                    made[id(old)] = _stand_in(old)
-                new = made[id(old)]
-                if old is not new:
-                    replaced.append(old)
-                    held[name] = new
-                    made[id(new)] = new
-                if _is_small(new):
-                    new.detach().copy_(weights[key])
-                else:
-                    streamed[id(new)] = key
-    return streamed
+            held.update([(name, made[id(old)]) for name, old in held.items() if id(old) in made])
+    return {id(new): keys[identity] for identity, new in made.items() if not _is_small(new)}
 
 
 def _is_small(tensor: Tensor) -> bool:
     return tensor.dim() < 2 or tensor.numel() <= _SMALL
 
 
-def _stand_in(old: Tensor) -> Tensor:
-    """Return a tensor of the same shape and type: a real one if it is small, else one number that is repeated."""
-    one = torch.zeros((), dtype=old.dtype)
-    new = torch.zeros(old.shape, dtype=old.dtype) if _is_small(old) else one.expand(old.shape)
+def _stand_in(old: Tensor, values: Tensor) -> Tensor:
+    """Return a tensor of the type of another: with values if it is small, else of one number that is repeated."""
+    new = values.to(old.dtype, copy=True) if _is_small(old) else torch.zeros((), dtype=old.dtype).expand(old.shape)
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 

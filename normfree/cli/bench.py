@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normfree.cli.options import (
-    ClassesOption,
-    JsonOption,
-    OwnSourceArgument,
-    app,
-    build_original,
-    check_plot,
-    check_written,
-    tell,
-)
-from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
+from normfree.cli import options
+from normfree.cli.printing import Table, note, print_json, print_out, print_table, progress, reporting
 
 if TYPE_CHECKING:
     from normfree.bench import Result
@@ -25,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
-@app.command(short_help="Measure a training step, with norms or none.")
+@options.app.command(short_help="Measure a training step, with norms or none.")
 def bench(
-    source: OwnSourceArgument,
-    num_classes: ClassesOption = None,
+    source: options.OwnSourceArgument,
+    num_classes: options.ClassesOption = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Images a step.")] = 16,
     size: Annotated[int, typer.Option(metavar="N", help="Height and width of an image.")] = 224,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
@@ -44,8 +35,8 @@ def bench(
     ] = True,
     runs: Annotated[int, typer.Option(metavar="N", help="Rounds by the clock; 0 only counts.")] = 10,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows there.", dir_okay=False)] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
-    as_json: JsonOption = False,
+    plot: options.PlotOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Measure a training step with its norms, without them, and with what others put in their place.
 
@@ -55,8 +46,7 @@ def bench(
     `nf`: timm's nf_ model.
     """
     with reporting(as_json):
-        check_plot(plot)
-        check_written(csv)
+        options.check_written(csv, plot)
         with progress() as step:
             step("importing torch")
             from normfree.bench import Setting, arm_names, run
@@ -66,25 +56,21 @@ def bench(
             setting = Setting(
                 batch, size, device, dtype, compiled, channels_last, chosen, runs, arm_names(arms), largest
             )
-            setting.check()
             step.total(3 + 2 * len(setting.arms) + runs)
-            name, model = build_original(source, step, num_classes=num_classes, own=True)
+            name, model = options.build_original(source, step, num_classes=num_classes, own=True)
             results = run(name, model, setting, step)
         rows = [flat(result, setting.about(name)) for result in results]
         if csv is not None:
             write_csv(rows, csv)
-            tell(f"wrote {csv}")
+            note(f"wrote {csv}")
         if plot is not None:
             write_plot(results, f"{name}, batch {batch}, {size} px, {rows[0]['device']}, {dtype}", plot)
-            tell(f"wrote {plot}")
+            note(f"wrote {plot}")
         if as_json:
-            print_json({"ok": True, "rows": rows, "step_to": {r.arm: _medians(r) for r in results}})
+            ratios = {r.arm: {other: round(to.median, 4) for other, to in r.step_to.items()} for r in results}
+            print_json({"ok": True, "rows": rows, "step_to": ratios})
         else:
             _print(results, rows[0])
-
-
-def _medians(result: Result) -> dict[str, float]:
-    return {other: round(spread.median, 4) for other, spread in result.step_to.items()}
 
 
 def _print(results: tuple[Result, ...], about: dict[str, Any]) -> None:
@@ -93,25 +79,19 @@ def _print(results: tuple[Result, ...], about: dict[str, Any]) -> None:
     columns = ("arm", "step ms", "images/s", "to bn", "to bare", "forward ms", "fused ms")
     shown = Table(*columns, "saved MiB/image", "constant", "operators", "on activations", "kernels", "peak MiB", "fits")
     for result in results:
-        image, constant = (f"{n / 2**20:.1f}" for n in (result.saved_per_image, result.saved_constant))
+        step, peak = result.step_ms, result.peak_bytes
         shown.add(
             result.arm,
-            "" if result.step_ms is None else f"{result.step_ms:.0f}",
-            "" if result.step_ms is None else f"{1e3 * about['batch'] / result.step_ms.median:.1f}",
-            *(f"{result.step_to[other]:.3f}" if other in result.step_to else "" for other in ("bn", "bare")),
-            *("" if spread is None else f"{spread.median:.0f}" for spread in (result.forward_ms, result.fused_ms)),
-            image,
-            constant,
-            str(result.operators),
-            str(result.activation_operators),
-            *(_or_blank(figure) for figure in (result.kernels, _mib(result.peak_bytes), result.largest_batch)),
+            _cell(step, ".0f"),
+            _cell(step and 1e3 * about["batch"] / step.median, ".1f"),
+            *(_cell(result.step_to.get(other), ".3f") for other in ("bn", "bare")),
+            *(_cell(spread and spread.median, ".0f") for spread in (result.forward_ms, result.fused_ms)),
+            *(_cell(size / 2**20, ".1f") for size in (result.saved_per_image, result.saved_constant)),
+            *map(_cell, (result.operators, result.activation_operators, result.kernels)),
+            *map(_cell, (peak and peak >> 20, result.largest_batch)),
         )
     print_table(shown)
 
 
-def _mib(size: int | None) -> int | None:
-    return None if size is None else size >> 20
-
-
-def _or_blank(figure: int | None) -> str:
-    return "" if figure is None else str(figure)
+def _cell(figure: object, spec: str = "") -> str:
+    return "" if figure is None else format(figure, spec)

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from normfree.cli.jobs import Job, each, run
-from normfree.cli.options import (
-    CheckpointOption,
-    ClassesOption,
-    InitOption,
-    JsonOption,
-    KeyOption,
-    Loaded,
-    OwnSourceArgument,
-    PrefixOption,
-    PretrainedOption,
-    SizeOption,
-    SourceArgument,
-    app,
-    build_original,
-    parse_alpha,
-)
+from normfree.cli import options
+from normfree.cli.jobs import each, prove, run
 from normfree.cli.printing import (
     Table,
     plan_tables,
@@ -52,19 +38,18 @@ ScopeOption = Annotated[
 ]
 
 
-@app.command(short_help="Convert a model, prove it, and write it.")
+@options.app.command(short_help="Convert a model, prove it, and write it.")
 def convert(
-    source: SourceArgument,
+    source: options.SourceArgument,
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="File (.safetensors) or folder.")],
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Weights to load first, or a folder of such files."),
+        Path | None, typer.Option(metavar="FILE", help="Weights to load first, or a folder of such files.")
     ] = None,
-    key: KeyOption = None,
-    prefix: PrefixOption = "",
-    pretrained: PretrainedOption = False,
-    num_classes: ClassesOption = None,
-    init: InitOption = "auto",
+    key: options.KeyOption = None,
+    prefix: options.PrefixOption = "",
+    pretrained: options.PretrainedOption = False,
+    num_classes: options.ClassesOption = None,
+    init: options.InitOption = "auto",
     alpha: AlphaOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -73,18 +58,16 @@ def convert(
     hooked: Annotated[
         bool, typer.Option("--no-inplace-activations", help="For what hooks layers, as Opacus does.")
     ] = False,
-    size: SizeOption = None,
+    size: options.SizeOption = None,
     seed: Annotated[int, typer.Option(metavar="N", help="skipinit: seed of the draws.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     proofs: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify",
-            show_default=False,
-            help="Prove before writing (default); no: stream files.",
+            "--verify/--no-verify", show_default=False, help="Prove before writing (default); no: stream files."
         ),
     ] = True,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Convert a model, prove it, and write it with its plan; or every checkpoint of a folder.
 
@@ -95,25 +78,25 @@ def convert(
     at the speed of the disk and in a fraction of its size in memory.
     """
     with reporting(as_json):
-        options: dict[str, Any] = {"init": init, "alpha": parse_alpha(alpha), "scope": scope, "reset": reset}
-        options |= {"include": include or (), "exclude": exclude or (), "inplace_activations": not hooked}
-        loaded = Loaded(checkpoint, key, prefix, pretrained)
-        job = Job(source, out, loaded, num_classes, options, force, proofs, seed, size)
+        asked: dict[str, Any] = {"init": init, "alpha": options.parse_alpha(alpha), "scope": scope, "reset": reset}
+        asked |= {"include": include or (), "exclude": exclude or (), "inplace_activations": not hooked}
+        loaded = options.Loaded(checkpoint, key, prefix, pretrained)
+        one = partial(run, source, num_classes, asked, force, proofs, seed, size)
         many = checkpoint is not None and checkpoint.is_dir()
         with progress(10 if proofs else 4) as step:
             if many:
-                rows = list(each(job, step))
+                rows = list(each(one, loaded, out, step))
             else:
-                outcome = run(job, step)
-        ok = all(problem is None for *_, problem in rows) if many else outcome.report.ok
+                name, plan, report = one(loaded, out, step)
+        ok = all(problem is None for *_, problem in rows) if many else report.ok
         if many:
             _say_all(rows, ok, as_json)
         elif as_json:
-            body = {"ok": ok, "source": outcome.source, "output": str(out) if ok else None}
-            print_json(body | {"plan": json.loads(outcome.plan.to_json()), **json.loads(outcome.report.to_json())})
+            body = {"ok": ok, "source": name, "output": str(out) if ok else None}
+            print_json(body | {"plan": json.loads(plan.to_json()), **json.loads(report.to_json())})
         else:
-            print_out(str(outcome.plan))
-            proof_table(outcome.report.proofs)
+            print_out(str(plan))
+            proof_table(report.proofs)
             print_out(f"wrote {out}" if ok else f"a proof failed: {out} was not written")
         if not ok:
             raise typer.Exit(1)
@@ -131,22 +114,22 @@ def _say_all(rows: list[tuple[Path, Path, str | None]], ok: bool, as_json: bool)
     print_out(f"{sum(problem is None for *_, problem in rows)} of {len(rows)} converted")
 
 
-@app.command(short_help="Show what a conversion would do, and why.")
+@options.app.command(short_help="Show what a conversion would do, and why.")
 def inspect(
-    source: OwnSourceArgument,
-    checkpoint: CheckpointOption = None,
-    key: KeyOption = None,
-    prefix: PrefixOption = "",
-    pretrained: PretrainedOption = False,
-    num_classes: ClassesOption = None,
-    init: InitOption = "auto",
+    source: options.OwnSourceArgument,
+    checkpoint: options.CheckpointOption = None,
+    key: options.KeyOption = None,
+    prefix: options.PrefixOption = "",
+    pretrained: options.PretrainedOption = False,
+    num_classes: options.ClassesOption = None,
+    init: options.InitOption = "auto",
     alpha: AlphaOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     scope: ScopeOption = "all",
-    size: SizeOption = None,
+    size: options.SizeOption = None,
     summary: Annotated[bool, typer.Option("--summary", help="Only what the tables add up to.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show what a conversion would do: every norm and every sum, with the reason."""
     with reporting(as_json):
@@ -156,13 +139,13 @@ def inspect(
             from normfree.planning.plan import look
             from normfree.tracing.trace import example_input
 
-            loaded = Loaded(checkpoint, key, prefix, pretrained)
-            _, model = build_original(source, step, loaded, num_classes, own=True)
+            loaded = options.Loaded(checkpoint, key, prefix, pretrained)
+            _, model = options.build_original(source, step, loaded, num_classes, own=True)
             step("planning")
-            options: Any = {"init": init, "alpha": parse_alpha(alpha), "scope": scope}
-            options |= {"include": include or (), "exclude": exclude or ()}
-            options["inputs"] = None if size is None else example_input(model, size=size)
-            made, _ = look(model, Options(**options), loaded=bool(loaded))
+            asked: Any = {"init": init, "alpha": options.parse_alpha(alpha), "scope": scope}
+            asked |= {"include": include or (), "exclude": exclude or ()}
+            asked["inputs"] = None if size is None else example_input(model, size=size)
+            made, _ = look(model, Options(**asked), loaded=bool(loaded))
         if as_json:
             sys.stdout.write(made.to_json() + "\n")
         else:
@@ -171,15 +154,15 @@ def inspect(
             print_out(str(made))
 
 
-@app.command(short_help="Prove a converted file.")
+@options.app.command(short_help="Prove a converted file.")
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that normfree convert wrote.")],
-    checkpoint: CheckpointOption = None,
-    key: KeyOption = None,
-    prefix: PrefixOption = "",
-    pretrained: PretrainedOption = False,
-    size: SizeOption = None,
-    as_json: JsonOption = False,
+    checkpoint: options.CheckpointOption = None,
+    key: options.KeyOption = None,
+    prefix: options.PrefixOption = "",
+    pretrained: options.PretrainedOption = False,
+    size: options.SizeOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Load a converted file and print the proofs with their figures.
 
@@ -190,7 +173,6 @@ def verify(
         with progress(8) as step:
             step("importing torch")
             from normfree import checkpoint as files
-            from normfree.proofs import verify as verifying
             from normfree.tracing.trace import example_input
 
             header = files.read_header(file)
@@ -198,14 +180,10 @@ def verify(
             model = files.load(file)
             with quiet():
                 structure = files.build_original(header, file, pretrained=pretrained)
-            loaded = Loaded(checkpoint, key, prefix, pretrained)
+            loaded = options.Loaded(checkpoint, key, prefix, pretrained)
             loaded.give(structure, loaded.read())
-            done, x, original = [], example_input(model, size=size), structure if loaded else None
-            proofs = verifying.each_proof(model, original, x, structure=structure, reference=header.reference)
-            for number, proof in enumerate(proofs, start=1):
-                done.append(proof)
-                step(f"proof {number} of 6")
-        report = verifying.Report(tuple(done))
+            x, original = example_input(model, size=size), structure if loaded else None
+            report = prove(step, model, original, x, structure=structure, reference=header.reference)
         if as_json:
             print_json(json.loads(report.to_json()))
         else:

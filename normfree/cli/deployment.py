@@ -21,15 +21,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT if it ex
 @app.command(short_help="Bake gain and alpha into plain layers.")
 def fuse(file: FileArgument, out: OutOption, force: ForceOption = False, as_json: JsonOption = False) -> None:
     """Bake gain and alpha into plain layers, for inference: the same outputs, and nothing is multiplied any more."""
-    with reporting(as_json):
-        with progress(4) as step:
-            header, model, left = _loaded(step, file, out, force, "fuse_")
-            step("writing")
-            from normfree.checkpoint import save
-
-            known = {"reference": header.reference, "input_size": header.input_size}
-            save(model, out, source=header.source, num_classes=header.num_classes, overwrite=force, **known)
-        _say(as_json, out, left)
+    _turn(file, out, force, as_json, restored=False)
 
 
 @app.command(short_help="Give a converted file its batch norms back.")
@@ -39,14 +31,7 @@ def restore(file: FileArgument, out: OutOption, force: ForceOption = False, as_j
     The output has the original's keys, and its values where nothing was trained since; else the norms compute in eval
     mode what gain, bias and alpha amount to. A folder can be read by `timm.create_model("local-dir:FOLDER")`.
     """
-    with reporting(as_json):
-        with progress(4) as step:
-            header, model, left = _loaded(step, file, out, force, "restore_")
-            step("writing")
-            from normfree.checkpoint import write
-
-            write(model, out, {"format": "pt"}, header.source, header.num_classes, overwrite=force)
-        _say(as_json, out, left)
+    _turn(file, out, force, as_json, restored=True)
 
 
 @app.command(short_help="Write a program: torch.export or ONNX.")
@@ -87,9 +72,8 @@ def export(
             x = exporting.own_input(model, own, size)
             given = tensors(x)[0]
             error = exporting.export(model, out, x, dynamic_size=dynamic_size, overwrite=force)
-        taken = (
-            ["N", *given.shape[1:]] if not dynamic_size else ["N", *given.shape[1:2], *("H", "W")[: given.dim() - 2]]
-        )
+        sizes = ("H", "W")[: given.dim() - 2] if dynamic_size else given.shape[2:]
+        taken = ["N", *given.shape[1:2], *sizes]
         if as_json:
             print_json({"ok": True, "output": str(out), "input": taken, "difference": error})
         else:
@@ -99,27 +83,32 @@ def export(
             )
 
 
-def _loaded(step: Any, file: Path, out: Path, force: bool, action: str) -> tuple[Any, Any, list[str]]:
-    """Load a file and do with it what is asked; return also what was warned about."""
-    step("importing torch")
-    from normfree import checkpoint
-    from normfree.deployment import fuse as fusing
-    from normfree.deployment import restore as restoring
+def _turn(file: Path, out: Path, force: bool, as_json: bool, *, restored: bool) -> None:
+    """Give a file its norms back, or fuse it; write it, and say what was warned about."""
+    with reporting(as_json):
+        with progress(4) as step:
+            step("importing torch")
+            from normfree import checkpoint
+            from normfree.deployment import fuse as fusing
+            from normfree.deployment import restore as restoring
 
-    checkpoint.check_target(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
-    step("loading")
-    header, model = checkpoint.read_header(file), checkpoint.load(file).eval()
-    step("computing")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", fusing.FuseWarning)
-        (fusing.fuse_ if action == "fuse_" else restoring.restore_)(model)
-    return header, model, [str(warning.message) for warning in caught]
-
-
-def _say(as_json: bool, out: Path, left: list[str]) -> None:
-    for text in left:
-        note(text)
-    if as_json:
-        print_json({"ok": True, "output": str(out), "warnings": left})
-    else:
-        print_out(f"wrote {out}")
+            checkpoint.check_target(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
+            step("loading")
+            header, model = checkpoint.read_header(file), checkpoint.load(file).eval()
+            step("computing")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", fusing.FuseWarning)
+                (restoring.restore_ if restored else fusing.fuse_)(model)
+            step("writing")
+            if restored:
+                checkpoint.write(model, out, header, overwrite=force, converted=False)
+            else:
+                known: Any = {name: getattr(header, name) for name in ("reference", "input_size", "num_classes")}
+                checkpoint.save(model, out, source=header.source, overwrite=force, **known)
+        left = [str(warning.message) for warning in caught]
+        for text in left:
+            note(text)
+        if as_json:
+            print_json({"ok": True, "output": str(out), "warnings": left})
+        else:
+            print_out(f"wrote {out}")

@@ -3,58 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfree.cli.options import Loaded, build_original, tell
+from normfree.cli.options import Loaded, build_original
+from normfree.cli.printing import note
 from normfree.errors import NormfreeError, UsageError, one_line
 
 if TYPE_CHECKING:
     from normfree.plans import Plan
     from normfree.proofs.verify import Report
 
-__all__ = ["Job", "Outcome", "each", "run"]
+__all__ = ["each", "prove", "run"]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One conversion.
+def prove(step: Callable[[str], None], *arguments: Any, **more: Any) -> Report:
+    """Run the six proofs, as :func:`normfree.proofs.verify.each_proof` does, and say of each that it is done."""
+    from normfree.proofs.verify import Report, each_proof
 
-    Attributes:
-        source: Name of the architecture.
-        out: Where to.
-        loaded: Its weights.
-        num_classes: Width of its classifier.
-        options: As for :func:`normfree.convert`.
-        force: Replace what is there.
-        proofs: Prove it before writing; a checkpoint is streamed otherwise.
-        seed: Of the weights that are drawn.
-        size: Height and width of what the network is run on, if it is not to be found.
+    done = []
+    for number, proof in enumerate(each_proof(*arguments, **more), start=1):
+        done.append(proof)
+        step(f"proof {number} of 6")
+    return Report(tuple(done))
+
+
+def run(
+    source: str,
+    num_classes: int | None,
+    asked: dict[str, Any],
+    force: bool,
+    proofs: bool,
+    seed: int,
+    size: int | None,
+    loaded: Loaded,
+    out: Path,
+    step: Callable[[str], None],
+) -> tuple[str, Plan, Report]:
+    """Convert one checkpoint and write it, if no proof fails; without proofs it is streamed.
+
+    Returns:
+        The unambiguous name of the architecture, the plan, and the proofs if there are any.
     """
-
-    source: str
-    out: Path
-    loaded: Loaded
-    num_classes: int | None
-    options: dict[str, Any]
-    force: bool
-    proofs: bool
-    seed: int
-    size: int | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it: the unambiguous name of the architecture, the plan, and the proofs if there are any."""
-
-    source: str
-    plan: Plan
-    report: Report
-
-
-def run(job: Job, step: Callable[[str], None]) -> Outcome:
-    """Convert one checkpoint and write it, if no proof fails."""
     step("importing torch")
     import torch
 
@@ -63,44 +54,41 @@ def run(job: Job, step: Callable[[str], None]) -> Outcome:
     from normfree.files import Choice
     from normfree.options import Options
     from normfree.planning.plan import look
-    from normfree.proofs import verify as verifying
+    from normfree.proofs import verify
     from normfree.proofs.reference import Reference
     from normfree.tracing.trace import example_input
 
-    checkpoint = job.loaded.checkpoint
-    inputs = () if checkpoint is None else (checkpoint,)
-    files.check_target(job.out, overwrite=job.force, inputs=inputs)
-    about: dict[str, Any] = {"num_classes": job.num_classes, "overwrite": job.force}
-    if checkpoint is not None and not job.proofs:
+    checkpoint = loaded.checkpoint
+    files.check_target(out, overwrite=force, inputs=() if checkpoint is None else (checkpoint,))
+    about: dict[str, Any] = {"num_classes": num_classes, "overwrite": force}
+    if checkpoint is not None and not proofs:
         step("converting")
-        torch.manual_seed(job.seed)
-        about |= {"choice": Choice(job.loaded.key, job.loaded.prefix), "tell": tell}
-        plan = files.convert_file(job.source, checkpoint, job.out, **about, size=job.size, **job.options)
-        return Outcome(str(zoo.find(job.source)), plan, verifying.Report(()))
-    name, original = build_original(job.source, step, job.loaded, job.num_classes)
+        torch.manual_seed(seed)
+        about |= {"choice": Choice(loaded.key, loaded.prefix), "tell": note}
+        plan = files.convert_file(source, checkpoint, out, **about, size=size, **asked)
+        return str(zoo.find(source)), plan, verify.Report(())
+    name, original = build_original(source, step, loaded, num_classes)
     step("converting")
-    torch.manual_seed(job.seed)
-    given = None if job.size is None else example_input(original, size=job.size)
-    plan, _ = look(original, Options(**job.options, inputs=given), loaded=bool(job.loaded))
+    torch.manual_seed(seed)
+    given = None if size is None else example_input(original, size=size)
+    plan, _ = look(original, Options(**asked, inputs=given), loaded=bool(loaded))
     model = conversion.convert(original, plan=plan, inputs=given)
-    done = []
-    reference = None
-    if job.proofs:
+    report, reference = verify.Report(()), None
+    if proofs:
         x = example_input(model) if given is None else given
-        for number, proof in enumerate(verifying.each_proof(model, original, x), start=1):
-            done.append(proof)
-            step(f"proof {number} of 6")
-        if plan.init == "preserve" and plan.alpha == 1 and done[2].passed and isinstance(x, torch.Tensor):
-            reference = Reference.of(original, x)
-    report = verifying.Report(tuple(done))
+        report = prove(step, model, original, x)
+        exact = plan.init == "preserve" and plan.alpha == 1 and report.proofs[2].passed
+        reference = Reference.of(original, x) if exact and isinstance(x, torch.Tensor) else None
     if report.ok:
         step("writing")
-        files.save(model, job.out, source=name, reference=reference, **about)
-    return Outcome(name, plan, report)
+        files.save(model, out, source=name, reference=reference, **about)
+    return name, plan, report
 
 
-def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
-    """Convert every checkpoint of a folder into the folder ``job.out``, whatever becomes of the others.
+def each(
+    one: Callable[[Loaded, Path, Callable[[str], None]], tuple[str, Plan, Report]], loaded: Loaded, out: Path, step: Any
+) -> Iterator[tuple[Path, Path, str | None]]:
+    """Convert every checkpoint of a folder into the folder ``out`` by ``one``, whatever becomes of the others.
 
     Yields:
         The checkpoint, its output, and what went wrong.
@@ -111,22 +99,22 @@ def each(job: Job, step: Any) -> Iterator[tuple[Path, Path, str | None]]:
     step("importing torch")
     from normfree.files import ENDINGS
 
-    folder = Path(job.loaded.checkpoint or ".")
+    folder = Path(loaded.checkpoint or ".")
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in ENDINGS)
     if not found:
         raise UsageError(f"{folder} holds no checkpoints ({' '.join(ENDINGS)})")
-    if job.out.suffix in ENDINGS or (job.out.exists() and not job.out.is_dir()):
-        raise UsageError(f"{job.out}: a folder of checkpoints is converted into a folder; name one")
-    job.out.mkdir(parents=True, exist_ok=True)
+    if out.suffix in ENDINGS or (out.exists() and not out.is_dir()):
+        raise UsageError(f"{out}: a folder of checkpoints is converted into a folder; name one")
+    out.mkdir(parents=True, exist_ok=True)
     step.total(len(found) + 1)
     for path in found:
         step(path.name)
-        out = job.out / f"{path.name.removesuffix('.tar').rpartition('.')[0] or path.name}.safetensors"
+        written = out / f"{path.name.removesuffix('.tar').rpartition('.')[0] or path.name}.safetensors"
         try:
-            outcome = run(replace(job, loaded=replace(job.loaded, checkpoint=path), out=out), lambda _: None)
-            failed = [proof.name for proof in outcome.report.proofs if proof.passed is False]
-            yield path, out, f"a proof failed: {', '.join(failed)}" if failed else None
+            *_, report = one(replace(loaded, checkpoint=path), written, lambda _: None)
+            failed = [proof.name for proof in report.proofs if proof.passed is False]
+            yield path, written, f"a proof failed: {', '.join(failed)}" if failed else None
         except NormfreeError as error:
-            yield path, out, str(error)
+            yield path, written, str(error)
         except Exception as error:  # whatever one file leads to, it must not stop the rest
-            yield path, out, one_line(error)
+            yield path, written, one_line(error)

@@ -14,25 +14,9 @@ import normfree
 from normfree.cli.printing import note, quiet
 from normfree.errors import UsageError, require
 
-__all__ = [
-    "CheckpointOption",
-    "ClassesOption",
-    "InitOption",
-    "JsonOption",
-    "KeyOption",
-    "Loaded",
-    "OwnSourceArgument",
-    "PrefixOption",
-    "PretrainedOption",
-    "SizeOption",
-    "SourceArgument",
-    "app",
-    "build_original",
-    "check_plot",
-    "check_written",
-    "parse_alpha",
-    "tell",
-]
+__all__ = ["CheckpointOption", "ClassesOption", "InitOption", "JsonOption", "KeyOption", "Loaded", "OwnSourceArgument"]
+__all__ += ["PlotOption", "PrefixOption", "PretrainedOption", "SizeOption", "SourceArgument"]
+__all__ += ["app", "build_original", "check_written", "parse_alpha"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)  # which breaks no name
 
@@ -56,8 +40,7 @@ SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, or a bare name that one has.")
 ]
 OwnSourceArgument = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, NAME, or your package.module:function."),
+    str, typer.Argument(metavar="SOURCE", help="torchvision:NAME, timm:NAME, NAME, or your package.module:function.")
 ]
 CheckpointOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights to load first.", dir_okay=False)]
 KeyOption = Annotated[str | None, typer.Option(metavar="KEY", help="Entry that holds them, as in ema.module.")]
@@ -66,6 +49,7 @@ PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the l
 ClassesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of classes of the classifier.")]
 InitOption = Annotated[str, typer.Option(metavar="INIT", help="auto, skipinit or preserve.")]
 SizeOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width; found by default.")]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -94,9 +78,9 @@ class Loaded:
 
         if self.checkpoint is None:
             return None
-        found = read_weights(self.checkpoint, Choice(self.key, self.prefix))
-        tell(found.note)
-        return found.state
+        state, taken = read_weights(self.checkpoint, Choice(self.key, self.prefix))
+        note(taken)
+        return state
 
     def give(self, model: Any, state: Any) -> None:
         """Load what was read into a model."""
@@ -104,13 +88,7 @@ class Loaded:
 
         if self.checkpoint is not None:
             prefix = load_weights(model, state, self.checkpoint)
-            tell(without_prefix(prefix, self.checkpoint))
-
-
-def tell(text: str) -> None:
-    """Print a note, if there is one."""
-    if text:
-        note(text)
+            note(without_prefix(prefix, self.checkpoint))
 
 
 def build_original(
@@ -141,7 +119,7 @@ def build_original(
         loaded.give(model, loaded.read())
         return source, model
     found = zoo.find(source)
-    tell(found.note)
+    note(found.note)
     step(f"building {found}")
     # The checkpoint first: a file that cannot be read should not cost the time of building.
     state = loaded.read()
@@ -151,30 +129,22 @@ def build_original(
     return str(found), model
 
 
-def check_plot(path: Path | None) -> None:
-    """Refuse a picture that could not be drawn, before anything is measured.
+def check_written(csv: Path | None = None, plot: Path | None = None) -> None:
+    """Refuse files that could not be written, before anything is measured.
 
     Raises:
-        UsageError: matplotlib is missing, knows no such ending, or the folder is not there.
+        UsageError: A folder is not there; matplotlib is missing, or knows no such ending.
     """
-    if path is None:
-        return
-    require("matplotlib", "plot")
-    from matplotlib.figure import Figure
+    if plot is not None:
+        require("matplotlib", "plot")
+        from matplotlib.figure import Figure
 
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise UsageError(
-            f"--plot {path}: a picture ends in one of {' '.join(f'.{ending}' for ending in sorted(known))}"
-        )
-    check_written(path)
+        known = sorted(Figure().canvas.get_supported_filetypes())
+        if plot.suffix.removeprefix(".").lower() not in known:
+            raise UsageError(f"--plot {plot}: a picture ends in one of {' '.join(f'.{ending}' for ending in known)}")
+    for path in filter(None, (plot, csv)):
+        from normfree.files import check_output
 
-
-def check_written(path: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
-    from normfree.files import check_output
-
-    if path is not None:
         check_output(path, overwrite=True)
 
 

@@ -22,6 +22,7 @@ import typer
 from normfree.errors import AlreadyConvertedError, NoNormError, NormfreeError, UsageError, one_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from normfree.plans import Plan
@@ -150,14 +151,18 @@ def _folded(cell: str, width: int) -> list[str]:
     return list(itertools.chain.from_iterable(lines))
 
 
-def print_table(table: Table) -> None:
-    """Print a table to stdout."""
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout."""
     # Piped into a file or a pager there is no terminal whose width a table should be squeezed into.
     told = os.environ.get("COLUMNS", "")
     width = int(told) if told.isdigit() else shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = _console()
     for line, style in table.lines(width):
         console.print(line, style=style or None)
 
@@ -197,16 +202,13 @@ def _plain(text: str) -> str:
 
 def print_out(text: str) -> None:
     """Print text to stdout."""
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False, markup=False).print(_plain(_in_options(text)))
+    _console().print(_plain(_in_options(text)))
 
 
 def note(text: str, style: str = "yellow") -> None:
-    """Print a message to stderr."""
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(_plain(text), style=style)
+    """Print a message to stderr, if there is one."""
+    if text:
+        _console(stderr=True).print(_plain(text), style=style)
 
 
 def print_json(body: dict[str, Any]) -> None:

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from normfree.cli.options import (
-    CheckpointOption,
-    ClassesOption,
-    InitOption,
-    JsonOption,
-    KeyOption,
-    Loaded,
-    OwnSourceArgument,
-    PrefixOption,
-    PretrainedOption,
-    app,
-    build_original,
-    check_plot,
-    tell,
-)
-from normfree.cli.printing import Table, print_json, print_out, print_table, progress, reporting
+from normfree.cli import options
+from normfree.cli.printing import Table, note, print_json, print_out, print_table, progress, reporting
 
 if TYPE_CHECKING:
     from normfree.training.signals import Signal
@@ -31,19 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["signals"]
 
 
-@app.command(short_help="Show the signal at every residual sum.")
+@options.app.command(short_help="Show the signal at every residual sum.")
 def signals(
-    source: OwnSourceArgument,
-    checkpoint: CheckpointOption = None,
-    key: KeyOption = None,
-    prefix: PrefixOption = "",
-    pretrained: PretrainedOption = False,
-    num_classes: ClassesOption = None,
-    init: InitOption = "auto",
+    source: options.OwnSourceArgument,
+    checkpoint: options.CheckpointOption = None,
+    key: options.KeyOption = None,
+    prefix: options.PrefixOption = "",
+    pretrained: options.PretrainedOption = False,
+    num_classes: options.ClassesOption = None,
+    init: options.InitOption = "auto",
     batch: Annotated[int, typer.Option(min=2, metavar="N", help="Images of white noise.")] = 16,
     size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Height and width of an image.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg, .pdf", dir_okay=False)] = None,
-    as_json: JsonOption = False,
+    plot: options.PlotOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show how large skip path, residual branch and sum are at every residual sum, in train mode.
 
@@ -51,16 +36,15 @@ def signals(
     have the same weights, as the conversion draws them.
     """
     with reporting(as_json):
-        check_plot(plot)
+        options.check_written(plot=plot)
         with progress(7) as step:
             step("importing torch")
             from normfree.tracing.trace import example_input
             from normfree.training import drawing
             from normfree.training import signals as propagation
 
-            name, model = build_original(
-                source, step, Loaded(checkpoint, key, prefix, pretrained), num_classes, own=True
-            )
+            loaded = options.Loaded(checkpoint, key, prefix, pretrained)
+            name, model = options.build_original(source, step, loaded, num_classes, own=True)
             x, chosen = example_input(model, batch, size), cast(Any, init)
             measured = {}
             for title, arm in propagation.before_and_after(model, chosen):
@@ -70,7 +54,7 @@ def signals(
                 step("drawing")
                 drawing.plot(measured, plot, name)
         if plot is not None:
-            tell(f"wrote {plot}")
+            note(f"wrote {plot}")
         if as_json:
             flat = {title: list(map(_flat, found.rows)) for title, found in measured.items()}
             print_json({"ok": True, "source": name, "signals": flat})

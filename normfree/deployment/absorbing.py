@@ -71,7 +71,8 @@ def _absorb(modules: Modules, edit: NormEdit, known: bool) -> bool:
     learns = old["weight"] if old["bias"] is None else old["bias"]
     layer._parameters["weight"] = nn.Parameter(weight, old["weight"].requires_grad)
     layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, learns.requires_grad)
-    become(slot, nn.Identity().train(slot.training) if kept is None else _without_gain(slot, kept))
+    left = nn.Identity() if kept is None else ChannelAffine(bias=kept, act=slot.act)
+    become(slot, left.train(slot.training))
     return True
 
 
@@ -86,10 +87,6 @@ def _may_pass(modules: Modules, edit: NormEdit) -> bool:
     if writing or any(map(hooks_on, [*inner, *(between[path] for path in around)])):
         return False
     return weakest([takes_affine(modules[ends[1]]), *map(passes, passed), edit.moves]) == edit.moves
-
-
-def _without_gain(slot: ChannelAffine, bias: nn.Parameter) -> nn.Module:
-    return ChannelAffine(bias=bias, act=slot.act).train(slot.training)
 
 
 @torch.no_grad()

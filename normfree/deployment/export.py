@@ -15,7 +15,7 @@ from normfree.errors import UnsupportedModelError, UsageError, one_line, require
 from normfree.files import check_output, replacing
 from normfree.plans import plan_on
 from normfree.tracing.copying import deep_copy
-from normfree.tracing.inputs import Inputs, arguments, fresh
+from normfree.tracing.inputs import Inputs, arguments, fresh, tensors
 from normfree.tracing.trace import example_input
 
 __all__ = ["export", "format_of", "own_input"]
@@ -78,8 +78,8 @@ def export(
         program = _program(model, fresh(args), fresh(kwargs), dynamic_size)
     except Exception as error:  # whatever a model's own code leads torch.export to
         raise UnsupportedModelError((f"{name}: torch.export cannot follow it: {one_line(error)}",)) from error
-    norms = [] if _keeps(model) else _norms(program)
-    if norms:
+    plan, norms = plan_on(model), _norms(program)
+    if norms and not (plan and any(edit.action == "keep" for edit in plan.norms)):
         raise UnsupportedModelError((f"{name}: batch norms run in the exported program: {some(norms)}",))
     larger = tree_map(lambda x: _larger(x, dynamic_size) if _has_batch(x) else x, (args, kwargs))
     with replacing(out) as temporary:
@@ -150,11 +150,6 @@ def _program(
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs))
 
 
-def _keeps(model: nn.Module) -> bool:
-    plan = plan_on(model)
-    return plan is not None and any(edit.action == "keep" for edit in plan.norms)
-
-
 def _norms(program: torch.export.ExportedProgram) -> list[str]:
     """Name the batch norms that see what the user gives; one of weights alone is weight standardisation."""
     given = set(program.graph_signature.user_inputs)
@@ -175,7 +170,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
     with path.open("wb") as file:
         torch.export.save(program, file)
     module = program.module()
-    return lambda *args, **kwargs: _tensors(module(*args, **kwargs))
+    return lambda *args, **kwargs: tensors(module(*args, **kwargs))
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
@@ -197,7 +192,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        given = [x.numpy() for x in _tensors((args, kwargs))]
+        given = [x.numpy() for x in tensors((args, kwargs))]
         return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, given, strict=True)))]
 
     return run
@@ -217,15 +212,10 @@ def _name_dimensions(graph: Any) -> None:
             value.shape = type(value.shape)(dims)
 
 
-def _tensors(x: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
-
-
 def _difference(model: nn.Module, run: Run, args: Any, kwargs: Any) -> float:
-    expected = _tensors(model(*fresh(args), **fresh(kwargs)))
+    expected = tensors(model(*fresh(args), **fresh(kwargs)))
     found = run(*fresh(args), **fresh(kwargs))
     if [x.shape for x in found] != [x.shape for x in expected]:
         return float("inf")
-    scales = [float(x.double().abs().max()) or 1.0 for x in expected]
-    differences = [float((x.double() - y.double()).abs().max()) for x, y in zip(found, expected, strict=True)]
-    return max((d / scale for d, scale in zip(differences, scales, strict=True)), default=0.0)
+    pairs = [(x.double(), y.double()) for x, y in zip(found, expected, strict=True)]
+    return max((float((x - y).abs().max()) / (float(y.abs().max()) or 1.0) for x, y in pairs), default=0.0)

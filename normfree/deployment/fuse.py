@@ -10,23 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.absorbing import absorb_
+from normfree.deployment.alone import in_torch_alone_
 from normfree.deployment.merging import merge_
-from normfree.deployment.outputs import absorb_output_, output_in_torch_alone_
-from normfree.deployment.plain import plain_
-from normfree.deployment.slots import in_torch_alone
+from normfree.deployment.plain import absorb_output_, plain_
 from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
-from normfree.layers import (
-    ChannelAffine,
-    Copy,
-    ScaledOutput,
-    ScaledWeight,
-    SkipInit,
-    Vacant,
-    alpha_of,
-    alpha_scale,
-    is_normfree,
-)
+from normfree.layers import ChannelAffine, ScaledOutput, ScaledWeight, alpha_of, alpha_scale, is_normfree
 from normfree.layers.pairs import merged as merged_affine
 from normfree.layers.reparametrized import check_plain
 from normfree.planning.hooks import any_global_hook, hooks_on
@@ -86,12 +75,12 @@ def fuse_(model: M) -> M:
         raise UsageError(f"this {type(model).__name__} carries no gain and no alpha: convert it first")
     check_plain(model, {name for name, module in model.named_modules() if is_normfree(module)}, "fuse")
     bake_(model)
-    left, slots, shifts = multiplying(model), _slots_left(model, "gain"), _slots_left(model, "bias")
-    problems = [f"alpha stays a multiplication at {some(left)}: no weight ends that branch"] if left else []
-    if slots:
-        problems.append(f"gain and bias stay an operation at {some(slots)}: no layer beside it takes them")
-    if shifts:
-        problems.append(f"a bias stays an operation at {some(shifts)}: the layer behind it takes the gain alone")
+    said = {
+        "alpha stays a multiplication at {}: no weight ends that branch": multiplying(model),
+        "gain and bias stay an operation at {}: no layer beside it takes them": _slots_left(model, "gain"),
+        "a bias stays an operation at {}: the layer behind it takes the gain alone": _slots_left(model, "bias"),
+    }
+    problems = [text.format(some(names)) for text, names in said.items() if names]
     if problems:
         warnings.warn("; ".join(problems), FuseWarning, stacklevel=3)
     return model
@@ -142,13 +131,7 @@ def bake_(model: nn.Module, merged: tuple[str, ...] | None = None) -> None:
         plan = replace(absorb_(model, plan, merged is not None), fused=True)
         plan = replace(plan, merged=merge_(model, plan, merged))
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_json()
-    for module in list(model.modules()):
-        if isinstance(module, (ChannelAffine, SkipInit, Copy)):
-            become(module, in_torch_alone(module))
-        elif isinstance(module, ScaledOutput):
-            output_in_torch_alone_(module)
-        elif isinstance(module, Vacant):
-            become(module, nn.Identity().train(module.training))
+    in_torch_alone_(model)
     model.__dict__.pop(ORIGINALS_ATTRIBUTE, None)
     no_hint_(model)
 

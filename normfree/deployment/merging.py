@@ -7,7 +7,9 @@ if it computes the same in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import itertools
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.code.functions import MERGING
-from normfree.deployment.outputs import scaled_like, unscaled_output_
+from normfree.deployment.plain import scaled_like, trial_inputs, unscaled_output_
 from normfree.edits import NormEdit
 from normfree.layers import ChannelAffine, ScaledOutput, is_normfree
 from normfree.plans import Plan
@@ -40,7 +42,8 @@ def merge_(model: nn.Module, plan: Plan, known: tuple[str, ...] | None = None) -
     merged: list[str] = []
     for path, block in list(model.named_modules()):
         inside = any(path.startswith(f"{outer}.") for outer in merged)
-        if path and not inside and (path in known if known is not None else _may_merge(path, block, plan)):
+        has_method = any(callable(getattr(block, name, None)) for name in MERGING)
+        if path and not inside and (path in known if known is not None else has_method and _edits(path, plan)):
             made = _merged(path, block, plan, check=known is None)
             if made is not None:
                 become(block, made)
@@ -62,10 +65,7 @@ def _edits(path: str, plan: Plan) -> list[NormEdit]:
     return [edit for edit in plan.removed if edit.name.startswith(f"{path}.")]
 
 
-def _may_merge(path: str, block: nn.Module, plan: Plan) -> bool:
-    return any(callable(getattr(block, name, None)) for name in MERGING) and bool(_edits(path, plan))
-
-
+@torch.no_grad()
 def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Module | None:
     """Return what the block's own method makes of it, or ``None`` if that is something else."""
     like = next(block.parameters())
@@ -75,12 +75,13 @@ def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Modul
         unscaled_output_(before)
         unscaled_output_(copied)
     try:
-        _give_norms(path, copied, plan)
+        x, expected, widths = _run(before, [edit.name.removeprefix(f"{path}.") for edit in _edits(path, plan)])
+        _give_norms(path, copied, plan, widths)
         method = next(name for name in MERGING if hasattr(copied, name))
         with torch.device(like.device), _Doubled():
             made: Any = getattr(copied, method)()
         made = made if isinstance(made, nn.Module) else copied
-        if check and not _same(before, made):
+        if check and not _is_close(made(x), expected):
             return None
     except Exception:  # whatever a method raises that expects another block
         return None
@@ -102,13 +103,22 @@ def _once_(block: nn.Module, method: str) -> None:
         block.__dict__[method] = partial(bool)  # which pickles without us
 
 
-@torch.no_grad()
-def _give_norms(path: str, block: nn.Module, plan: Plan) -> None:
-    """Put a norm into every slot, with what its producer or the slot itself adds and multiplies.
+def _run(block: nn.Module, slots: list[str]) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return an input that a block takes, what it makes of it, and how many channels its slots see."""
+    widths: dict[str, int] = {}
+    for name in slots:
+        block.get_submodule(name).register_forward_hook(lambda *io, name=name: widths.update({name: io[-1].shape[1]}))
+    inner = [getattr(m, "in_channels", getattr(m, "in_features", None)) for m in block.modules()]
+    inner += [len(slot.gain) for slot in block.modules() if isinstance(slot, ChannelAffine) and slot.gain is not None]
+    for x in itertools.chain.from_iterable(map(trial_inputs, dict.fromkeys(filter(None, inner)))):
+        given = x.to(next(block.parameters()).device)
+        with contextlib.suppress(Exception):  # it takes another shape
+            return given, block(given.clone()), widths
+    raise ValueError("no input is known")
 
-    Raises:
-        ValueError: A slot does more.
-    """
+
+def _give_norms(path: str, block: nn.Module, plan: Plan, widths: Mapping[str, int]) -> None:
+    """Put a norm into every slot, with what its producer or the slot itself adds and multiplies, if that is all."""
     modules = {f"{path}.{name}": module for name, module in block.named_modules(remove_duplicate=False)}
     norms: list[tuple[nn.Module, nn.Module]] = []
     for edit in _edits(path, plan):
@@ -120,37 +130,15 @@ def _give_norms(path: str, block: nn.Module, plan: Plan) -> None:
         if layer is not None:
             bias = layer._parameters["bias"]
             layer._parameters["bias"] = None
-        norms.append((slot, _norm(edit, _width(modules, edit), gain, bias, next(block.parameters()))))
+        width = widths[edit.name.removeprefix(f"{path}.")]
+        norms.append((slot, _norm(edit, width, gain, bias, next(block.parameters()))))
     for slot, norm in norms:
         become(slot, norm)
     if any(map(is_normfree, block.modules())):
         raise ValueError("something is left that multiplies an activation")
 
 
-def _width(modules: Mapping[str, nn.Module], edit: NormEdit) -> int:
-    """Return the channels at a slot: those of its producer, or of the layer before or behind it that is nearest."""
-    if edit.producer is not None:
-        return _channels(modules[edit.producer], "out") or 1
-    names, scope = list(modules), edit.name
-    while "." in scope:
-        scope = scope.rpartition(".")[0]
-        inside = [name for name in names if name.startswith(f"{scope}.")]
-        here = inside.index(edit.name)
-        before = [_channels(modules[name], "out") for name in reversed(inside[:here])]
-        behind = [_channels(modules[name], "in") for name in inside[here:]]
-        width = next((width for width in (*before, *behind) if width is not None), None)
-        if width is not None:
-            return width
-    return 1  # of which a gain or a bias knows better
-
-
-def _channels(module: nn.Module, side: str) -> int | None:
-    found = getattr(module, f"{side}_channels", getattr(module, f"{side}_features", None))
-    return found if isinstance(found, int) else None
-
-
 def _norm(edit: NormEdit, width: int, gain: Tensor | None, bias: Tensor | None, like: Tensor) -> nn.Module:
-    width = next((len(value) for value in (gain, bias) if value is not None), width)
     kinds: dict[str, type[nn.Module]] = {"1": nn.BatchNorm1d, "2": nn.BatchNorm2d, "3": nn.BatchNorm3d}
     kind = next((kinds[digit] for digit in edit.type if digit in kinds), nn.BatchNorm2d)
     norm: Any = kind(width, eps=0.0)  # type: ignore[call-arg]  # all three take it
@@ -161,24 +149,6 @@ def _norm(edit: NormEdit, width: int, gain: Tensor | None, bias: Tensor | None, 
     return norm.eval()  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def _same(before: nn.Module, after: nn.Module) -> bool:
-    """Whether two blocks compute the same, of an input that the first one takes."""
-    for x in _inputs(before):
-        try:
-            expected = before(x.clone())
-        except Exception:  # noqa: S112  # not its shape
-            continue
-        found = after(x.clone())
-        scale = expected.abs().max().clamp_min(1e-300)
-        return found.shape == expected.shape and float((found - expected).abs().max() / scale) <= _TOLERANCE
-    return False
-
-
-def _inputs(block: nn.Module) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    widths = [_channels(layer, "in") for layer in block.modules()]
-    widths += [len(slot.gain) for slot in block.modules() if isinstance(slot, ChannelAffine) and slot.gain is not None]
-    for width in dict.fromkeys(filter(None, widths)):
-        for shape in ((2, width, 14, 14), (2, 5, width), (4, width)):
-            yield torch.randn(shape, generator=generator, dtype=torch.float64)
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    scale = expected.abs().max().clamp_min(1e-300)
+    return found.shape == expected.shape and float((found - expected).abs().max() / scale) <= _TOLERANCE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deployment.fuse import FuseWarning, multiplying
-from normfree.deployment.plain import moved, unscaled_, without_norm_
+from normfree.deployment.plain import moved, scaled_like, unscaled_, unscaled_output_, without_norm_
 from normfree.edits import NormEdit
 from normfree.errors import UnsupportedModelError, UsageError, some
 from normfree.layers import (
@@ -20,9 +20,9 @@ from normfree.layers import (
     ScaledSum,
     ScaledWeight,
     SkipInit,
+    alpha_of,
     alpha_scale,
     is_normfree,
-    scaled_output_class,
 )
 from normfree.layers.reparametrized import check_plain
 from normfree.norms import describe
@@ -85,11 +85,9 @@ def restore_(model: M) -> M:
     if problems:
         raise UnsupportedModelError(tuple(problems))
     for alpha in plan.alphas:
-        module = modules[alpha.path]
-        if alpha.place in ("slot", "output") and _is_one(_alpha(module)):
-            slots |= _without_alpha(module)
-        elif alpha.place == "sum" and _is_one(_alpha(modules[alpha.holder])):
-            slots[id(modules[alpha.holder])] = nn.Identity()
+        holder = modules[alpha.holder]
+        if alpha.place in ("slot", "output", "sum") and isinstance(holder, HasAlpha) and holder.alpha == 1:
+            slots |= _without_alpha(holder)
     for path, bias in originals.biases.items():
         if isinstance(modules[path], ScaledWeight):
             own = cast(ScaledWeight, modules[path]).bias if path in plan.keeping_bias else bias
@@ -123,20 +121,10 @@ def _asked(model: nn.Module) -> tuple[Plan, Originals]:
     return plan, originals
 
 
-def _alpha(module: nn.Module | None) -> Tensor | None:
-    """Return the alpha that a module carries, ``(1,)``, or ``None``."""
-    raw = None if module is None else module._parameters.get("raw_alpha")
-    return None if raw is None else raw / cast(HasAlpha, module).alpha_unit
-
-
 def _norm(
     edit: NormEdit, slot: nn.Module | None, layer: nn.Module | None, originals: Originals, unit: float
 ) -> nn.Module:
-    """Return the norm that does what has taken its place.
-
-    Raises:
-        ValueError: There is none, or the model is no longer what was converted.
-    """
+    """Return the norm that does what has taken its place; raise a ``ValueError`` if there is none."""
     norm = originals.norms[edit.name]
     for path, held, cls in ((edit.name, slot, ChannelAffine), (edit.producer, layer, ScaledWeight)):
         if path is not None and not isinstance(held, cls):
@@ -147,20 +135,18 @@ def _norm(
         shifted = shifted + gain.double() * moved(cast(ScaledWeight, layer), unit)
     norm.to(gain.device, gain.dtype)
     was = describe(norm).affine()
-    alpha = _alpha(slot)
-    absorbs = slot.act is None
+    alpha = alpha_of(slot.raw_alpha, slot.alpha_unit)
+    absorbs = slot.act is None or slot.alpha in (None, 1.0)
     same = torch.equal(was[0].to(gain), gain) and torch.equal(was[1].to(gain), shifted.to(gain))
-    if not (same and (alpha is None or not absorbs or _is_one(alpha))):
+    if not (same and (slot.alpha in (None, 1.0) or not absorbs)):
         factor = alpha_scale(alpha, slot.channels, len(gain)).double() if alpha is not None and absorbs else 1.0
         _solve(norm, gain.double() * factor, shifted * factor)
     norm.training = slot.training
-    if alpha is not None and not absorbs and not _is_one(alpha):
-        if slot.channels is not None:
-            raise ValueError("its alpha scales some channels behind an activation, which no norm can")
-        norm.__class__ = scaled_output_class(type(norm))
-        norm.register_parameter("raw_alpha", slot._parameters["raw_alpha"])
-        norm.__dict__["alpha_unit"] = slot.alpha_unit
-    return norm
+    if absorbs:
+        return norm
+    if slot.channels is not None:
+        raise ValueError("its alpha scales some channels behind an activation, which no norm can")
+    return scaled_like(norm, slot)
 
 
 def _solve(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
@@ -192,16 +178,10 @@ def _solve(norm: nn.Module, gain: Tensor, shift: Tensor) -> None:
             held.copy_(value)
 
 
-def _is_one(alpha: Tensor | None) -> bool:
-    return alpha is not None and bool((alpha == 1).all())
-
-
 def _without_alpha(module: nn.Module) -> dict[int, nn.Module]:
     """Take a scalar of 1 off an output; return what must be replaced by what."""
     if isinstance(module, ScaledOutput):
-        cast(nn.Module, module).__class__ = module._normfree_original
-        del module._parameters["raw_alpha"]
-        del module.__dict__["alpha_unit"]
+        unscaled_output_(module)
         return {}
     kept = module.act if isinstance(module, ChannelAffine) and module.act is not None else nn.Identity()
     if isinstance(module, SkipInit):

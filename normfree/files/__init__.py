@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from normfree.files.entries import ANY, Choice, Weights
+from normfree.files.entries import ANY, Choice
 from normfree.files.fitting import check_fits, load_weights, prefix_of, take, without_prefix
-from normfree.files.outputs import check_output, replacing
 from normfree.files.reading import ENDINGS, is_mapped, read_state_dict, read_weights, reader
-from normfree.files.writing import Pieces, stored, write_state
+from normfree.files.writing import Pieces, check_output, replacing, stored, write_state
 
 __all__ = [
     "ANY",
     "ENDINGS",
     "Choice",
     "Pieces",
-    "Weights",
     "check_fits",
     "check_output",
     "is_mapped",

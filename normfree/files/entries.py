@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normfree.errors import CheckpointError, some
 
-__all__ = ["ANY", "Choice", "Weights", "pick", "shared_prefix"]
+__all__ = ["ANY", "Choice", "pick", "shared_prefix"]
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema_model", "ema")
 _KNOWN = (*_AVERAGED, "state_dict", "model_state_dict", "model", "params", "net", "network", "module")
@@ -38,21 +38,8 @@ ANY = Choice()
 """What is there decides."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The weights of a checkpoint.
-
-    Attributes:
-        state: Them, by name.
-        note: Which entry they are and which others there are, for the user; empty where there was no choice.
-    """
-
-    state: dict[str, Tensor]
-    note: str = ""
-
-
-def pick(raw: Any, where: object, choice: Choice = ANY) -> Weights:
-    """Return the weights in what a file holds.
+def pick(raw: Any, where: object, choice: Choice = ANY) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in what a file holds, and which they are, for the user; empty where there was no choice.
 
     Raises:
         CheckpointError: There are none, or nobody can tell which; what was found is listed.
@@ -62,7 +49,7 @@ def pick(raw: Any, where: object, choice: Choice = ANY) -> Weights:
     others = [name for name in entries if name and name != key]
     note = f"{where}: took the weights under {key!r}" if key else ""
     note += f"; also there: {some(others)} (--key)" if key and others else ""
-    return Weights(_cleaned(entries[key], where, choice.prefix), note)
+    return _cleaned(entries[key], where, choice.prefix), note
 
 
 def _entries(raw: Any) -> Iterator[tuple[str, Mapping[Any, Tensor]]]:
@@ -84,12 +71,9 @@ def _is_state(value: Any) -> bool:
 def _chosen(raw: Any, entries: Mapping[str, Any], where: object, key: str | None) -> str:
     if key is not None and key in entries:
         return key
-    ranks = {name: rank for rank, name in enumerate(_KNOWN)}
-    ranked = sorted(
-        entries, key=lambda name: ranks.get(name.partition(".")[0], len(ranks))
-    )  # the others keep their order
-    if key is None and entries and (len(entries) == 1 or ranked[0].partition(".")[0] in ranks):
-        return ranked[0]
+    known = [name for first in _KNOWN for name in entries if name.partition(".")[0] == first]
+    if key is None and (known or len(entries) == 1):
+        return (known or [*entries])[0]
     kinds = [str(name)[:100] for name in raw] if isinstance(raw, Mapping) else [type(raw).__name__]
     found = ", ".join(name[:100] or "the whole file" for name in [*entries][:9]) or f"only {', '.join(kinds)[:200]}"
     if key is None and entries:
@@ -100,9 +84,11 @@ def _chosen(raw: Any, entries: Mapping[str, Any], where: object, key: str | None
 def _cleaned(raw: Mapping[Any, Tensor], where: object, prefix: str) -> dict[str, Tensor]:
     from timm.models import clean_state_dict
 
-    names = [str(key)[:100] for key, value in raw.items() if not (isinstance(key, str) and _is_plain(value))]
-    if names:
-        raise CheckpointError(f"{where}: not plain tensors in memory (sparse, quantised, without values): {names[0]}")
+    for key, value in raw.items():
+        plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not (plain and isinstance(key, str)):
+            what = "not plain tensors in memory (sparse, quantised, without values)"
+            raise CheckpointError(f"{where}: {what}: {str(key)[:100]}")
     # torch's AveragedModel counts what it has averaged, beside what it holds under ``module.``
     counted = {key: v for key, v in raw.items() if key != "n_averaged" or len(raw) == 1}
     # torch.compile around DDP: older timm takes these two prefixes off in the other order only.
@@ -114,10 +100,6 @@ def _cleaned(raw: Mapping[Any, Tensor], where: object, prefix: str) -> dict[str,
         first = some(list(dict.fromkeys(key.partition(".")[0] + "." for key in state)))
         raise CheckpointError(f"{where}: no name begins with --prefix {prefix!r} (found: {first})")
     return behind
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def shared_prefix(own: Mapping[str, Any], found: Mapping[str, Any], *, by_all: bool = True) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from normfree.errors import CheckpointError
+from normfree.errors import CheckpointError, some
 from normfree.files.entries import shared_prefix
 
 __all__ = ["check_fits", "load_weights", "prefix_of", "take", "without_prefix"]
@@ -45,16 +45,11 @@ def check_fits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: st
         "other shapes": shapes,
         "other types": types,
     }
-    lines = [
-        f"  {what}: {', '.join(text[:200] for text in texts[:5])}"
-        + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
-        for what, texts in named.items()
-        if texts
-    ]
+    lines = [f"  {what}: {some([text[:200] for text in texts])}" for what, texts in named.items() if texts]
+    if lines and hint and (0 < len(shapes) < 3 or not both):
+        lines.append(f"  {hint}")
     if lines:
-        raise CheckpointError(
-            "\n".join([f"{where}:", *lines, *([f"  {hint}"] if hint and (0 < len(shapes) < 3 or not both) else [])])
-        )
+        raise CheckpointError("\n".join([f"{where}:", *lines]))
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

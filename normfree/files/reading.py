@@ -10,7 +10,7 @@ import re
 import threading
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normfree.errors import CheckpointError
-from normfree.files.entries import ANY, Choice, Weights, pick
+from normfree.files.entries import ANY, Choice, pick
 
 __all__ = ["ENDINGS", "is_mapped", "read_state_dict", "read_weights", "reader"]
 
@@ -30,11 +30,11 @@ ENDINGS = (".safetensors", *_PICKLED)
 
 def read_state_dict(path: str | Path, choice: Choice = ANY) -> dict[str, Tensor]:
     """Return the weights that :func:`read_weights` finds."""
-    return read_weights(path, choice).state
+    return read_weights(path, choice)[0]
 
 
-def read_weights(path: str | Path, choice: Choice = ANY) -> Weights:
-    """Read the weights of a checkpoint: ``.safetensors``, or what ``torch.save`` wrote.
+def read_weights(path: str | Path, choice: Choice = ANY) -> tuple[dict[str, Tensor], str]:
+    """Read the weights of a checkpoint, ``.safetensors`` or what ``torch.save`` wrote, with a note on which they are.
 
     They may be bare or under a key, averaged ones first, with or without the prefixes of DDP, ``torch.compile`` and
     ``AveragedModel``. Pickles are read with ``weights_only=True`` and in no other way.
@@ -49,10 +49,7 @@ def read_weights(path: str | Path, choice: Choice = ANY) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    size = path.stat().st_size
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     if path.suffix not in ENDINGS:
@@ -74,13 +71,13 @@ def reader(path: Path, choice: Choice = ANY) -> Callable[[], Callable[[str], Ten
         return lambda: read_state_dict(path, choice).__getitem__
     raw = _read_safetensors(path)
     names = {id(tensor): name for name, tensor in raw.items()}
-    stored = {key: names[id(tensor)] for key, tensor in pick(raw, path, choice).state.items()}
-    return lambda: _reading_one(path, stored)
+    stored = {key: names[id(tensor)] for key, tensor in pick(raw, path, choice)[0].items()}
 
+    def opened() -> Callable[[str], Tensor]:
+        file = _safetensors(path, lambda: safetensors.safe_open(path, framework="pt"))
+        return lambda key: _safetensors(path, lambda: file.get_tensor(stored[key]))
 
-def _reading_one(path: Path, stored: Mapping[str, str]) -> Callable[[str], Tensor]:
-    file = _safetensors(path, lambda: safetensors.safe_open(path, framework="pt"))
-    return lambda key: _safetensors(path, lambda: file.get_tensor(stored[key]))
+    return opened
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import types
 import typing
@@ -14,7 +13,7 @@ __all__ = ["from_plain"]
 
 
 def from_plain(kind: Any, value: Any, where: str = "") -> Any:
-    """Return ``value`` as ``kind``: a dataclass, ``tuple``, union, ``Literal``, text, truth value or number.
+    """Return ``value`` as ``kind``: a dataclass, ``tuple``, ``X | None``, ``Literal``, text, truth value or number.
 
     Fields of a dataclass that are missing keep their defaults. Numbers are finite, and whole ones below 2^31.
 
@@ -29,8 +28,8 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _dataclass(kind, value, where)
-    if origin in (types.UnionType, typing.Union):
-        return _union(arguments, value, where)
+    if origin in (types.UnionType, typing.Union):  # of one kind and None
+        return None if value is None else from_plain(arguments[0], value, where)
     if origin is Literal and isinstance(value, str) and value in arguments:
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -41,25 +40,13 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
         return float(value)
     if kind is int and type(value) is int and abs(value) < 2**31:
         return value
-    if kind in (str, bool, type(None)) and type(value) is kind:
+    if kind in (str, bool) and type(value) is kind:
         return value
     raise ValueError(f"{where or 'value'} is {_short(value)}, where {getattr(kind, '__name__', kind)} is expected")
 
 
-def _union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    rest = [kind for kind in kinds if kind is not type(None)]
-    for kind in rest[:-1]:
-        try:
-            return from_plain(kind, value, where)
-        except ValueError:
-            continue
-    return from_plain(rest[-1], value, where)
-
-
 def _dataclass(kind: type, value: Any, where: str) -> Any:
-    hints = _hints(kind)
+    hints = typing.get_type_hints(kind)
     if not isinstance(value, Mapping) or not value.keys() <= hints.keys():
         raise ValueError(f"{where or kind.__name__} is {_short(value)}, where {', '.join(hints)} are expected")
     inside = {name: from_plain(hints[name], item, f"{where}.{name}".strip(".")) for name, item in value.items()}
@@ -67,11 +54,6 @@ def _dataclass(kind: type, value: Any, where: str) -> Any:
         return kind(**inside)
     except TypeError as error:
         raise ValueError(f"{where or kind.__name__}: {error}") from error
-
-
-@functools.lru_cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def _short(value: Any) -> str:

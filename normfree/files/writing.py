@@ -1,4 +1,6 @@
-"""Writing safetensors piece by piece, always the same bytes for the same content.
+"""Writing: outputs are refused before any work is done, and moved into place once they are whole.
+
+Safetensors are written piece by piece, always the same bytes for the same content.
 
 The library's own writer wants all tensors at once, and spells the metadata in another order each time. Its format is
 small: the length of a header, the header as JSON, and the tensors one after the other
@@ -8,17 +10,20 @@ first, then by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
-from normfree.errors import InternalError, UsageError
-from normfree.files.outputs import replacing
+from normfree.errors import InternalError, OutputError, UsageError
 
-__all__ = ["Pieces", "stored", "write_state"]
+__all__ = ["Pieces", "check_output", "replacing", "stored", "write_state"]
 
 _TYPES = {
     torch.float64: "F64",
@@ -96,3 +101,42 @@ def write_state(
 def _values(state: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[Tensor]:
     for name in names:
         yield state[name].detach().cpu().contiguous().reshape(-1)
+
+
+def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
+    """Refuse an output that cannot or must not be written, before any work is done.
+
+    Raises:
+        OutputError: The file exists, is one of the inputs, or its folder is missing or not writable.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file")
+    for other in map(Path, inputs):
+        if path.exists() and other.exists() and path.samefile(other):
+            raise OutputError(f"{path} is the input: the output needs a name of its own")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; say --force (overwrite=True) to replace it")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {path.parent} is not writable")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside ``path``, and move it there if all went well; else remove it.
+
+    Raises:
+        OutputError: Writing failed (disk full, permission lost). Whatever was at ``path`` is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # the folder may have become unwritable: the first error tells
+            temporary.unlink(missing_ok=True)

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Norm", "describe", "find_norms", "is_norm", "looks_like_norm", "register_norm"]
+__all__ = ["Norm", "describe", "find_norms", "is_norm", "like_torchs", "looks_like_norm", "register_norm"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ class Norm:
         """
         if self.frozen:
             return True
-        fresh = [
-            (tensor, start) for tensor, start in ((self.mean, 0), (self.var, 1), (self.bias, 0)) if tensor is not None
-        ]
+        starts = ((self.mean, 0), (self.var, 1), (self.bias, 0))
+        fresh = [(tensor, start) for tensor, start in starts if tensor is not None]
         if any(tensor.is_meta for tensor, _ in fresh):
             return False
         if any(bool((tensor != start).any()) for tensor, start in fresh):
@@ -89,9 +88,21 @@ class Norm:
         return False if flat and self.mean is not None else None
 
 
+def like_torchs(module: Any, **more: Any) -> Norm:
+    """Describe a module that calls its statistics and its affine what torch calls them; add what it has besides."""
+    return Norm(
+        features=module.num_features if hasattr(module, "num_features") else module.running_mean.numel(),
+        mean=module.running_mean,
+        var=module.running_var,
+        weight=module.weight,
+        bias=module.bias,
+        eps=getattr(module, "eps", 1e-5),  # transformers' frozen ones have the number in their forward
+        **more,
+    )
+
+
 Describe = Callable[[nn.Module], Norm]
-_BY_TYPE: dict[type[nn.Module], Describe] = {}
-_BY_NAME: dict[str, Describe] = {}
+_KNOWN: dict[type[nn.Module] | str, Describe] = {}
 
 
 def register_norm(*kinds: type[nn.Module] | str) -> Callable[[Describe], Describe]:
@@ -118,15 +129,9 @@ def register_norm(*kinds: type[nn.Module] | str) -> Callable[[Describe], Describ
 
     def decorate(function: Describe) -> Describe:
         for kind in kinds:
-            known: dict[str, Describe] | dict[type[nn.Module], Describe]
-            known = _BY_NAME if isinstance(kind, str) else _BY_TYPE
-            if kind in known:
+            if kind in _KNOWN:
                 raise ValueError(f"{kind!r} is registered already")
-        for kind in kinds:
-            if isinstance(kind, str):
-                _BY_NAME[kind] = function
-            else:
-                _BY_TYPE[kind] = function
+        _KNOWN.update(dict.fromkeys(kinds, function))
         _of_type.cache_clear()
         return function
 
@@ -144,8 +149,8 @@ def _find(module: nn.Module) -> Describe | None:
 def _of_type(cls: type[nn.Module]) -> Describe | None:
     for parent in cls.__mro__:
         name = f"{parent.__module__}.{parent.__qualname__}"
-        found = _BY_TYPE.get(parent) or _BY_NAME.get(name)
-        found = found or next((_BY_NAME[pattern] for pattern in _BY_NAME if fnmatchcase(name, pattern)), None)
+        patterns = (kind for kind in _KNOWN if isinstance(kind, str) and fnmatchcase(name, kind))
+        found = _KNOWN.get(parent) or _KNOWN.get(name) or _KNOWN.get(next(patterns, ""))
         if found is not None:
             return found if cls.forward is getattr(parent, "forward", None) else None
     return None
@@ -166,13 +171,11 @@ def describe(module: nn.Module) -> Norm:
 
 def find_norms(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the first name of every norm with its further names."""
-    first: dict[int, str] = {}
-    found: dict[str, list[str]] = {}
+    found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_norm(module):
-            known = first.setdefault(id(module), name)
-            found.setdefault(known, []).append(name)
-    return {name: tuple(names[1:]) for name, names in found.items()}
+            found.setdefault(id(module), []).append(name)
+    return {name: tuple(more) for name, *more in found.values()}
 
 
 def looks_like_norm(module: nn.Module) -> Literal["subclass", "statistics"] | None:
@@ -184,9 +187,5 @@ def looks_like_norm(module: nn.Module) -> Literal["subclass", "statistics"] | No
         return None
     if isinstance(module, _BatchNorm):
         return "subclass"
-    buffers = module._buffers
-    if isinstance(buffers.get("running_mean"), torch.Tensor) and not isinstance(
-        module, nn.modules.instancenorm._InstanceNorm
-    ):
-        return "statistics"
-    return None
+    tracks = isinstance(module._buffers.get("running_mean"), Tensor)
+    return "statistics" if tracks and not isinstance(module, nn.modules.instancenorm._InstanceNorm) else None

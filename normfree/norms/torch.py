@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normfree.norms.registry import Norm, register_norm
+from normfree.norms.registry import Norm, like_torchs, register_norm
 
 __all__: list[str] = []
 
@@ -26,11 +26,4 @@ __all__: list[str] = []
 def _batch_norm(module: Any) -> Norm:
     if isinstance(module, LazyModuleMixin):  # the first forward pass turns it into the ordinary class
         return Norm(0, None, None, None, None, 0.0, problem="has no shape yet: run one forward pass, then convert")
-    return Norm(
-        features=module.num_features,
-        mean=module.running_mean,
-        var=module.running_var,
-        weight=module.weight,
-        bias=module.bias,
-        eps=module.eps,
-    )
+    return like_torchs(module)

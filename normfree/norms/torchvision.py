@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfree.norms.registry import Norm, register_norm
+from normfree.norms.registry import Norm, like_torchs, register_norm
 
 __all__: list[str] = []
 
@@ -17,12 +17,4 @@ __all__: list[str] = []
     "transformers.models.*FrozenBatchNorm2d",  # every detector there has a copy of its own
 )
 def _frozen(module: Any) -> Norm:
-    return Norm(
-        features=module.running_mean.numel(),
-        mean=module.running_mean,
-        var=module.running_var,
-        weight=module.weight,
-        bias=module.bias,
-        eps=getattr(module, "eps", 1e-5),  # transformers' have the number in their forward
-        frozen=True,
-    )
+    return like_torchs(module, frozen=True)

@@ -173,7 +173,7 @@ def test_spread_is_median_and_quartiles() -> None:
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Setting(**change).check()
+        Setting(**change)
 
 
 def test_unknown_arms_are_named() -> None:

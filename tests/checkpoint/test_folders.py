@@ -19,7 +19,7 @@ import normfree
 from normfree.cli import app
 from normfree.errors import CheckpointError, OutputError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 X = noise(2, 3, 64, 64)
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import normfree
 from normfree.checkpoint import read_header
-from normfree.checkpoint.checking import SaveWarning
+from normfree.checkpoint.saving import SaveWarning
 from normfree.errors import CheckpointError, SourceError, UsageError
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import normfree
 from normfree.errors import CheckpointError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 X = noise(2, 3, 8, 8)
 

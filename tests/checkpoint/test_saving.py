@@ -21,7 +21,7 @@ from normfree import files, zoo
 from normfree.checkpoint import read_header
 from normfree.errors import CheckpointError, OutputError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 X = noise(2, 3, 8, 8)
 

@@ -19,7 +19,7 @@ import normfree
 from normfree.deployment.fuse import FuseWarning
 from normfree.layers import ChannelAffine
 
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 M = TypeVar("M", bound=nn.Module)
 leaves = pytest.mark.filterwarnings("ignore::normfree.deployment.fuse.FuseWarning")
 

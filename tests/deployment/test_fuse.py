@@ -24,7 +24,7 @@ from normfree.deployment.fuse import FuseWarning
 from normfree.layers import is_normfree
 from normfree.tracing.copying import deep_copy
 
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 
 def trained(model: nn.Module, init: str = "preserve") -> nn.Module:

@@ -37,7 +37,7 @@ NETWORKS = [
         "fastvit_t8", "repghostnet_050", "repvit_m0_9", "efficientvit_m0", "mobileone_s0", "repvgg_a0", "levit_128s"
     ),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 
 @torch.no_grad()

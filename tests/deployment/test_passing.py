@@ -18,7 +18,7 @@ import normfree
 from normfree.deployment.fuse import FuseWarning
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning"),
+    pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning"),
     pytest.mark.filterwarnings("ignore::normfree.deployment.fuse.FuseWarning"),
 ]
 WHOLE = {"affine": (True, True), "positive": (True, False), "gain": (False, False), "nothing": (False, False)}

@@ -20,7 +20,7 @@ from normfree import zoo
 from normfree.deployment.fuse import FuseWarning
 from normfree.errors import UnsupportedModelError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 SMALL: dict[str, Callable[[], nn.Module]] = {"preactivated": lambda: preactivated(2, 2), "dense": dense}
 NAMES = [

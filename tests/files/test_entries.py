@@ -51,11 +51,11 @@ def behind(prefix: str) -> dict[str, torch.Tensor]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_entry_that_is_taken_is_said(tmp_path: Path, content: dict[str, Any], key: str) -> None:
-    found = files.read_weights(write(content, tmp_path / "c.ckpt"))
-    assert torch.equal(found.state["stem.weight"], STATE["stem.weight"])
-    assert f"c.ckpt: took the weights under {key!r}" in found.note
+    state, note = files.read_weights(write(content, tmp_path / "c.ckpt"))
+    assert torch.equal(state["stem.weight"], STATE["stem.weight"])
+    assert f"c.ckpt: took the weights under {key!r}" in note
     others = [name for name, value in content.items() if value is OTHER]
-    assert (f"also there: {others[0]} (--key)" in found.note) if others else ("also there" not in found.note)
+    assert (f"also there: {others[0]} (--key)" in note) if others else ("also there" not in note)
 
 
 def test_another_entry_may_be_asked_for(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ FLOORS = (
     "planning.deciding",
     "planning.plan rewriting.applying proofs.reference zoo",
     "checkpoint.header rewriting.comparing",
-    "conversion deployment.absorbing deployment.outputs deployment.plain deployment.slots training.calibration",
+    "conversion deployment.absorbing deployment.plain deployment.alone training.calibration",
     "deployment.merging",
     "deployment.fuse",
     "deployment.restore proofs",

@@ -124,7 +124,7 @@ def test_accuracies_are_those_of_the_tables() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # Opacus says so of every engine without torchcsprng
-@pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")  # of models that no zoo knows
+@pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")  # of models that no zoo knows
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -161,7 +161,7 @@ def test_an_epoch_of_private_training(name: str, init: str) -> None:
 
 
 @both
-@pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")  # no zoo knows these
+@pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")  # no zoo knows these
 @pytest.mark.parametrize("name", SMALL)
 def test_a_saved_model_comes_back_as_it_was_converted(name: str, init: str, tmp_path: Path) -> None:
     converted = private(name, init)

@@ -17,7 +17,7 @@ from normfree.cli import app
 from normfree.errors import UsageError
 
 X = noise(4, 3, 6, 6)
-pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 
 
 class Divides(Stem):

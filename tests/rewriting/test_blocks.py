@@ -129,7 +129,7 @@ def test_alpha_scales_the_branch() -> None:
     assert_close(half - x, (model(x) - x) / 2, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::normfree.checkpoint.checking.SaveWarning")
+@pytest.mark.filterwarnings("ignore::normfree.checkpoint.saving.SaveWarning")
 def test_rewritten_blocks_survive_copies_compile_and_files(tmp_path: Path) -> None:
     converted = normfree.convert(net(), init="preserve", alpha=0.3).eval()
     expected = converted(X)
