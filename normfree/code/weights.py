@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from normfree.code.functions import bases, forward_functions, names_in, other_functions
 from normfree.code.held import held_by
-from normfree.code.text import tree_of
+from normfree.code.text import attribute_in, module_at, tree_of
 
 __all__ = ["read_elsewhere"]
 
@@ -69,56 +70,52 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
     return found
 
 
+@dataclass(frozen=True)
 class _Reading:
-    """What one function does with weights."""
+    """What one function does with weights; ``instances`` are the modules of whose class it is a method."""
 
-    def __init__(self, function: FunctionType, forward: bool, instances: list[nn.Module] | None) -> None:
-        self.function, self.forward, self.instances = function, forward, instances
-        code = function.__code__
-        self.own = code.co_varnames[0] if code.co_argcount and instances is not None else ""
+    function: FunctionType
+    forward: bool
+    instances: list[nn.Module] | None
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, Iterable[nn.Module]]]:
         """Yield whose parameters of which name may be read: single layers, or all below a module."""
         texts = {c for c in self.function.__code__.co_consts if isinstance(c, str)}
         words = (names_in(self.function) | texts) & {*_PARAMETERS, *_RUNNING, *(_ALL if self.forward else ())}
-        tree, below = tree_of(self.function) if words else None, self.instances or [model]
+        if not words:
+            return
+        below = self.instances or [model]
+        anything = [(name, top.modules()) for name in _PARAMETERS for top in below]
+        tree = tree_of(self.function)
         if tree is None:
-            yield from ((name, top.modules()) for name in _PARAMETERS for top in below if words)
+            yield from anything
             return
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
-            holder, name = _taken(node)
-            use = "" if holder is None else self._use(node, parents)
-            if self._runs_past(node):
-                yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
-            elif holder is not None and use:
-                for meant in _PARAMETERS if name is None else [name]:
-                    yield from ((meant, modules) for modules in self._meant(holder, below, doubt=use != "written"))
-            elif self.forward and isinstance(node, ast.Attribute) and node.attr in _ALL:
-                yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
+            holder, name = attribute_in(node)
+            if self._comes_to_all(node):
+                yield from anything
+            elif holder is not None and name in (None, *_PARAMETERS):
+                use = self._use(node, parents)
+                meant = list(self._meant(holder, below, doubt=use != "written")) if use else []
+                yield from ((each, modules) for each in ([name] if name else _PARAMETERS) for modules in meant)
 
     def _meant(self, holder: ast.expr, below: list[nn.Module], *, doubt: bool) -> Iterator[Iterable[nn.Module]]:
         """Yield the layers that some names lead to; in doubt all, but who fills any layer is who loads or draws it."""
         for top in below:
-            module = self._value(holder, top)
-            if module is None:
+            module = module_at(holder, self.function, top if self.instances else None)
+            if not isinstance(module, nn.Module):
                 yield top.modules() if doubt else ()
             elif module is not top or not self.forward:  # a layer's own forward reads its own
                 yield [module]
 
-    def _value(self, name: ast.expr, top: nn.Module) -> nn.Module | None:
-        """Return the module that some names lead to, or ``None`` if that is not known."""
-        if isinstance(name, ast.Name):
-            return top if name.id == self.own else None
-        if isinstance(name, ast.Attribute):
-            holder = self._value(name.value, top)
-            return None if holder is None else holder._modules.get(name.attr)
-        return None
+    def _comes_to_all(self, node: ast.AST) -> bool:
+        """Whether a forward asks for all parameters, or a layer is run by its class: ``nn.Conv2d.forward(layer, x)``.
 
-    def _runs_past(self, node: ast.AST) -> bool:
-        """Whether a layer is run by its class, which knows no coordinates: ``nn.Conv2d.forward(layer, x)``."""
+        Its class knows no coordinates.
+        """
         if not isinstance(node, ast.Attribute) or node.attr not in _RUNNING:
-            return False
+            return self.forward and isinstance(node, ast.Attribute) and node.attr in _ALL
         base: Any = node.value
         if isinstance(base, ast.Call):  # in a forward ``super()`` is what runs anyway
             return getattr(base.func, "id", "") == "super" and not self.forward
@@ -142,15 +139,3 @@ class _Reading:
             name = getattr(above.func, "attr", getattr(above.func, "id", ""))
             return "" if name in _ASKING else "written" if name.endswith("_") else "read"
         return "" if isinstance(above, (ast.Expr, ast.If, ast.IfExp)) else "read"
-
-
-def _taken(node: ast.AST) -> tuple[ast.expr | None, str | None]:
-    """Return of what a parameter is taken, and which, if that is known: ``layer.weight``, ``getattr(layer, name)``."""
-    if isinstance(node, ast.Attribute) and node.attr in _PARAMETERS:
-        return node.value, node.attr
-    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
-        text = node.args[1]
-        if not isinstance(text, ast.Constant):
-            return node.args[0], None
-        return (node.args[0], text.value) if text.value in _PARAMETERS else (None, None)
-    return None, None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import cast
 
-from normfree.code.text import compiled, is_shared, names_of, reads, tree_of, uses
+from normfree.code.text import attribute_in, compiled, is_shared, names_of, reads, tree_of, uses
 from normfree.layers.pairs import held, taken
 
 __all__ = ["Row", "rows_in", "text_with", "with_rows"]
@@ -142,13 +142,10 @@ def _is_unary(node: ast.AST) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    if isinstance(node, ast.Attribute):
-        return _is_plain(node.value)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-        return len(node.args) == 2 and _is_plain(node.args[0]) and isinstance(node.args[1], ast.Constant)
     if isinstance(node, ast.Subscript):
         return _is_plain(node.value) and (isinstance(node.slice, ast.Constant) or _is_plain(node.slice))
-    return isinstance(node, ast.Name)
+    holder, name = attribute_in(node)
+    return isinstance(node, ast.Name) if holder is None else name is not None and _is_plain(holder)
 
 
 def _target(statement: ast.stmt) -> str | None:
