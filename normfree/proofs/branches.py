@@ -14,9 +14,10 @@ from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow
 from normfree.analysis.sums import find_sums
 from normfree.errors import some
-from normfree.proofs.case import Case, Found, error_between
+from normfree.proofs.case import Case, Found
 from normfree.proofs.observing import out_of_place
 from normfree.proofs.replaying import replay
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.traces import MODES
 
 __all__ = ["branches_vanish"]

@@ -46,17 +46,15 @@ class NormSpy(TorchDispatchMode):
 def module_stack(model: nn.Module) -> Iterator[list[str]]:
     """Yield the names of the modules whose forward is running, innermost last."""
     stack = ["the root"]
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # takes no such hooks, and holds no norm
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name or "the root")))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no such hooks, and holds no norm
+            pre = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name or "the root"))
+            post = module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)
+            hooks.enter_context(pre)
+            hooks.enter_context(post)
         yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

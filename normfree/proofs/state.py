@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normfree.errors import some
 from normfree.norms import is_norm, looks_like_norm
@@ -21,7 +21,8 @@ __all__ = ["clean_state"]
 def clean_state(case: Case) -> Found:
     """6: no statistics are left, and every module, tensor, setting and hook is what the plan makes of the original."""
     state = case.model.state_dict()
-    problems = {"statistics left": list(_statistics(case)), "alpha is gone": list(_without_alpha(case))}
+    gone = [path for path, raw in case.alphas_in(case.model).items() if raw is None]
+    problems = {"statistics left": list(_statistics(case)), "alpha is gone": gone}
     lines = []
     if case.made is not None:
         if case.made.model is None:
@@ -63,8 +64,3 @@ def _statistics(case: Case) -> Iterator[str]:
 
 def _is_bare(module: nn.Module) -> bool:
     return all(value is None for value in module._buffers.values())
-
-
-def _without_alpha(case: Case) -> list[str]:
-    carried = () if case.plan.fused else case.plan.alphas
-    return [alpha.holder for alpha in carried if not isinstance(case.alpha_in(case.model, alpha.holder), Tensor)]

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow
-from normfree.code.settings import asks_the_process, settings_of
+from normfree.code.settings import Setting, asks_the_process, settings_of
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.rewriting.rows import text_with
@@ -99,19 +99,17 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    graphs, settings = list[fx.Graph](), list[Any]()
+    graphs, settings, forwards = dict[bool, fx.Graph](), dict[bool, tuple[Setting, ...]](), dict[bool, Any]()
     for mode in _modes(meta_copy(block)):
-        graphs.append(own_graph(mode))
-        settings.append(settings_of(mode))
-        _scale(mode, graphs[-1], places)
-    evaluate, train = (_compiled(original, graph) for graph in graphs)
+        graphs[mode.training], settings[mode.training] = own_graph(mode), settings_of(mode)
+        _scale(mode, graphs[mode.training], places)
+        forwards[mode.training] = _compiled(original, graphs[mode.training])
     members = {
         "__module__": original.__module__,
         "_places": places,
-        "_evaluate": evaluate,
-        "_train": train,
-        "_settings": dict(zip((False, True), settings, strict=True)),
-        "_graphs": dict(zip((False, True), graphs, strict=True)),
+        "_forwards": forwards,
+        "_settings": settings,
+        "_graphs": graphs,
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
@@ -127,7 +125,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             raise UsageError(
                 f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
             )
-    return self._train(*args, **kwargs) if self.training else self._evaluate(*args, **kwargs)
+    return self._forwards[self.training](self, *args, **kwargs)
 
 
 def _reduce(self: Any, _: Any) -> tuple[Any, ...]:

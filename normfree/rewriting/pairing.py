@@ -170,7 +170,7 @@ def _method(cls: type, name: str) -> FunctionType | None:
 
 def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs, sequences: list[nn.Module]) -> bool:
     """Whether what is called in a row is a pair, or may be one: what a loop goes through is not known."""
-    first, second = (module_at(end, method, module) for end in (row.first, row.second))
+    first, second = (module_at(end, method, module) for end in (row.first.func, row.second.func))
     if first is None or second is None:
         return False
     if first is UNKNOWN and second is UNKNOWN:
