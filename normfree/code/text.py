@@ -57,12 +57,9 @@ def attribute_in(node: ast.AST) -> tuple[ast.expr | None, str | None]:
 
 
 def module_at(names: ast.expr, function: FunctionType, own: nn.Module | None) -> Any:
-    """Return the module at the end of some names in a function: ``None`` if there is none, :data:`UNKNOWN` in doubt.
+    """Return the module that some names in a function lead to: ``None`` if there is none, :data:`UNKNOWN` in doubt.
 
-    Args:
-        names: The names.
-        function: Where they stand.
-        own: Of which module it is a method, if it is one.
+    ``own`` is the module of which the function is a method, if it is one.
     """
     code = function.__code__
     if isinstance(names, ast.Name):
@@ -111,13 +108,7 @@ def is_shared(function: ast.FunctionDef, name: str) -> bool:
 
 
 def compiled(tree: ast.FunctionDef, like: FunctionType, helpers: Sequence[str] = ()) -> CodeType:
-    """Compile a function as if it stood in its file, with the variables that it takes from around it.
-
-    Args:
-        tree: Its text.
-        like: The function of which it is the text, or was.
-        helpers: Further variables that it takes from around it.
-    """
+    """Compile the text of a function ``like`` one as if it stood in its file; ``helpers`` come from around it too."""
     code, names = like.__code__, like.__globals__
     around = cast(ast.FunctionDef, ast.parse(f"def around({', '.join([*code.co_freevars, *helpers])}): 0").body[0])
     around.body = [tree]

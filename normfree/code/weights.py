@@ -32,11 +32,7 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
     """Return the identities of the layers whose ``"weight"``, or whose ``"bias"``, may be used apart from them.
 
     Tied ones are; so are those that a function of the model's classes names and does something with, but for what only
-    builds the model. In doubt, all that it may come to.
-
-    Args:
-        model: The model.
-        used: The parameters that were used apart in a run.
+    builds the model. In doubt, all that it may come to. ``used`` names the parameters that a run used apart.
     """
     found: dict[str, set[int]] = {name: set() for name in _PARAMETERS}
     owners: dict[tuple[str, int], set[int]] = defaultdict(set)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from normfree.errors import UsageError
 from normfree.norms import find_norms
 from normfree.plans import Plan
-from normfree.proofs.noise import Steady
+from normfree.proofs.observing import Steady
 from normfree.proofs.reference import Reference
 from normfree.proofs.remaking import Made, remake
 from normfree.rewriting.comparing import error_between

@@ -10,8 +10,7 @@ from torch import nn
 from normfree.deployment.fuse import bake_
 from normfree.errors import some
 from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Found
-from normfree.proofs.noise import Steady
-from normfree.proofs.observing import NormSpy, module_stack
+from normfree.proofs.observing import NormSpy, Steady, module_stack
 from normfree.proofs.remaking import plain_form
 from normfree.rewriting.applying import rewrite
 from normfree.rewriting.comparing import error_between

@@ -6,7 +6,6 @@ model bit for bit as it was. What changes, changes where it stands.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -85,12 +84,6 @@ def rewrite(
     hint_(model)
 
 
-def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:
-    if path not in modules:
-        raise InternalError(f"the plan names {path!r}, which this {model} does not have")
-    return modules[path]
-
-
 _FITS: dict[Place, Callable[[nn.Module], bool]] = {
     "weight": is_carrier,
     "norm": is_norm,
@@ -106,7 +99,13 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     Raises:
         InternalError: It names what the model does not have.
     """
-    find = functools.partial(_find, dict(model.named_modules(remove_duplicate=False)), type(model).__name__)
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+
+    def find(path: str) -> nn.Module:
+        if path not in modules:
+            raise InternalError(f"the plan names {path!r}, which this {type(model).__name__} does not have")
+        return modules[path]
+
     for path in (*plan.out_of_place, *(path for path, _ in plan.drawn)):
         find(path)
     for edit in plan.removed:

@@ -179,9 +179,8 @@ def _scale(block: nn.Module, graph: fx.Graph, places: Places) -> None:
     """Pass operands of additions through the scalars that the block holds."""
     flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
-    if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
-        name.startswith("_tensor_constant") for name in held
-    ):
+    known = (isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held)
+    if not all(known) or any(name.startswith("_tensor_constant") for name in held):
         raise TypeError("the forward makes tensors of its own")
     additions = flow.additions()
     for addition, operand in places:

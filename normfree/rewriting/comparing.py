@@ -32,11 +32,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def rewrite_and_compare(model: nn.Module, plan: Plan, met: Mapping[str, Moments], inputs: Inputs | None) -> None:
     """Apply a plan in place, and compare what the model computes in eval mode before and after.
 
-    Args:
-        model: The model.
-        plan: Its plan.
-        met: What its carried layers meet, by path.
-        inputs: What it runs on; found, and small, if not given. Where nothing is found, nothing is compared.
+    ``met`` is what its carried layers meet, by path. ``inputs``, what it runs on, are found, and small, if not given;
+    where nothing is found, nothing is compared.
 
     Raises:
         InexactError: It computes something else. The model is unchanged.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
@@ -49,22 +49,18 @@ class Paired(nn.Module):
 def specs(modules: Modules, pairs: Mapping[str, str]) -> dict[str, Spec]:
     """Return the modules that call pairs in a row, with the methods that do, and the sequences in which pairs stand.
 
-    The root is left out: it keeps its class.
-
-    Args:
-        modules: The modules of a model by name.
-        pairs: The layers with the norms, or slots, behind them.
+    ``pairs`` are the layers with the norms, or slots, behind them. The root is left out: it keeps its class.
     """
     identities = {id(modules[layer]): id(modules[norm]) for layer, norm in pairs.items()}
-    holding = {name.rpartition(".")[0] for name in (*pairs, *pairs.values())}
-    above = {id(modules[name]): name for held in holding for name in _above(held) if name}
+    parts = (*pairs, *pairs.values())
+    above = {id(modules[name[:i]]): name[:i] for name in parts for i, letter in enumerate(name) if letter == "."}
     found: dict[str, Spec] = {}
     sequences = set[nn.Module]()
     for name in above.values():
         module = modules[name]
         if _is_sequence(module):
-            parts = itertools.pairwise(_flat(module))
-            sequences |= {module} if any(identities.get(id(a)) == id(b) for a, b in parts) else set()
+            in_a_row = itertools.pairwise(_flat(module))
+            sequences |= {module} if any(identities.get(id(a)) == id(b) for a, b in in_a_row) else set()
         elif not isinstance(module, torch.jit.ScriptModule):
             found[name], ends = _spec(module, identities)
             sequences.update(ends)
@@ -123,13 +119,6 @@ def unpaired_(model: nn.Module) -> None:
         elif isinstance(module, Paired) and isinstance(module, ScaledOutput):
             mixin, inner = cls.__bases__
             set_class(module, scaled_output_class(vars(inner)["_normfree_before"], mixin))
-
-
-def _above(name: str) -> Iterator[str]:
-    yield name
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _is_sequence(module: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -50,10 +49,7 @@ class Writes:
 def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> Writes:
     """Compute what ``plan`` writes into ``model``, without touching it.
 
-    Args:
-        model: The model.
-        plan: The plan.
-        met: What the carried layers meet, by path; ``None`` where the constants come from a file.
+    ``met`` is what the carried layers meet, by path; ``None`` where the constants come from a file.
     """
     writes = Writes()
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -215,8 +211,5 @@ def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Paramet
 
 def _like(*modules: nn.Module) -> Tensor:
     """Return a floating tensor of the first of these modules that holds one, for its device and dtype."""
-    for module in modules:
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            if tensor.is_floating_point():
-                return tensor
-    return torch.empty(0)
+    held = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))

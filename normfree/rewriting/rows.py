@@ -110,11 +110,12 @@ def _in_block(block: list[ast.stmt], function: ast.FunctionDef) -> Iterator[Row]
             continue
         rest, tests = block[start + 1 :], list[ast.expr]()
         for between, behind in zip(rest, [*rest[1:], None], strict=False):
-            second, test = _taker(between, name, function)
+            asked = between if isinstance(between, ast.If) and _is_pure(between.test, name) else None
+            second = _taker(between if asked is None else asked.body[0], name, function)
             if second is not None:
-                yield Row(statement.value, second, (*tests, *([] if test is None else [test])))
-            if isinstance(between, ast.If) and not between.orelse and _is_pure(between.test, name):
-                tests.append(ast.UnaryOp(ast.Not(), between.test))  # what stands there does not run
+                yield Row(statement.value, second, (*tests, *([] if asked is None else [asked.test])))
+            if asked is not None and not asked.orelse:
+                tests.append(ast.UnaryOp(ast.Not(), asked.test))  # what stands there does not run
             elif behind is None or not _clears_another(between, name, behind):
                 break
 
@@ -148,24 +149,13 @@ def _clears_another(statement: ast.stmt, name: str, behind: ast.stmt) -> bool:
     return constant and target not in (None, name) and not uses(behind, str(target))
 
 
-def _taker(statement: ast.stmt, name: str, function: ast.FunctionDef) -> tuple[ast.Call | None, ast.expr | None]:
-    """Return the call that a statement begins with, if it is on a variable that nobody reads besides.
-
-    ``if asked:`` may stand in front of it, if that is asked of something else: it comes second.
-    """
-    test = statement.test if isinstance(statement, ast.If) else None
-    if isinstance(statement, ast.If):
-        if not _is_pure(statement.test, name):
-            return None, None
-        statement = statement.body[0]
-    if not isinstance(statement, (ast.Assign, ast.Return)) or statement.value is None:
-        return None, None
-    found = _first_call_on(statement.value, name)
-    if found is None or is_shared(function, name):
-        return None, None
+def _taker(statement: ast.stmt, name: str, function: ast.FunctionDef) -> ast.Call | None:
+    """Return the call that a statement begins with, if it is on a variable that nobody reads besides."""
+    if not isinstance(statement, (ast.Assign, ast.Return)) or statement.value is None or is_shared(function, name):
+        return None
     gone = isinstance(statement, ast.Return) or _target(statement) == name
     alone = reads(function, name) == 1 or (gone and reads(statement, name) == 1)
-    return (found, test) if alone else (None, None)
+    return _first_call_on(statement.value, name) if alone else None
 
 
 def _is_pure(test: ast.expr, name: str) -> bool:
@@ -176,12 +166,10 @@ def _is_pure(test: ast.expr, name: str) -> bool:
 def _first_call_on(node: ast.expr, name: str) -> ast.Call | None:
     """Return ``f(name)``, if that is what an expression computes first."""
     while True:
-        if isinstance(node, ast.Call) and node.args and _is_plain(node.func):
+        if isinstance(node, ast.Call):
             if _is_unary(node) and isinstance(node.args[0], ast.Name) and node.args[0].id == name:
                 return node
-            node = node.args[0]
-        elif isinstance(node, ast.Call):
-            node = node.func
+            node = node.args[0] if node.args and _is_plain(node.func) else node.func
         elif isinstance(node, (ast.Attribute, ast.Subscript)):
             node = node.value
         elif isinstance(node, ast.BinOp):
