@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-import itertools
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, ClassVar, cast
@@ -52,27 +51,18 @@ def specs(modules: Modules, pairs: Mapping[str, str]) -> dict[str, Spec]:
     ``pairs`` are the layers with the norms, or slots, behind them. The root is left out: it keeps its class.
     """
     identities = {id(modules[layer]): id(modules[norm]) for layer, norm in pairs.items()}
-    parts = (*pairs, *pairs.values())
-    above = {id(modules[name[:i]]): name[:i] for name in parts for i, letter in enumerate(name) if letter == "."}
+    members = {*identities, *identities.values()}
+    ends = (*pairs, *pairs.values())
+    above = {id(modules[name[:i]]): name[:i] for name in ends for i, letter in enumerate(name) if letter == "."}
     found: dict[str, Spec] = {}
-    sequences = set[nn.Module]()
     for name in above.values():
         module = modules[name]
         if _is_sequence(module):
-            in_a_row = itertools.pairwise(_flat(module))
-            sequences |= {module} if any(identities.get(id(a)) == id(b) for a, b in in_a_row) else set()
+            found |= {} if members.isdisjoint(map(id, _flat(module))) else {name: ()}
         elif not isinstance(module, torch.jit.ScriptModule):
-            found[name], ends = _spec(module, identities)
-            sequences.update(ends)
-    members = {*identities, *identities.values()}
-    apart = {  # what a sequence is made of must come apart too
-        part
-        for sequence in sequences
-        for part in sequence.modules()
-        if _is_sequence(part) and not members.isdisjoint(map(id, _flat(part)))
-    }
-    one_by_one: dict[str, Spec] = {name: () for name, module in modules.items() if name and module in apart}
-    return {name: spec for name, spec in found.items() if spec} | one_by_one
+            spec = _spec(module, identities)
+            found |= {name: spec} if spec else {}
+    return found
 
 
 def paired_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
@@ -140,15 +130,15 @@ def _flat(module: nn.Module) -> list[nn.Module]:
     return [part for child in module._modules.values() for part in _flat(cast(nn.Module, child))]
 
 
-def _spec(module: nn.Module, pairs: Pairs) -> tuple[Spec, list[nn.Module]]:
-    """Return the methods of a module that call pairs in a row, and the sequences that these are in."""
-    cls, spec, sequences = type(module), list[tuple[str, tuple[tuple[int, int], ...]]](), list[nn.Module]()
-    for name in dict.fromkeys(name for base in bases(cls) for name in vars(base)):
-        method = _method(cls, name)
-        keys = [row.key for row in rows_in(method) if _is_pair(row, method, module, pairs, sequences)] if method else []
+def _spec(module: nn.Module, pairs: Pairs) -> Spec:
+    """Return the methods of a module that call pairs in a row."""
+    spec = list[tuple[str, tuple[tuple[int, int], ...]]]()
+    for name in dict.fromkeys(name for base in bases(type(module)) for name in vars(base)):
+        method = _method(type(module), name)
+        keys = [row.key for row in rows_in(method) if _is_pair(row, method, module, pairs)] if method else []
         if keys:
             spec.append((name, tuple(keys)))
-    return tuple(spec), sequences
+    return tuple(spec)
 
 
 def _method(cls: type, name: str) -> FunctionType | None:
@@ -157,7 +147,7 @@ def _method(cls: type, name: str) -> FunctionType | None:
     return found if isinstance(found, FunctionType) and not hasattr(found, "__wrapped__") else None
 
 
-def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs, sequences: list[nn.Module]) -> bool:
+def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs) -> bool:
     """Whether what is called in a row is a pair, or may be one: what a loop goes through is not known."""
     first, second = (module_at(end, method, module) for end in (row.first.func, row.second.func))
     if first is None or second is None:
@@ -166,7 +156,4 @@ def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs, se
         return any(id(part) in pairs for part in module.modules())
     layer = None if first is UNKNOWN else id(_flat(first)[-1])
     slot = None if second is UNKNOWN else id(_flat(second)[0])
-    found = slot in pairs.values() if layer is None else layer in pairs and slot in (None, pairs[layer])
-    if found:
-        sequences += [end for end in (first, second) if isinstance(end, nn.Module) and _is_sequence(end)]
-    return found
+    return slot in pairs.values() if layer is None else layer in pairs and slot in (None, pairs[layer])

@@ -69,9 +69,9 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
         carrier = writes.carriers.setdefault(carried.path, Carrier())
         carry(modules[carried.path], carrier, carried, plan.units, met)
     for path in plan.biases:
-        layer = modules[path]
-        bias = torch.zeros(features_of(layer), dtype=weight_of(layer).dtype, device=weight_of(layer).device)
-        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, weight_of(layer).requires_grad))
+        weight = weight_of(modules[path])
+        bias = weight.new_zeros(features_of(modules[path]))
+        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, weight.requires_grad))
     _check_finite(writes, modules)
     for alpha in plan.alphas:
         module = modules[alpha.path]
