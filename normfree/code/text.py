@@ -13,7 +13,7 @@ from torch import nn
 
 from normfree.code.functions import names_in
 
-__all__ = ["UNKNOWN", "attribute_in", "compiled", "is_shared", "module_at", "names_of", "reads", "tree_of", "uses"]
+__all__ = ["UNKNOWN", "attribute_in", "compiled", "is_shared", "module_at", "reads", "suites", "tree_of", "uses"]
 
 UNKNOWN = object()
 """What names lead to that only a run would tell."""
@@ -39,11 +39,11 @@ def tree_of(function: FunctionType) -> ast.FunctionDef | None:
         return None
 
 
-def names_of(tree: ast.AST) -> Iterator[str]:
-    """Yield every name in a text, and every attribute."""
+def suites(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Yield the rows of statements in a text, each below what it belongs to."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Name, ast.Attribute)):
-            yield node.id if isinstance(node, ast.Name) else node.attr
+        held = (getattr(node, field, None) for field in ("body", "orelse", "finalbody"))
+        yield from (rows for rows in held if isinstance(rows, list))
 
 
 def attribute_in(node: ast.AST) -> tuple[ast.expr | None, str | None]:
@@ -128,5 +128,10 @@ _FUTURE = 0x1FF0000
 
 def _does(code: CodeType) -> tuple[object, ...]:
     """Return what two codes have in common that do the same."""
-    constants = [_does(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts]
+    constants = [_does(c) if isinstance(c, CodeType) else (type(c), _without_place(c)) for c in code.co_consts]
     return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
+
+
+def _without_place(constant: object) -> object:
+    """Return a constant, without where a function stands: Python 3.10 keeps the names of inner functions among them."""
+    return constant.rpartition(".<locals>.")[2] if isinstance(constant, str) else constant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
@@ -13,7 +13,7 @@ from torch import nn
 
 from normfree.code.functions import bases, forward_functions, names_in, other_functions
 from normfree.code.held import held_by
-from normfree.code.text import attribute_in, module_at, tree_of
+from normfree.code.text import attribute_in, module_at, suites, tree_of
 
 __all__ = ["read_elsewhere"]
 
@@ -21,11 +21,11 @@ _ABOUT = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "requires_
 """What can be asked of a weight without its values."""
 _ASKING = ("isinstance", "hasattr", "id", "type", "len", "print")
 _ALL = {"parameters", "named_parameters", "state_dict", "_parameters", "get_parameter"}
-"""By these one comes to every weight of a module."""
+"""By these a forward comes to every weight of a module, and who gives a module others for one call."""
 _PARAMETERS = ("weight", "bias")
 _RUNNING = ("forward", "_conv_forward")
 _STATISTICS = {"running_mean", "running_var"}
-"""Whoever reads these of a norm fails once it is gone."""
+"""Whoever reads these of a norm fails once it is gone, so what he makes of a weight with them is not made."""
 
 
 def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[int]]:
@@ -35,21 +35,21 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
     builds the model. In doubt, all that it may come to. ``used`` names the parameters that a run used apart.
     """
     found: dict[str, set[int]] = {name: set() for name in _PARAMETERS}
-    owners: dict[tuple[str, int], set[int]] = defaultdict(set)
-    holders: dict[int, int] = defaultdict(int)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)] += 1
-                owners[name, id(parameter)].add(id(module))
+    every = [
+        (name, id(parameter), id(module))
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    holders = Counter(held for _, held, _ in every)
     named = dict(model.named_parameters(remove_duplicate=False))
     apart = {id(named[name]) for name in used if name in named}
     for value in held_by(model):
         own = value.__self__ if isinstance(value, MethodType) else None
         apart |= set(map(id, own._parameters.values())) if isinstance(own, nn.Module) else {id(value)}
-    for (name, held), layers in owners.items():
+    for name, held, layer in every:
         if name in found and (holders[held] > 1 or held in apart):
-            found[name] |= layers
+            found[name].add(layer)
     forward = forward_functions(model)
     instances: dict[type, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -57,9 +57,6 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
             instances[cls].append(module)
     methods = {f: cls for cls in instances for f in vars(cls).values() if isinstance(f, FunctionType)}
     for function in forward | other_functions(model):
-        names = names_in(function)
-        if function not in forward and names & _STATISTICS:
-            continue
         own = instances[methods[function]] if function in methods else None
         for name, modules in _Reading(function, function in forward, own).read(model):
             found[name].update(map(id, modules))
@@ -74,26 +71,30 @@ class _Reading:
     forward: bool
     instances: list[nn.Module] | None
 
+    @property
+    def _gives(self) -> bool:
+        return self.forward or "functional_call" in names_in(self.function)
+
     def read(self, model: nn.Module) -> Iterator[tuple[str, Iterable[nn.Module]]]:
         """Yield whose parameters of which name may be read: single layers, or all below a module."""
         texts = {c for c in self.function.__code__.co_consts if isinstance(c, str)}
-        words = (names_in(self.function) | texts) & {*_PARAMETERS, *_RUNNING, *(_ALL if self.forward else ())}
-        if not words:
+        if {*_PARAMETERS, *_RUNNING, *(_ALL if self._gives else ())}.isdisjoint(names_in(self.function) | texts):
             return
         below = self.instances or [model]
-        anything = [(name, top.modules()) for name in _PARAMETERS for top in below]
+        anything = [(name, list(top.modules())) for name in _PARAMETERS for top in below]
         tree = tree_of(self.function)
         if tree is None:
             yield from anything
             return
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-        for node in ast.walk(tree):
+        failing = set() if self.forward else set(_failing(tree))
+        for node in set(ast.walk(tree)) - failing:
             holder, name = attribute_in(node)
             if self._comes_to_all(node):
                 yield from anything
             elif holder is not None and name in (None, *_PARAMETERS):
                 use = self._use(node, parents)
-                meant = list(self._meant(holder, below, doubt=use != "written")) if use else []
+                meant = [list(layers) for layers in self._meant(holder, below, doubt=use != "written") if use]
                 yield from ((each, modules) for each in ([name] if name else _PARAMETERS) for modules in meant)
 
     def _meant(self, holder: ast.expr, below: list[nn.Module], *, doubt: bool) -> Iterator[Iterable[nn.Module]]:
@@ -106,12 +107,12 @@ class _Reading:
                 yield [module]
 
     def _comes_to_all(self, node: ast.AST) -> bool:
-        """Whether a forward asks for all parameters, or a layer is run by its class: ``nn.Conv2d.forward(layer, x)``.
+        """Whether somebody asks for all parameters, or a layer is run by its class: ``nn.Conv2d.forward(layer, x)``.
 
         Its class knows no coordinates.
         """
         if not isinstance(node, ast.Attribute) or node.attr not in _RUNNING:
-            return self.forward and isinstance(node, ast.Attribute) and node.attr in _ALL
+            return self._gives and isinstance(node, ast.Attribute) and node.attr in _ALL
         base: Any = node.value
         if isinstance(base, ast.Call):  # in a forward ``super()`` is what runs anyway
             return getattr(base.func, "id", "") == "super" and not self.forward
@@ -135,3 +136,18 @@ class _Reading:
             name = getattr(above.func, "attr", getattr(above.func, "id", ""))
             return "" if name in _ASKING else "written" if name.endswith("_") else "read"
         return "" if isinstance(above, (ast.Expr, ast.If, ast.IfExp)) else "read"
+
+
+def _failing(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what runs only together with a read of a norm's statistics: the rows of each suite that holds one."""
+    for rows in suites(tree):
+        if any(map(_reads_statistics, rows)):
+            yield from (inner for row in rows for inner in ast.walk(row))
+
+
+def _reads_statistics(node: ast.AST) -> bool:
+    """Whether a row reads statistics whatever is decided in it."""
+    if getattr(node, "attr", "") in _STATISTICS:
+        return True
+    deciding = (ast.stmt, ast.IfExp, ast.BoolOp, ast.Lambda)
+    return any(_reads_statistics(child) for child in ast.iter_child_nodes(node) if not isinstance(child, deciding))

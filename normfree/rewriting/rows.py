@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import TypeGuard
 
-from normfree.code.text import attribute_in, compiled, is_shared, names_of, reads, tree_of, uses
+from normfree.code.text import attribute_in, compiled, is_shared, reads, suites, tree_of, uses
 from normfree.layers.pairs import held, taken
 
 __all__ = ["Row", "rows_in", "text_with", "with_rows"]
@@ -88,18 +88,14 @@ def _tree(function: FunctionType) -> ast.FunctionDef | None:
     tree = tree_of(function)
     if tree is None:
         return None
-    names = set(names_of(tree))
+    names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(tree)}
     mangled = any(name.startswith("__") and not name.endswith("__") for name in names)
     return None if mangled or not names.isdisjoint(_LOOKING) else tree
 
 
 def _all_rows(function: ast.FunctionDef) -> list[Row]:
     found = [Row(n.args[0], n) for n in ast.walk(function) if _is_unary(n) and _is_unary(n.args[0])]
-    for node in ast.walk(function):
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            if isinstance(block, list):
-                found += _in_block(block, function)
+    found += (row for block in suites(function) for row in _in_block(block, function))
     return sorted(found, key=lambda row: row.key)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -213,9 +214,21 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _to_real(tensor: Tensor) -> Tensor:
-    made = tensor.detach().clone()
-    if tensor.is_meta:
-        made = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        if tensor.is_floating_point():  # weights that keep a signal about as large as it is, norms that do nothing
-            made = torch.randn_like(made) / max(tensor[0].numel(), 1) ** 0.5 if tensor.dim() > 1 else made + 1
+    made = _made_up(tensor) if tensor.is_meta else tensor.detach().clone()
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _made_up(tensor: Tensor) -> Tensor:
+    """Return weights that keep a signal about as large as it is, norms that do nothing, and zeros for counts.
+
+    Of the weights many repeat: to draw each would take longer than the run.
+    """
+    shape, count = tensor.shape, tensor.numel()
+    if not tensor.is_floating_point() or tensor.dim() < 2 or not count:
+        return torch.full(shape, 1 if tensor.is_floating_point() else 0, dtype=tensor.dtype)
+    drawn = torch.randn(min(count, _DRAWN), dtype=tensor.dtype) / math.sqrt(tensor[0].numel())
+    return drawn.repeat(count // len(drawn) + 1)[:count].reshape(shape)
+
+
+_DRAWN = 65521
+"""A prime, so that no two filters of a layer are alike."""

@@ -686,6 +686,42 @@ def test_a_method_that_writes_a_weight_writes_that_of_the_layer(method: str) -> 
     hold(randomise(Written()).double().eval(), lambda m, x: m(x), written)
 
 
+class Computing(Net):
+    """Computes with its own weights."""
+
+    forward = Net.plain
+
+    def told(self, x: Tensor, statistics: bool = False) -> Tensor:
+        if statistics:
+            return self.b.running_var  # type: ignore[return-value]
+        return F.conv2d(x, self.c.weight, self.c.bias, padding=1)
+
+    def told_with_both(self, x: Tensor) -> Tensor:
+        weight = self.c.weight / self.b.running_var.sqrt()[:, None, None, None]  # type: ignore[union-attr]
+        return F.conv2d(x, weight, padding=1)
+
+    def given_others(self, x: Tensor) -> Tensor:
+        given = {name: value * (1 - name.startswith("c.")) for name, value in self.named_parameters()}
+        return torch.func.functional_call(self, given, (x,))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["told", "given_others"])
+def test_a_method_that_computes_with_a_weight_computes_with_that_of_the_layer(method: str) -> None:
+    hold(randomise(Computing()).double().eval(), lambda m, x: m(x), lambda m, x: getattr(m, method)(x))
+
+
+def test_a_method_that_wants_statistics_with_a_weight_changes_nothing_and_fails() -> None:
+    class Failing(Net):
+        forward = Net.plain
+        told = Computing.told_with_both
+
+    model = randomise(Failing()).eval()
+    carried = normfree.plan(model, init="preserve").carried
+    assert [layer.mean_unit for layer in carried] == [4.0], "its mean moves less, as that of any filter"
+    with pytest.raises(AttributeError, match="running_var"):
+        normfree.convert(model, init="preserve").told(noise(1, 4, 6, 6))
+
+
 class Sequence(nn.Module):
     flag = False
 
