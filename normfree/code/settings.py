@@ -89,16 +89,14 @@ def _is_plain(value: Any) -> bool:
 
 def asks_the_process(module: nn.Module) -> str:
     """Name a function of C that the forward of a module calls without arguments: what that returns may be another."""
-    return next((name for function in own_functions(module) for name in _asked(function)), "")
-
-
-def _asked(function: FunctionType) -> Iterator[str]:
-    tree = tree_of(function)
-    for node in () if tree is None else ast.walk(tree):
-        if isinstance(node, ast.Call) and not node.args and not node.keywords:
-            value, name = _named(node.func, function.__globals__)
-            if isinstance(value, BuiltinFunctionType):
-                yield name
+    for function in own_functions(module):
+        tree = tree_of(function)
+        for node in () if tree is None else ast.walk(tree):
+            if isinstance(node, ast.Call) and not node.args and not node.keywords:
+                value, name = _named(node.func, function.__globals__)
+                if isinstance(value, BuiltinFunctionType):
+                    return name
+    return ""
 
 
 def _named(node: ast.expr, around: dict[str, Any]) -> tuple[Any, str]:

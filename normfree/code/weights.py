@@ -51,14 +51,12 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
         if name in found and (holders[held] > 1 or held in apart):
             found[name].add(layer)
     forward = forward_functions(model)
-    instances: dict[type, list[nn.Module]] = defaultdict(list)
+    instances: dict[Any, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
-        for cls in bases(type(module)):
-            instances[cls].append(module)
-    methods = {f: cls for cls in instances for f in vars(cls).values() if isinstance(f, FunctionType)}
+        for function in {f for cls in bases(type(module)) for f in vars(cls).values() if isinstance(f, FunctionType)}:
+            instances[function].append(module)
     for function in forward | other_functions(model):
-        own = instances[methods[function]] if function in methods else None
-        for name, modules in _Reading(function, function in forward, own).read(model):
+        for name, modules in _Reading(function, function in forward, instances.get(function)).read(model):
             found[name].update(map(id, modules))
     return found
 

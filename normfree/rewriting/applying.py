@@ -55,9 +55,8 @@ def rewrite(
     out_of_place = [modules[path] for path in plan.out_of_place]
     drawn = [(modules[path], gain) for path, gain in plan.drawn]
     with all_or_nothing() as changes:
-        changes.keep(model, *out_of_place)
-        for path in (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots, *writes.paired):
-            changes.keep(modules[path])
+        written = (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots, *writes.paired)
+        changes.keep(model, *out_of_place, *(modules[path] for path in written))
         for path, carrier in writes.carriers.items():
             _write_carrier(modules[path], carrier, scale, changes)
         for path, cls in writes.paired.items():

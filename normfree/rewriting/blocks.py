@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -24,7 +23,7 @@ from normfree.rewriting.rows import text_with
 from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.roles import name_of
-from normfree.tracing.traces import MODES, Graph
+from normfree.tracing.traces import Graph
 
 __all__ = ["operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
 
@@ -54,7 +53,7 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         return f"it goes by what {asked}() says, which may change"
     try:
         copied = meta_copy(block)
-        graphs = [own_graph(mode) for mode in _modes(copied)]
+        graphs = [own_graph(copied.train(training)) for training in (False, True)]
         if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
             return "it looks at what it is given, and a forward must hold for whatever that is"
         if writes and not all(_only_its_result_goes_on(block, graph, addition) for graph in graphs):
@@ -99,11 +98,12 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
+    copied = meta_copy(block)
     graphs, settings, forwards = dict[bool, fx.Graph](), dict[bool, tuple[Setting, ...]](), dict[bool, Any]()
-    for mode in _modes(meta_copy(block)):
-        graphs[mode.training], settings[mode.training] = own_graph(mode), settings_of(mode)
-        _scale(mode, graphs[mode.training], places)
-        forwards[mode.training] = _compiled(original, graphs[mode.training])
+    for training in (False, True):
+        graphs[training], settings[training] = own_graph(copied.train(training)), settings_of(copied)
+        _scale(copied, graphs[training], places)
+        forwards[training] = _compiled(original, graphs[training])
     members = {
         "__module__": original.__module__,
         "_places": places,
@@ -160,15 +160,6 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(self)] = new
     new.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return new
-
-
-def _modes(block: nn.Module) -> Iterator[nn.Module]:
-    """Yield a block in each mode."""
-    training = block.training
-    try:
-        yield from (block.train(mode == "train") for mode in MODES)
-    finally:
-        block.train(training)
 
 
 def _flow(block: nn.Module, graph: fx.Graph) -> Flow:

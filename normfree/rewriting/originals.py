@@ -38,8 +38,7 @@ class Originals:
         """Copy what ``plan`` is about to take away: the user may go on with the model that it comes from."""
         memo: dict[int, Any] = {}
         norms = {edit.name: _kept(modules[edit.name], memo) for edit in plan.removed}
-        producers = [edit.producer for edit in plan.removed if edit.producer is not None]
-        biases = {path: modules[path]._parameters["bias"] for path in producers}
+        biases = {path: modules[path]._parameters["bias"] for path in plan.pairs}
         return cls(norms, {path: None if bias is None else _copied(bias, memo) for path, bias in biases.items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Originals:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -53,26 +54,16 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
     """
     writes = Writes()
     modules = dict(model.named_modules(remove_duplicate=False))
-    preserve = plan.init == "preserve"
     in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
     for edit in plan.removed:
         writes.slots[edit.name] = _slot(modules, edit, plan, in_slot.get(edit.name))
-        if edit.producer is not None and preserve:
-            old, keeps = modules[edit.producer]._parameters["bias"], edit.producer in plan.keeping_bias
-            fixed = None if old is None or keeps else old.detach().clone()
-            writes.carriers[edit.producer] = Carrier(bias=old if keeps else None, feeds_slot=True, fixed_bias=fixed)
     for path, spec in specs(modules, plan.pairs).items():
         with contextlib.suppress(ValueError, TypeError):  # it calls one by one then, as it always did
             if path not in plan.unpaired:
                 writes.paired[path] = paired_class(type(modules[path]), spec)
-    for carried in plan.carried:
-        carrier = writes.carriers.setdefault(carried.path, Carrier())
-        carry(modules[carried.path], carrier, carried, plan.units, met)
-    for path in plan.biases:
-        weight = weight_of(modules[path])
-        bias = weight.new_zeros(features_of(modules[path]))
-        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, weight.requires_grad))
+    writes.carriers.update(_carriers(modules, plan, met))
     _check_finite(writes, modules)
+    sums: dict[str, list[Alpha]] = defaultdict(list)
     for alpha in plan.alphas:
         module = modules[alpha.path]
         if alpha.place == "weight":
@@ -81,6 +72,8 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             carrier.channels, carrier.alpha_unit = alpha.channels, plan.units.alpha
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(plan, _alpha_beside(plan, module, model), alpha.channels)
+        elif alpha.place == "sum":
+            sums[alpha.path].append(alpha)
         elif alpha.place == "output":
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
@@ -92,12 +85,33 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
                 mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
                 before = writes.paired.pop(alpha.path, type(module))
                 writes.outputs[alpha.path] = scalar, scaled_output_class(before, mixin)
-    writes.blocks.update(_blocks(model, plan, modules))
-    for path in writes.blocks:  # their own text calls pairs together
-        writes.paired.pop(path, None)
-    for path, slot in writes.slots.items():
-        slot.training = modules[path].training
+    for path, alphas in sums.items():
+        block = modules[path]
+        held: dict[str, nn.Module] = {}
+        for alpha in alphas:
+            slot = _skipinit(plan, _alpha_beside(plan, block, model), None)
+            held[skipinit_name(alpha.addition)] = slot.train(block.training)
+        writes.blocks[path] = held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas))
+        writes.paired.pop(path, None)  # its own text calls pairs together
+    for path, norm_slot in writes.slots.items():
+        norm_slot.training = modules[path].training
     return writes
+
+
+def _carriers(modules: Mapping[str, nn.Module], plan: Plan, met: Mapping[str, Moments] | None) -> dict[str, Carrier]:
+    """Return what the layers get that take a bias, are followed by a slot, or learn in units."""
+    found: dict[str, Carrier] = {}
+    for path in plan.pairs:
+        old, keeps = modules[path]._parameters["bias"], path in plan.keeping_bias
+        fixed = None if old is None or keeps else old.detach().clone()
+        found[path] = Carrier(bias=old if keeps else None, feeds_slot=True, fixed_bias=fixed)
+    for carried in plan.carried:
+        carry(modules[carried.path], found.setdefault(carried.path, Carrier()), carried, plan.units, met)
+    for path in plan.biases:
+        weight = weight_of(modules[path])
+        bias = weight.new_zeros(features_of(modules[path]))
+        found[path] = Carrier(bias=nn.Parameter(bias, weight.requires_grad))
+    return found
 
 
 def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
@@ -117,23 +131,6 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
     ]
     if problems:
         raise UnsupportedModelError(tuple(problems))
-
-
-def _blocks(
-    model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, tuple[dict[str, nn.Module], type[nn.Module]]]]:
-    """Yield every block whose forward is rewritten, with what it is to hold and its new class."""
-    places: dict[str, list[Alpha]] = {}
-    for alpha in plan.alphas:
-        if alpha.place == "sum":
-            places.setdefault(alpha.path, []).append(alpha)
-    for path, alphas in places.items():
-        block = modules[path]
-        held: dict[str, nn.Module] = {}
-        for alpha in alphas:
-            slot = _skipinit(plan, _alpha_beside(plan, block, model), None)
-            held[skipinit_name(alpha.addition)] = slot.train(block.training)
-        yield path, (held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas)))
 
 
 def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
