@@ -26,7 +26,7 @@ from normfree.layers import (
     scaled_output_class,
     skipinit_name,
 )
-from normfree.norms import Norm, describe
+from normfree.norms import describe
 from normfree.plans import Plan
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.changing import HOOKS
@@ -71,7 +71,7 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             carrier.raw_alpha = _alpha(plan, weight_of(module), weight_of(module).requires_grad)
             carrier.channels, carrier.alpha_unit = alpha.channels, plan.units.alpha
         elif alpha.place == "slot":
-            writes.slots[alpha.path] = _skipinit(plan, _alpha_beside(plan, module, model), alpha.channels)
+            writes.slots[alpha.path] = _skipinit(plan, module, model, alpha.channels)
         elif alpha.place == "sum":
             sums[alpha.path].append(alpha)
         elif alpha.place == "output":
@@ -89,8 +89,7 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
         block = modules[path]
         held: dict[str, nn.Module] = {}
         for alpha in alphas:
-            slot = _skipinit(plan, _alpha_beside(plan, block, model), None)
-            held[skipinit_name(alpha.addition)] = slot.train(block.training)
+            held[skipinit_name(alpha.addition)] = _skipinit(plan, block, model, None).train(block.training)
         writes.blocks[path] = held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas))
         writes.paired.pop(path, None)  # its own text calls pairs together
     for path, norm_slot in writes.slots.items():
@@ -137,7 +136,7 @@ def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: A
     """Build what takes the norm's place."""
     module, model, preserve = modules[edit.name], modules[""], plan.init == "preserve"
     norm = describe(module)
-    gain = bias = scalar = None
+    gain = bias = None
     unit = plan.units.bias if edit.producer is not None else 1.0
     times = next((carried.unit for carried in plan.carried if carried.path == edit.producer), 1.0)
     if edit.action in ("affine", "bias") or (edit.action == "fold" and preserve):
@@ -145,21 +144,22 @@ def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: A
         like = _like(module, model) if layer is None else weight_of(layer)
         fresh = torch.zeros(norm.features, device=like.device)
         affine = norm.affine() if preserve else (fresh + 1 if edit.action == "affine" else None, fresh)
-        train = _learns(norm.weight, norm, _trains(model) if layer is None else like.requires_grad)
+        # What was made of buffers learns not at all: else an activation that is written over twice would fail in a
+        # backward pass that used to stop before it.
+        train = (_trains(model) if layer is None else like.requires_grad) and not norm.frozen
+        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else train
         gain = None if affine[0] is None else (affine[0] / times).to(like.dtype)
         if gain is not None and (not preserve or edit.gain_learns):  # else a constant, for which no activation is kept
             gain = nn.Parameter(gain, train)
         shifts = [norm.bias] if layer is None else [norm.bias, layer._parameters["bias"]]
-        learns = [_learns(shift, norm, train) for shift in shifts if isinstance(shift, nn.Parameter)]
-        learns = learns or [_learns(norm.bias, norm, train)]
+        learns = [shift.requires_grad for shift in shifts if isinstance(shift, nn.Parameter)]
+        learns = learns or [train and not norm.frozen]
         bias = nn.Parameter((affine[1] * unit).to(like.dtype), any(learns))
-    if alpha is not None:
-        scalar = _alpha_beside(plan, module, model)
-    rest = norm.drop is not None or norm.act is not None
-    if not rest and gain is None and bias is None:
-        if alpha is not None and scalar is not None:
-            return _skipinit(plan, scalar, alpha.channels)
+    if norm.drop is None and norm.act is None and gain is None and bias is None:
+        if alpha is not None:
+            return _skipinit(plan, module, model, alpha.channels)
         return Copy() if edit.copy else Vacant()
+    scalar = None if alpha is None else _alpha_beside(plan, module, model)
     hooked = gain is not None or bias is not None or scalar is not None
     cls = CopiedAffine if edit.copy and hooked and not plan.inplace_activations else ChannelAffine
     copy = edit.copy and gain is None and bias is None
@@ -176,23 +176,15 @@ def _shell(module: nn.Module, out_of_place: bool) -> nn.Module:
     return shell
 
 
-def _learns(value: Tensor | None, norm: Norm, otherwise: bool) -> bool:
-    """Whether what comes of a norm's scale or shift learns: as that did, and not at all where it was made of buffers.
-
-    Else an activation that is written over twice would fail in a backward pass that used to stop before it.
-    """
-    return value.requires_grad if isinstance(value, nn.Parameter) else otherwise and not norm.frozen
-
-
 def _trains(model: nn.Module) -> bool:
     """Whether anything in the model learns; one without parameters has nothing that says otherwise."""
     return any(p.requires_grad for p in model.parameters()) or not any(True for _ in model.parameters())
 
 
-def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
+def _skipinit(plan: Plan, module: nn.Module, model: nn.Module, channels: Channels) -> SkipInit:
     cls = SkipInit if plan.inplace_activations else CopiedSkipInit
     slot = cls(channels=channels, unit=plan.units.alpha)
-    slot.raw_alpha = alpha
+    slot.raw_alpha = _alpha_beside(plan, module, model)
     return slot
 
 
