@@ -61,11 +61,7 @@ def convert_(
         True
     """
     asked = Options(**options)
-    made, moments = _planned(model, plan, asked)
-    _warn_of_unseen(made)
-    _warn_of_frozen(model, made)
-    met = moments()
-    del moments  # it holds the norms, which would look as if an optimizer did
+    made, met = _planned(model, plan, asked)
     warn_of_optimizers(model, made)
     with torch.inference_mode(any(parameter.is_inference() for parameter in model.parameters())):  # as its own are
         _apply(model, made, met, asked.inputs, check)
@@ -131,11 +127,8 @@ def convert(
         0.0
     """
     asked = Options(**options)
-    made, moments = _planned(model, plan, asked)
-    _warn_of_unseen(made)
-    _warn_of_frozen(model, made)
+    made, met = _planned(model, plan, asked)
     drawn, removed = [path for path, _ in made.drawn], [edit.name for edit in made.removed]
-    met = moments()
     with torch.inference_mode(False):  # in which no parameter could be made that trains
         converted = deep_copy(model, drawn, removed)
         _apply(converted, made, met, asked.inputs, check)
@@ -150,17 +143,16 @@ def _apply(model: nn.Module, made: Plan, met: dict[str, Moments], inputs: Inputs
             rewrite(model, made, met)
 
 
-def _warn_of_unseen(made: Plan) -> None:
+def _planned(model: nn.Module, plan: Plan | str | Path | None, asked: Options) -> tuple[Plan, dict[str, Moments]]:
+    """Return the plan that is made or given, and what its carried layers meet; warn of what it cannot make good."""
+    made, moments = look(model, asked) if plan is None else _given(model, plan, asked)
     if made.unseen and "" in dict(made.opaque):
         warnings.warn(made.warning, UnseenWarning, stacklevel=3)
+    _warn_of_frozen(model, made)
+    return made, moments()
 
 
-def _planned(
-    model: nn.Module, plan: Plan | str | Path | None, asked: Options
-) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
-    """Return the plan that is made or given, and what computes what its carried layers meet."""
-    if plan is None:
-        return look(model, asked)
+def _given(model: nn.Module, plan: Plan | str | Path, asked: Options) -> tuple[Plan, Callable[[], dict[str, Moments]]]:
     both = [f.name for f in fields(Options) if f.name != "inputs" and getattr(asked, f.name) != f.default]
     if both:
         raise UsageError(f"a plan says all that {', '.join(both)} would say: give the one or the other")
@@ -181,8 +173,9 @@ def _warn_of_frozen(model: nn.Module, made: Plan) -> None:
     if said:
         text = (
             f"frozen layers (requires_grad=False) keep for good what they get: {'; '.join(said)}. Unfreeze them before "
+            "the conversion, or use init='preserve'"
         )
-        warnings.warn(f"{text}the conversion, or use init='preserve'", FrozenWarning, stacklevel=3)
+        warnings.warn(text, FrozenWarning, stacklevel=4)
 
 
 def _is_frozen(layer: nn.Module, model: nn.Module) -> bool:

@@ -100,9 +100,9 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def some(names: list[str], limit: int = 5) -> str:
-    """Return the first names and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def some(names: list[str]) -> str:
+    """Return the first five names and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def require(package: str, extra: str) -> None:

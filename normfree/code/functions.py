@@ -38,10 +38,8 @@ def other_functions(model: nn.Module) -> set[FunctionType]:
 
 def own_functions(module: nn.Module) -> set[FunctionType]:
     """Return the forward of a module with the methods and functions that it comes to, but not those of its parts."""
-    by_name: dict[str, list[FunctionType]] = defaultdict(list)
-    for name, function in (pair for cls in reversed(bases(type(module))) for pair in _methods_of(cls)):
-        by_name[name] = [function]
-    return _closure(by_name["forward"], by_name)
+    own = {name: [found] for cls in reversed(bases(type(module))) for name, found in _methods_of(cls)}
+    return _closure(own.get("forward", ()), own)
 
 
 def bases(cls: type) -> list[type]:

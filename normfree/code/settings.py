@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from normfree.code.functions import names_in, own_functions
-from normfree.code.text import tree_of
+from normfree.code.text import attribute_in, tree_of
 
 __all__ = ["Setting", "asks_the_process", "settings_of"]
 
@@ -72,26 +72,13 @@ def _chains(function: FunctionType) -> Iterator[tuple[str, ...]]:
         return
     for node in ast.walk(tree):
         names: list[str] = []
-        while True:
-            text = _asked_by_text(node)
-            if text is not None:
-                names.insert(0, text)
-                node = node.args[0]  # type: ignore[attr-defined]  # a call
-            elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
-                names.insert(0, node.attr)
-                node = node.value
-            else:
-                break
+        holder, name = attribute_in(node)
+        while holder is not None and name is not None and not isinstance(getattr(node, "ctx", None), ast.Store):
+            names.insert(0, name)
+            node = holder
+            holder, name = attribute_in(node)
         if names and isinstance(node, ast.Name):
             yield tuple(names)
-
-
-def _asked_by_text(node: ast.AST) -> str | None:
-    """Return the attribute that ``getattr`` is given as a written text."""
-    if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1):
-        return None
-    text = node.args[1]
-    return text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -102,16 +89,14 @@ def _is_plain(value: Any) -> bool:
 
 def asks_the_process(module: nn.Module) -> str:
     """Name a function of C that the forward of a module calls without arguments: what that returns may be another."""
-    return next((name for function in own_functions(module) for name in _asked(function)), "")
-
-
-def _asked(function: FunctionType) -> Iterator[str]:
-    tree = tree_of(function)
-    for node in () if tree is None else ast.walk(tree):
-        if isinstance(node, ast.Call) and not node.args and not node.keywords:
-            value, name = _named(node.func, function.__globals__)
-            if isinstance(value, BuiltinFunctionType):
-                yield name
+    for function in own_functions(module):
+        tree = tree_of(function)
+        for node in () if tree is None else ast.walk(tree):
+            if isinstance(node, ast.Call) and not node.args and not node.keywords:
+                value, name = _named(node.func, function.__globals__)
+                if isinstance(value, BuiltinFunctionType):
+                    return name
+    return ""
 
 
 def _named(node: ast.expr, around: dict[str, Any]) -> tuple[Any, str]:

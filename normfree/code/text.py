@@ -7,11 +7,16 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType
-from typing import cast
+from typing import Any, cast
+
+from torch import nn
 
 from normfree.code.functions import names_in
 
-__all__ = ["compiled", "is_shared", "names_of", "reads", "tree_of", "uses"]
+__all__ = ["UNKNOWN", "attribute_in", "compiled", "is_shared", "module_at", "reads", "suites", "tree_of", "uses"]
+
+UNKNOWN = object()
+"""What names lead to that only a run would tell."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -34,11 +39,52 @@ def tree_of(function: FunctionType) -> ast.FunctionDef | None:
         return None
 
 
-def names_of(tree: ast.AST) -> Iterator[str]:
-    """Yield every name in a text, and every attribute."""
+def suites(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Yield the rows of statements in a text, each below what it belongs to."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Name, ast.Attribute)):
-            yield node.id if isinstance(node, ast.Name) else node.attr
+        held = (getattr(node, field, None) for field in ("body", "orelse", "finalbody"))
+        yield from (rows for rows in held if isinstance(rows, list))
+
+
+def attribute_in(node: ast.AST) -> tuple[ast.expr | None, str | None]:
+    """Return whose attribute is asked for, and which, if that is known: ``x.a`` or ``getattr(x, "a")``."""
+    if isinstance(node, ast.Attribute):
+        return node.value, node.attr
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+        name = node.args[1]
+        return node.args[0], name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else None
+    return None, None
+
+
+def module_at(names: ast.expr, function: FunctionType, own: nn.Module | None) -> Any:
+    """Return the module that some names in a function lead to: ``None`` if there is none, :data:`UNKNOWN` in doubt.
+
+    ``own`` is the module of which the function is a method, if it is one.
+    """
+    code = function.__code__
+    if isinstance(names, ast.Name):
+        if own is not None and names.id in code.co_varnames[: min(code.co_argcount, 1)]:
+            return own
+        is_variable = names.id in code.co_varnames + code.co_cellvars
+        return UNKNOWN if is_variable else _module(function.__globals__.get(names.id))
+    of, name = (names.value, None) if isinstance(names, ast.Subscript) else attribute_in(names)
+    holder = UNKNOWN if of is None else module_at(of, function, own)
+    if not isinstance(holder, nn.Module):
+        return holder
+    if name is not None:
+        found = holder._modules.get(name, holder.__dict__.get(name))
+        return UNKNOWN if isinstance(found, (list, tuple, dict)) else _module(found)
+    which = getattr(names, "slice", None)
+    if not isinstance(which, ast.Constant) or not isinstance(holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return UNKNOWN
+    try:
+        return holder[which.value]  # type: ignore[index]  # whatever its text says
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _module(found: object) -> nn.Module | None:
+    return found if isinstance(found, nn.Module) else None
 
 
 def uses(node: ast.AST, name: str, kind: type[ast.expr_context] = ast.expr_context) -> int:
@@ -62,13 +108,7 @@ def is_shared(function: ast.FunctionDef, name: str) -> bool:
 
 
 def compiled(tree: ast.FunctionDef, like: FunctionType, helpers: Sequence[str] = ()) -> CodeType:
-    """Compile a function as if it stood in its file, with the variables that it takes from around it.
-
-    Args:
-        tree: Its text.
-        like: The function of which it is the text, or was.
-        helpers: Further variables that it takes from around it.
-    """
+    """Compile the text of a function ``like`` one as if it stood in its file; ``helpers`` come from around it too."""
     code, names = like.__code__, like.__globals__
     around = cast(ast.FunctionDef, ast.parse(f"def around({', '.join([*code.co_freevars, *helpers])}): 0").body[0])
     around.body = [tree]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from normfree.code.functions import bases, forward_functions, names_in, other_functions
 from normfree.code.held import held_by
-from normfree.code.text import tree_of
+from normfree.code.text import attribute_in, module_at, suites, tree_of
 
 __all__ = ["read_elsewhere"]
 
@@ -31,95 +32,85 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
     """Return the identities of the layers whose ``"weight"``, or whose ``"bias"``, may be used apart from them.
 
     Tied ones are; so are those that a function of the model's classes names and does something with, but for what only
-    builds the model. In doubt, all that it may come to.
-
-    Args:
-        model: The model.
-        used: The parameters that were used apart in a run.
+    builds the model. In doubt, all that it may come to. ``used`` names the parameters that a run used apart.
     """
     found: dict[str, set[int]] = {name: set() for name in _PARAMETERS}
-    owners: dict[tuple[str, int], set[int]] = defaultdict(set)
-    holders: dict[int, int] = defaultdict(int)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)] += 1
-                owners[name, id(parameter)].add(id(module))
+    every = [
+        (name, id(parameter), id(module))
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    holders = Counter(held for _, held, _ in every)
     named = dict(model.named_parameters(remove_duplicate=False))
     apart = {id(named[name]) for name in used if name in named}
     for value in held_by(model):
         own = value.__self__ if isinstance(value, MethodType) else None
         apart |= set(map(id, own._parameters.values())) if isinstance(own, nn.Module) else {id(value)}
-    for (name, held), layers in owners.items():
+    for name, held, layer in every:
         if name in found and (holders[held] > 1 or held in apart):
-            found[name] |= layers
+            found[name].add(layer)
     forward = forward_functions(model)
-    instances: dict[type, list[nn.Module]] = defaultdict(list)
+    instances: dict[Any, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
-        for cls in bases(type(module)):
-            instances[cls].append(module)
-    methods = {f: cls for cls in instances for f in vars(cls).values() if isinstance(f, FunctionType)}
+        for function in {f for cls in bases(type(module)) for f in vars(cls).values() if isinstance(f, FunctionType)}:
+            instances[function].append(module)
     for function in forward | other_functions(model):
-        own = instances[methods[function]] if function in methods else None
-        for name, modules in _Reading(function, function in forward, own).read(model):
+        for name, modules in _Reading(function, function in forward, instances.get(function)).read(model):
             found[name].update(map(id, modules))
     return found
 
 
+@dataclass(frozen=True)
 class _Reading:
-    """What one function does with weights."""
+    """What one function does with weights; ``instances`` are the modules of whose class it is a method."""
 
-    def __init__(self, function: FunctionType, forward: bool, instances: list[nn.Module] | None) -> None:
-        self.function, self.forward, self.instances = function, forward, instances
-        self.gives = forward or "functional_call" in names_in(function)
-        code = function.__code__
-        self.own = code.co_varnames[0] if code.co_argcount and instances is not None else ""
+    function: FunctionType
+    forward: bool
+    instances: list[nn.Module] | None
+
+    @property
+    def _gives(self) -> bool:
+        return self.forward or "functional_call" in names_in(self.function)
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, Iterable[nn.Module]]]:
         """Yield whose parameters of which name may be read: single layers, or all below a module."""
         texts = {c for c in self.function.__code__.co_consts if isinstance(c, str)}
-        words = (names_in(self.function) | texts) & {*_PARAMETERS, *_RUNNING, *(_ALL if self.gives else ())}
-        tree, below = tree_of(self.function) if words else None, self.instances or [model]
+        if {*_PARAMETERS, *_RUNNING, *(_ALL if self._gives else ())}.isdisjoint(names_in(self.function) | texts):
+            return
+        below = self.instances or [model]
+        anything = [(name, list(top.modules())) for name in _PARAMETERS for top in below]
+        tree = tree_of(self.function)
         if tree is None:
-            yield from ((name, top.modules()) for name in _PARAMETERS for top in below if words)
+            yield from anything
             return
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         failing = set() if self.forward else set(_failing(tree))
-        for node in ast.walk(tree):
-            if node in failing:
-                continue
-            holder, name = _taken(node)
-            use = "" if holder is None else self._use(node, parents)
-            if self._runs_past(node):
-                yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
-            elif holder is not None and use:
-                for meant in _PARAMETERS if name is None else [name]:
-                    yield from ((meant, modules) for modules in self._meant(holder, below, doubt=use != "written"))
-            elif self.gives and isinstance(node, ast.Attribute) and node.attr in _ALL:
-                yield from ((meant, top.modules()) for meant in _PARAMETERS for top in below)
+        for node in set(ast.walk(tree)) - failing:
+            holder, name = attribute_in(node)
+            if self._comes_to_all(node):
+                yield from anything
+            elif holder is not None and name in (None, *_PARAMETERS):
+                use = self._use(node, parents)
+                meant = [list(layers) for layers in self._meant(holder, below, doubt=use != "written") if use]
+                yield from ((each, modules) for each in ([name] if name else _PARAMETERS) for modules in meant)
 
     def _meant(self, holder: ast.expr, below: list[nn.Module], *, doubt: bool) -> Iterator[Iterable[nn.Module]]:
         """Yield the layers that some names lead to; in doubt all, but who fills any layer is who loads or draws it."""
         for top in below:
-            module = self._value(holder, top)
-            if module is None:
+            module = module_at(holder, self.function, top if self.instances else None)
+            if not isinstance(module, nn.Module):
                 yield top.modules() if doubt else ()
             elif module is not top or not self.forward:  # a layer's own forward reads its own
                 yield [module]
 
-    def _value(self, name: ast.expr, top: nn.Module) -> nn.Module | None:
-        """Return the module that some names lead to, or ``None`` if that is not known."""
-        if isinstance(name, ast.Name):
-            return top if name.id == self.own else None
-        if isinstance(name, ast.Attribute):
-            holder = self._value(name.value, top)
-            return None if holder is None else holder._modules.get(name.attr)
-        return None
+    def _comes_to_all(self, node: ast.AST) -> bool:
+        """Whether somebody asks for all parameters, or a layer is run by its class: ``nn.Conv2d.forward(layer, x)``.
 
-    def _runs_past(self, node: ast.AST) -> bool:
-        """Whether a layer is run by its class, which knows no coordinates: ``nn.Conv2d.forward(layer, x)``."""
+        Its class knows no coordinates.
+        """
         if not isinstance(node, ast.Attribute) or node.attr not in _RUNNING:
-            return False
+            return self._gives and isinstance(node, ast.Attribute) and node.attr in _ALL
         base: Any = node.value
         if isinstance(base, ast.Call):  # in a forward ``super()`` is what runs anyway
             return getattr(base.func, "id", "") == "super" and not self.forward
@@ -147,11 +138,9 @@ class _Reading:
 
 def _failing(tree: ast.AST) -> Iterator[ast.AST]:
     """Yield what runs only together with a read of a norm's statistics: the rows of each suite that holds one."""
-    for node in ast.walk(tree):
-        for field in ("body", "orelse", "finalbody"):
-            rows = getattr(node, field, None)
-            if isinstance(rows, list) and any(map(_reads_statistics, rows)):
-                yield from (inner for row in rows for inner in ast.walk(row))
+    for rows in suites(tree):
+        if any(map(_reads_statistics, rows)):
+            yield from (inner for row in rows for inner in ast.walk(row))
 
 
 def _reads_statistics(node: ast.AST) -> bool:
@@ -160,15 +149,3 @@ def _reads_statistics(node: ast.AST) -> bool:
         return True
     deciding = (ast.stmt, ast.IfExp, ast.BoolOp, ast.Lambda)
     return any(_reads_statistics(child) for child in ast.iter_child_nodes(node) if not isinstance(child, deciding))
-
-
-def _taken(node: ast.AST) -> tuple[ast.expr | None, str | None]:
-    """Return of what a parameter is taken, and which, if that is known: ``layer.weight``, ``getattr(layer, name)``."""
-    if isinstance(node, ast.Attribute) and node.attr in _PARAMETERS:
-        return node.value, node.attr
-    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
-        text = node.args[1]
-        if not isinstance(text, ast.Constant):
-            return node.args[0], None
-        return (node.args[0], text.value) if text.value in _PARAMETERS else (None, None)
-    return None, None

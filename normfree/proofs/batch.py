@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normfree.norms import describe, find_norms
-from normfree.proofs.case import Case, Found, error_between
+from normfree.proofs.case import Case, Found
+from normfree.rewriting.comparing import error_between
 
 __all__ = ["batch_independent"]
 

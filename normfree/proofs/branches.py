@@ -14,9 +14,10 @@ from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow
 from normfree.analysis.sums import find_sums
 from normfree.errors import some
-from normfree.proofs.case import Case, Found, error_between
+from normfree.proofs.case import Case, Found
 from normfree.proofs.observing import out_of_place
 from normfree.proofs.replaying import replay
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.traces import MODES
 
 __all__ = ["branches_vanish"]
@@ -28,22 +29,21 @@ def branches_vanish(case: Case) -> Found:
     if case.plan.fused:
         return Found(None, None, "the model is fused: its scalars are part of its weights")
     scaled = {total.name: len(total.alphas) for total in case.plan.sums if total.alphas}
-    zero, written, ran = _watch(case, case.at_alpha(training=False, zero=True), set(scaled))
+    zero, written = _watch(case, case.at_alpha(training=False, zero=True), set(scaled))
     model = case.at_alpha(training=False)  # what is written of a branch shows only where the branch is not zero
     written = list(dict.fromkeys([*written, *_watch(case, model, set(scaled), ("train",))[1]]))
-    blamed = written
     if written and case.structure is not None:
         theirs = _watch(case, case.exact(case.structure, training=False), set(scaled))[1]
-        blamed = [name for name in written if name not in theirs]
-    alive = [name for name in scaled if name in ran and zero.get(name, 0) < scaled[name]]
-    unseen = [name for name in scaled if name not in ran]
+        written = [name for name in written if name not in theirs]
+    alive = [name for name in scaled if name in zero and zero[name] < scaled[name]]
+    unseen = [name for name in scaled if name not in zero]
     moved, tolerance = _inplace_error(case, model), case.tolerance(model)
     if moved > tolerance and case.structure is not None:
         moved = 0.0 if _inplace_error(case, case.exact(case.structure, training=False)) else moved
     problems = [
         *([f"branch not zero at {some(alive)}"] if alive else []),
         *([f"not reached: {some(unseen)}"] if unseen else []),
-        *([f"skip path overwritten at {some(blamed)}"] if blamed else []),
+        *([f"skip path overwritten at {some(written)}"] if written else []),
         *([f"in-place activations change the output by {moved:.1e}"] if moved > tolerance else []),
     ]
     total, missing = sum(scaled.values()), len(case.plan.unseen)
@@ -55,15 +55,15 @@ def branches_vanish(case: Case) -> Found:
 
 def _watch(
     case: Case, model: nn.Module, names: set[str], modes: Collection[str] = MODES
-) -> tuple[dict[str, int], list[str], set[str]]:
-    """Return how many branches are zero at each sum, where a skip path was overwritten, and which sums ran."""
+) -> tuple[dict[str, int], list[str]]:
+    """Return how many branches are zero at each sum that ran, and where a skip path was overwritten."""
     zero: dict[str, int] = {}
     written: list[str] = []
     for done in replay(model, case.plan.sites, case.inputs(), functools.partial(_Looks, names=names), modes):
         for name, count in done.zero_branches.items():
             zero[name] = min(count, zero.get(name, count))
         written += done.written
-    return zero, list(dict.fromkeys(written)), set(zero)
+    return zero, list(dict.fromkeys(written))
 
 
 class _Looks:

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from normfree.errors import UsageError
 from normfree.norms import find_norms
 from normfree.plans import Plan
-from normfree.proofs.noise import Steady
+from normfree.proofs.observing import Steady
 from normfree.proofs.reference import Reference
 from normfree.proofs.remaking import Made, remake
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy, in_float64
 from normfree.tracing.inputs import tensors
 from normfree.tracing.randomness import random_halves
 
-__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Found", "Proof", "error_between"]
+__all__ = ["ROUNDINGS", "TOLERANCE", "Case", "Found", "Proof"]
 
 TOLERANCE = 1e-9
 """Relative to the largest output, in float64."""
@@ -123,18 +124,17 @@ class Case:
         """Return an exact copy of the converted model with its scalars zero, or drawn: at zero nobody sees a branch."""
         model = self.exact(self.model, training)
         generator = torch.Generator().manual_seed(0)
-        for alpha in () if self.plan.fused else self.plan.alphas:
-            raw = self.alpha_in(model, alpha.holder)
+        for raw in self.alphas_in(model).values():
             if raw is not None:
                 drawn = (0.5 + torch.rand(1, generator=generator)) * self.plan.units.alpha
                 raw.data.copy_(drawn * 0 if zero else drawn)
         return model
 
-    @staticmethod
-    def alpha_in(model: nn.Module, path: str) -> nn.Parameter | None:
-        """Return what the module at ``path`` learns of its alpha, zero where alpha is; ``None`` where it has none."""
-        module = dict(model.named_modules(remove_duplicate=False)).get(path)
-        return None if module is None else module._parameters.get("raw_alpha")
+    def alphas_in(self, model: nn.Module) -> dict[str, nn.Parameter | None]:
+        """Return what a model learns of each alpha, zero where alpha is; ``None`` where it is gone."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        holders = () if self.plan.fused else [alpha.holder for alpha in self.plan.alphas]
+        return {path: modules[path]._parameters.get("raw_alpha") if path in modules else None for path in holders}
 
     def run(
         self,
@@ -158,13 +158,11 @@ class Case:
         """Return fresh arguments: a model may write into its input. ``nudge`` moves each by that part of itself."""
         size = self.size
 
-        def pick(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
+        def pick(x: Tensor) -> Tensor:
             x = x.detach().to(dtype or self.dtype) * (1 + nudge) if x.is_floating_point() else x.detach()
             return (x if samples is None or x.dim() == 0 or x.shape[0] != size else x[samples]).clone()
 
-        args, kwargs = tree_map(pick, (list(self.args), self.kwargs))
+        args, kwargs = tree_map_only(Tensor, pick, (list(self.args), self.kwargs))
         return args, kwargs
 
     @torch.no_grad()
@@ -183,15 +181,3 @@ class Case:
                 sign = torch.randint(2, parameter.shape, generator=generator).to(parameter) * 2 - 1
                 parameter.mul_(1 + step * sign)
         return ROUNDINGS * max(error_between(self.run(deep_copy(model)), self.run(rounded)), step)
-
-
-def error_between(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference over the largest value, over all outputs."""
-    if [x.shape for x in a] != [x.shape for x in b]:
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.is_floating_point() and x.numel():
-            difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-300)
-            worst = max(worst, float(difference)) if bool(torch.isfinite(difference)) else float("inf")
-    return worst

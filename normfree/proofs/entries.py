@@ -35,7 +35,7 @@ def departures(made: nn.Module, model: nn.Module) -> dict[str, list[str]]:
         if (id(pair[0]), id(pair[1])) not in seen:  # a module that has two names is told of once
             seen.add((id(pair[0]), id(pair[1])))
             problems += [(what, f"{name}.{key}".strip(".") or "the root") for what, key in _of_module(*pair)]
-    tensors = _tensors(ours), _tensors(theirs)
+    tensors = _tensors(made), _tensors(model)
     problems += [("shared otherwise", name) for name in _shared_otherwise(*tensors)]
     problems += [("another type", name) for name in _of_another_type(*tensors)]
     sorted_: dict[str, list[str]] = defaultdict(list)
@@ -55,10 +55,8 @@ def _of_module(made: nn.Module, module: nn.Module) -> Iterator[Problem]:
             what = _of_tensors(ours.get(key), theirs.get(key))
             if what is not None:
                 yield what, key
-    passing: list[set[str]] = []
-    for m in (made, module):
-        passing.append({key for key in getattr(m, "_non_persistent_buffers_set", ()) if key in m._buffers})
-    yield from (("saved otherwise", key) for key in passing[0] ^ passing[1])
+    kept = ({*getattr(m, "_non_persistent_buffers_set", ())} & dict(m._buffers.items()).keys() for m in (made, module))
+    yield from (("saved otherwise", key) for key in set.symmetric_difference(*kept))
     yield from (("another setting", key) for key in {key for key, _ in settings(made) ^ settings(module)})
     for hooks in _HOOKS:
         gone = Counter(_hooks(made, hooks)) - Counter(_hooks(module, hooks))
@@ -109,14 +107,9 @@ def _hooks(module: nn.Module, kind: str) -> Iterator[str]:
         yield str(getattr(function, "__qualname__", type(hook).__qualname__))
 
 
-def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}".strip("."): tensor
-        for name, module in modules.items()
-        for held in (module._parameters, module._buffers)
-        for key, tensor in held.items()
-        if tensor is not None
-    }
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _of_another_type(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[str]:

@@ -9,11 +9,11 @@ from torch import nn
 
 from normfree.deployment.fuse import bake_
 from normfree.errors import some
-from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Found, error_between
-from normfree.proofs.noise import Steady
-from normfree.proofs.observing import NormSpy, module_stack
+from normfree.proofs.case import ROUNDINGS, TOLERANCE, Case, Found
+from normfree.proofs.observing import NormSpy, Steady, module_stack
 from normfree.proofs.remaking import plain_form
 from normfree.rewriting.applying import rewrite
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import tensors
 

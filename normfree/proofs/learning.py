@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -22,26 +20,24 @@ _RELATIVE, _ABSOLUTE = 1e-6, 1e-10
 def everything_learns(case: Case) -> Found:
     """5: what got a gradient before gets one now, every alpha a finite one that is not zero, and each the right one."""
     model = case.exact(case.model, training=True)
-    alphas = dict(_alphas(case, model))
+    alphas = {path: raw for path, raw in case.alphas_in(model).items() if raw is not None}
     expected = _expected(case)
     try:
         grads = _gradients(case, model)
     except RuntimeError as error:  # autograd refuses, for example where something was overwritten that it had kept
         passed = None if expected is None else False
         return Found(passed, None, f"backward fails: {str(error).splitlines()[0]}")
-    missing = [key for key in expected or () if key in dict(model.named_parameters()) and grads.get(key) is None]
-    waiting = _without_gradient(alphas)
-    first = len(alphas) - len(waiting)
+    missing = [key for key in expected or () if key in grads and grads[key] is None]
     infinite = [path for path, alpha in alphas.items() if alpha.grad is not None and not alpha.grad.isfinite().all()]
+    closed = _without_gradient(alphas)
+    waiting, before = closed, list[str]()
     # An alpha behind another zero scale learns as soon as that one has moved: move it, and look again.
-    while waiting:
-        before = len(waiting)
+    while waiting != before:
+        before = waiting
         _open_scales(model, {id(alphas[path]) for path in waiting})
         _gradients(case, model)
         waiting = [path for path in waiting if path in _without_gradient(alphas)]
-        if len(waiting) == before:
-            break
-    late = len(alphas) - first - len(waiting)
+    late = len(closed) - len(waiting)
     dead = _dead(case, expected, waiting)
     waiting = [path for path in waiting if path not in dead]
     behind = f", {late} once the zero scale before it has moved" if late else ""
@@ -57,13 +53,6 @@ def everything_learns(case: Case) -> Found:
     ]
     detail = "; ".join(problems) or figures
     return Found(not problems, float(len(problems)), detail)
-
-
-def _alphas(case: Case, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for alpha in () if case.plan.fused else case.plan.alphas:
-        raw = case.alpha_in(model, alpha.holder)
-        if raw is not None:  # the sixth proof tells of one that is gone
-            yield alpha.holder, raw
 
 
 def _gradients(case: Case, model: nn.Module, nudge: float = 0.0) -> Gradients:
@@ -124,11 +113,8 @@ def _without_gradient(alphas: dict[str, nn.Parameter]) -> list[str]:
 @torch.no_grad()
 def _open_scales(model: nn.Module, closed: set[int]) -> None:
     for name, parameter in model.named_parameters():
-        if (
-            name.rpartition(".")[2] in ("raw_alpha", "gain")
-            and id(parameter) not in closed
-            and not torch.any(parameter)
-        ):
+        is_scale = name.rpartition(".")[2] in ("raw_alpha", "gain")
+        if is_scale and id(parameter) not in closed and not torch.any(parameter):
             parameter.fill_(1)
 
 
@@ -159,15 +145,18 @@ def _wrong_in(case: Case, training: bool) -> list[str]:
 
 def _different(found: Gradients, right: Gradients) -> list[str]:
     """Name the parameters whose gradients differ by more than rounding."""
-    largest = max((float(g.abs().max()) for g in right.values() if g is not None and g.numel()), default=0.0)
+    largest = max(map(_largest, right.values()), default=0.0)
     wrong = []
-    for name in found.keys() & right.keys():
-        pair = [g for g in (found[name], right[name]) if g is not None]
-        error = float((pair[0] - (pair[1] if len(pair) == 2 else 0.0)).abs().max()) if pair and pair[0].numel() else 0.0
-        scale = float(pair[-1].abs().max()) if pair and pair[0].numel() else 0.0
-        if not error <= _RELATIVE * (scale if len(pair) == 2 else 0.0) + _ABSOLUTE * largest:
+    for name in sorted(found.keys() & right.keys()):
+        ours, theirs = found[name], right[name]
+        difference = ours if theirs is None else theirs if ours is None else ours - theirs
+        if not _largest(difference) <= _RELATIVE * _largest(theirs) + _ABSOLUTE * largest:
             wrong.append(name)
-    return sorted(wrong)
+    return wrong
+
+
+def _largest(grad: Tensor | None) -> float:
+    return float(grad.abs().max()) if grad is not None and grad.numel() else 0.0
 
 
 def _hang_hooks(case: Case, model: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""Watching a model run: which operators see which tensors."""
+"""What a model is run under: watches, noise that is the same in every run, and nothing that works in place."""
 
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.tracing.inputs import tensors
+from normfree.tracing.randomness import Still
 from normfree.tracing.traces import memory_of
 
-__all__ = ["NormSpy", "module_stack", "out_of_place"]
+__all__ = ["NormSpy", "Steady", "module_stack", "out_of_place"]
+
+_NORMAL = ("aten::randn", "aten::randn_like", "aten::normal_")
 
 
 class NormSpy(TorchDispatchMode):
@@ -46,17 +50,15 @@ class NormSpy(TorchDispatchMode):
 def module_stack(model: nn.Module) -> Iterator[list[str]]:
     """Yield the names of the modules whose forward is running, innermost last."""
     stack = ["the root"]
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # takes no such hooks, and holds no norm
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name or "the root")))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no such hooks, and holds no norm
+            pre = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name or "the root"))
+            post = module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)
+            hooks.enter_context(pre)
+            hooks.enter_context(post)
         yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -70,3 +72,24 @@ def out_of_place(model: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             module.inplace = True  # type: ignore[assignment]  # as it was
+
+
+class Steady(Still):  # type: ignore[no-untyped-call]  # torch's own
+    """Noise of a normal distribution is drawn from a seed; every other draw stands still.
+
+    Zeros would hide what they are multiplied with, and give "inf" where a model divides by them. The seed is the shape
+    without its first dimension, along which all is alike: a sample gets the same alone as among others.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name
+        if name not in _NORMAL:
+            return result
+        mean, std = (*args[1:3], 0.0, 1.0)[:2] if name == "aten::normal_" and len(args) > 2 else (0.0, 1.0)
+        return result.copy_(_noise(tuple(result.shape[1:])) * std + mean)
+
+
+def _noise(shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(str(shape).encode()))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy, in_float64
 from normfree.tracing.inputs import tensors
 
@@ -50,14 +51,13 @@ class Reference:
         noise = _noise(tuple(x.shape), x.dtype)
         exact = _sample(in_float64(deep_copy(original)), noise.double())
         rounded = _sample(deep_copy(original), noise)
-        scale = float(exact.abs().max())
         return cls(
             shape=tuple(x.shape),
             dtype=str(x.dtype).removeprefix("torch."),
             first=tuple(noise.double().flatten()[:4].tolist()),
             values=tuple(exact.tolist()),
-            scale=scale,
-            rounding=float((rounded - exact).abs().max()) / max(scale, 1e-300),
+            scale=float(exact.abs().max()),
+            rounding=error_between([exact], [rounded]),
         )
 
     @torch.no_grad()
@@ -66,10 +66,7 @@ class Reference:
         noise = _noise(self.shape, getattr(torch, self.dtype))
         if tuple(noise.double().flatten()[:4].tolist()) != self.first:
             return None
-        found = _sample(deep_copy(model), noise)
-        if found.numel() != len(self.values):
-            return float("inf")
-        return float((found - torch.tensor(self.values, dtype=torch.float64)).abs().max()) / max(self.scale, 1e-300)
+        return error_between([torch.tensor(self.values, dtype=torch.float64)], [_sample(deep_copy(model), noise)])
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -60,14 +60,9 @@ def remake(structure: nn.Module, plan: Plan, call: tuple[tuple[Any, ...], dict[s
 
 
 def plain_form(made: nn.Module, model: nn.Module) -> nn.Module | None:
-    """Return what was made again with the values of ``model``; every layer computes by the formula in plain torch.
+    """Return what was ``made`` again, with the values of ``model``; every layer computes by the formula in plain torch.
 
-    Args:
-        made: What came of the plan, in the type of ``model``; it is changed.
-        model: The converted model.
-
-    Returns:
-        ``None`` where ``model`` holds other tensors.
+    ``made`` is changed, and must be in the type of ``model``. ``None`` where ``model`` holds other tensors.
     """
     theirs = dict(model.named_modules(remove_duplicate=False))
     with torch.no_grad():

@@ -111,13 +111,8 @@ def each_proof(
 ) -> Iterator[Proof]:
     """Yield the proofs one by one as they are done; see :func:`verify`.
 
-    Args:
-        model: As there.
-        original: As there.
-        inputs: As there.
-        plan: As there.
-        structure: The original architecture with any weights, where the original itself is not to be had.
-        reference: Samples of what the original computed, likewise.
+    Where the original is not to be had, ``structure`` is its architecture with any weights, and ``reference`` has
+    samples of what it computed.
     """
     plan = plan if plan is not None else Plan.of(model)
     args, kwargs = arguments(example_input(model) if inputs is None else inputs)

@@ -6,7 +6,6 @@ model bit for bit as it was. What changes, changes where it stands.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from normfree.analysis.moments import Moments
 from normfree.analysis.tails import Place
 from normfree.errors import InternalError
-from normfree.layers import is_carrier, scaled_weight_class
+from normfree.layers import CONSTANTS, is_carrier, scaled_weight_class
 from normfree.norms import describe, is_norm
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.changing import Changes, all_or_nothing, become, set_class
@@ -56,9 +55,8 @@ def rewrite(
     out_of_place = [modules[path] for path in plan.out_of_place]
     drawn = [(modules[path], gain) for path, gain in plan.drawn]
     with all_or_nothing() as changes:
-        changes.keep(model, *out_of_place)
-        for path in (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots, *writes.paired):
-            changes.keep(modules[path])
+        written = (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots, *writes.paired)
+        changes.keep(model, *out_of_place, *(modules[path] for path in written))
         for path, carrier in writes.carriers.items():
             _write_carrier(modules[path], carrier, scale, changes)
         for path, cls in writes.paired.items():
@@ -85,12 +83,6 @@ def rewrite(
     hint_(model)
 
 
-def _find(modules: Mapping[str, nn.Module], model: str, path: str) -> nn.Module:
-    if path not in modules:
-        raise InternalError(f"the plan names {path!r}, which this {model} does not have")
-    return modules[path]
-
-
 _FITS: dict[Place, Callable[[nn.Module], bool]] = {
     "weight": is_carrier,
     "norm": is_norm,
@@ -106,20 +98,27 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     Raises:
         InternalError: It names what the model does not have.
     """
-    find = functools.partial(_find, dict(model.named_modules(remove_duplicate=False)), type(model).__name__)
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+
+    def find(path: str) -> nn.Module:
+        if path not in modules:
+            raise InternalError(f"the plan names {path!r}, which this {type(model).__name__} does not have")
+        return modules[path]
+
     for path in (*plan.out_of_place, *(path for path, _ in plan.drawn)):
         find(path)
     for edit in plan.removed:
         if not is_norm(find(edit.name)):
             raise InternalError(f"the plan removes a norm at {edit.name!r}, where the model has none")
-        if edit.producer is not None and not is_carrier(find(edit.producer)):
-            raise InternalError(f"{edit.producer!r} cannot take a gain and a bias")
-    for carried in plan.carried:
-        if not is_carrier(find(carried.path)):
-            raise InternalError(f"{carried.path!r} cannot learn in units of its own")
-    for path in plan.biases:
-        if not is_carrier(find(path)):
-            raise InternalError(f"{path!r} cannot take a bias")
+    carriers = {
+        "take a gain and a bias": [edit.producer for edit in plan.removed if edit.producer is not None],
+        "learn in units of its own": [carried.path for carried in plan.carried],
+        "take a bias": plan.biases,
+    }
+    for what, paths in carriers.items():
+        for path in paths:
+            if not is_carrier(find(path)):
+                raise InternalError(f"{path!r} cannot {what}")
     for alpha in plan.alphas:
         module = find(alpha.path)
         if not _FITS[alpha.place](module):
@@ -138,6 +137,10 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     become(old, new)
 
 
+_CONSTANTS = (*CONSTANTS, "feeds_slot", "unit", "alpha_unit", "bias_unit", "mean_unit")
+"""What a layer is given besides parameters, tensors first."""
+
+
 def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Changes) -> None:
     if carrier.bias is not None or carrier.feeds_slot:
         layer._parameters["bias"] = carrier.bias
@@ -145,19 +148,7 @@ def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Cha
         return
     set_class(layer, scaled_weight_class(type(layer)))
     layer._parameters["raw_alpha"] = carrier.raw_alpha
-    layer.__dict__.update(
-        gain=carrier.gain,
-        feeds_slot=carrier.feeds_slot,
-        unit=carrier.unit,
-        fixed_bias=carrier.fixed_bias,
-        center=carrier.center,
-        at_center=carrier.at_center,
-        alpha_channels=carrier.channels,
-        alpha_unit=carrier.alpha_unit,
-        bias_unit=carrier.bias_unit,
-        filter_mean=carrier.filter_mean,
-        mean_unit=carrier.mean_unit,
-    )
+    layer.__dict__.update({name: getattr(carrier, name) for name in _CONSTANTS}, alpha_channels=carrier.channels)
     weight = layer._parameters["weight"]
     if scale and carrier.times != 1.0 and weight is not None:
         changes.set_values(weight, weight.data * carrier.times)

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow
-from normfree.code.settings import asks_the_process, settings_of
+from normfree.code.settings import Setting, asks_the_process, settings_of
 from normfree.errors import UsageError
 from normfree.layers import ScaledSum, skipinit_name
 from normfree.rewriting.rows import text_with
 from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.roles import name_of
-from normfree.tracing.traces import MODES, Graph
+from normfree.tracing.traces import Graph
 
 __all__ = ["operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
 
@@ -54,7 +53,7 @@ def why_not_scalable(block: nn.Module, addition: int, operand: int, done: list[s
         return f"it goes by what {asked}() says, which may change"
     try:
         copied = meta_copy(block)
-        graphs = [own_graph(mode) for mode in _modes(copied)]
+        graphs = [own_graph(copied.train(training)) for training in (False, True)]
         if not any(operations_of(_flow(block, graph), "") == done for graph in graphs):
             return "it looks at what it is given, and a forward must hold for whatever that is"
         if writes and not all(_only_its_result_goes_on(block, graph, addition) for graph in graphs):
@@ -99,19 +98,18 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
     that it holds as :func:`skipinit_name` says.
     """
     original = type(block)
-    graphs, settings = list[fx.Graph](), list[Any]()
-    for mode in _modes(meta_copy(block)):
-        graphs.append(own_graph(mode))
-        settings.append(settings_of(mode))
-        _scale(mode, graphs[-1], places)
-    evaluate, train = (_compiled(original, graph) for graph in graphs)
+    copied = meta_copy(block)
+    graphs, settings, forwards = dict[bool, fx.Graph](), dict[bool, tuple[Setting, ...]](), dict[bool, Any]()
+    for training in (False, True):
+        graphs[training], settings[training] = own_graph(copied.train(training)), settings_of(copied)
+        _scale(copied, graphs[training], places)
+        forwards[training] = _compiled(original, graphs[training])
     members = {
         "__module__": original.__module__,
         "_places": places,
-        "_evaluate": evaluate,
-        "_train": train,
-        "_settings": dict(zip((False, True), settings, strict=True)),
-        "_graphs": dict(zip((False, True), graphs, strict=True)),
+        "_forwards": forwards,
+        "_settings": settings,
+        "_graphs": graphs,
         "forward": _forward,
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
@@ -127,7 +125,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             raise UsageError(
                 f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
             )
-    return self._train(*args, **kwargs) if self.training else self._evaluate(*args, **kwargs)
+    return self._forwards[self.training](self, *args, **kwargs)
 
 
 def _reduce(self: Any, _: Any) -> tuple[Any, ...]:
@@ -164,15 +162,6 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return new
 
 
-def _modes(block: nn.Module) -> Iterator[nn.Module]:
-    """Yield a block in each mode."""
-    training = block.training
-    try:
-        yield from (block.train(mode == "train") for mode in MODES)
-    finally:
-        block.train(training)
-
-
 def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
     return Flow(Graph(graph), dict(block.named_modules(remove_duplicate=False)), ())
 
@@ -181,9 +170,8 @@ def _scale(block: nn.Module, graph: fx.Graph, places: Places) -> None:
     """Pass operands of additions through the scalars that the block holds."""
     flow = _flow(block, graph)
     held = {str(n.target).split(".")[0] for n in graph.nodes if n.op == "get_attr"}
-    if not all(isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held) or any(
-        name.startswith("_tensor_constant") for name in held
-    ):
+    known = (isinstance(getattr(block, name, None), (Tensor, nn.Module)) for name in held)
+    if not all(known) or any(name.startswith("_tensor_constant") for name in held):
         raise TypeError("the forward makes tensors of its own")
     additions = flow.additions()
     for addition, operand in places:

@@ -27,50 +27,33 @@ def become(module: nn.Module, other: nn.Module) -> None:
     """Turn ``module`` into what ``other`` is; it keeps its hooks, since handles must still find what they remove."""
     contents = other.__dict__ | {name: module.__dict__[name] for name in HOOKS}
     set_class(module, type(other))
-    module.__dict__.clear()
-    module.__dict__.update(contents)
+    _refill(module.__dict__, contents)
 
 
-class Changes:
-    """What was before: classes and contents of modules, and the values of tensors."""
-
-    def __init__(self) -> None:
-        self._modules: dict[int, tuple[nn.Module, type[nn.Module], dict[str, Any]]] = {}
-        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+class Changes(contextlib.ExitStack):
+    """What was before: classes and contents of modules, and the values of tensors; leaving it puts all back."""
 
     def keep(self, *modules: nn.Module) -> None:
-        """Remember modules as they are, before they are written to for the first time."""
+        """Remember modules as they are, before they are written to."""
         for module in modules:
-            if id(module) not in self._modules:
-                self._modules[id(module)] = module, type(module), dict(module.__dict__)
-                self._held += [(held, dict(held)) for held in (module.__dict__[name] for name in _HELD)]
+            self.callback(set_class, module, type(module))
+            for contents in (module.__dict__, *(module.__dict__[name] for name in _HELD)):
+                self.callback(_refill, contents, dict(contents))
 
     def set_values(self, tensor: Tensor, values: Tensor) -> None:
         """Give a tensor other values, in memory of their own."""
-        self._values.setdefault(id(tensor), (tensor, tensor.data))
+        self.callback(setattr, tensor, "data", tensor.data)
         tensor.data = values
 
-    def take_back(self) -> None:
-        """Put everything back."""
-        for module, cls, contents in self._modules.values():
-            set_class(module, cls)
-            module.__dict__.clear()
-            module.__dict__.update(contents)
-        for held, before in self._held:
-            held.clear()
-            held.update(before)
-        for tensor, values in self._values.values():
-            tensor.data = values
+
+def _refill(contents: dict[str, Any], others: dict[str, Any]) -> None:
+    contents.clear()
+    contents.update(others)
 
 
 @contextlib.contextmanager
 def all_or_nothing() -> Iterator[Changes]:
     """Take every change back on any exception, be it an interrupt or a lack of memory."""
-    changes = Changes()
-    try:
-        with torch.no_grad():
-            yield changes
-    except BaseException:
-        changes.take_back()
-        raise
+    with Changes() as changes, torch.no_grad():
+        yield changes
+        changes.pop_all()

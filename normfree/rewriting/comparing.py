@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from normfree.analysis.moments import Moments
 from normfree.errors import InexactError
@@ -20,7 +19,7 @@ from normfree.tracing.copying import deep_copy, in_float64, sharing_copy
 from normfree.tracing.inputs import Guess, Inputs, arguments, fresh, guesses, tensors
 from normfree.tracing.randomness import Still, random_halves
 
-__all__ = ["rewrite_and_compare"]
+__all__ = ["error_between", "rewrite_and_compare"]
 
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
 """A difference that needs no second look, relative to the largest output."""
@@ -33,11 +32,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def rewrite_and_compare(model: nn.Module, plan: Plan, met: Mapping[str, Moments], inputs: Inputs | None) -> None:
     """Apply a plan in place, and compare what the model computes in eval mode before and after.
 
-    Args:
-        model: The model.
-        plan: Its plan.
-        met: What its carried layers meet, by path.
-        inputs: What it runs on; found, and small, if not given. Where nothing is found, nothing is compared.
+    ``met`` is what its carried layers meet, by path. ``inputs``, what it runs on, are found, and small, if not given;
+    where nothing is found, nothing is compared.
 
     Raises:
         InexactError: It computes something else. The model is unchanged.
@@ -49,7 +45,7 @@ def rewrite_and_compare(model: nn.Module, plan: Plan, met: Mapping[str, Moments]
     rounding = _ROUNDING.get(before[0].dtype, 0.0) if before else 0.0
 
     def compare() -> None:
-        if not _difference(before, _run(sharing_copy(model), call)) <= rounding:
+        if error_between(before, _run(sharing_copy(model), call)) > rounding:
             raise _SecondLookError
 
     try:
@@ -88,13 +84,16 @@ def _run(model: nn.Module, call: Call) -> list[Tensor]:
         return [t for t in tensors(model.eval()(*args, **kwargs)) if t.is_floating_point() and t.numel()]
 
 
-def _difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return the largest difference over the largest value, of all outputs."""
+def error_between(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the largest difference over the largest value, of all outputs; infinite where that is no number."""
     if [x.shape for x in a] != [y.shape for y in b]:
-        return math.inf
-    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)]
-    each = [float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)) for x, y in pairs]
-    return math.nan if any(map(math.isnan, each)) else max(each, default=0.0)
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.is_floating_point() and x.numel():
+            difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp_min(1e-300)
+            worst = max(worst, float(difference)) if bool(torch.isfinite(difference)) else float("inf")
+    return worst
 
 
 def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], call: Call) -> None:
@@ -105,15 +104,15 @@ def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], c
     """
     before, after = in_float64(deep_copy(model)), in_float64(deep_copy(model))
     rewrite(after, plan, met)
-    wide = _wide(call)
+    wide, nudged = (_changed(call, change) for change in (Tensor.double, lambda x: x.double() * (1 + 2**-40)))
     with _watching(before, plan) as first, _watching(after, plan) as second:
         outputs = _run(before, wide), _run(after, wide)
-    error = _difference(*outputs)
+    error = error_between(*outputs)
     if error <= _EXACT or not all(bool(x.isfinite().all()) for x in outputs[0]):
         return
-    if not _difference(outputs[0], _run(before, _nudged(wide))) <= _EXACT:
+    if error_between(outputs[0], _run(before, nudged)) > _EXACT:  # by a few roundings
         return  # the original itself tells nothing: boxes of a detector change places for a rounding
-    place = next((name for name in first if not _difference(first[name], second.get(name, [])) <= _EXACT), None)
+    place = next((name for name in first if error_between(first[name], second.get(name, [])) > _EXACT), None)
     behind = "" if place is None else f", and the first that differs is {place}"
     raise InexactError(
         f"the converted {type(model).__name__} computes something else: its output differs by {error:.1e}, relative to "
@@ -122,17 +121,9 @@ def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], c
     )
 
 
-def _wide(call: Call) -> Call:
-    return cast(Call, tree_map(lambda x: x.double() if _is_floating(x) else x, call))
-
-
-def _nudged(call: Call) -> Call:
-    """Return a call that differs by a few roundings."""
-    return cast(Call, tree_map(lambda x: x * (1 + 2**-40) if _is_floating(x) else x, call))
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _changed(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """Return a call with other numbers."""
+    return cast(Call, tree_map_only(Tensor, lambda x: change(x) if x.is_floating_point() else x, call))
 
 
 @contextlib.contextmanager
@@ -143,9 +134,7 @@ def _watching(model: nn.Module, plan: Plan) -> Iterator[dict[str, list[Tensor]]]
     def look(name: str) -> Any:
         return lambda _, __, out: seen.update({name: [out.detach().clone()]} if isinstance(out, Tensor) else {})
 
-    handles = [model.get_submodule(edit.name).register_forward_hook(look(edit.name)) for edit in plan.removed]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for edit in plan.removed:
+            hooks.enter_context(model.get_submodule(edit.name).register_forward_hook(look(edit.name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from normfree.errors import some
 from normfree.plans import Plan
 
 __all__ = ["OptimizerWarning", "warn_of_optimizers"]
@@ -39,10 +40,9 @@ def warn_of_optimizers(model: nn.Module, plan: Plan) -> None:
         groups = getattr(optimizer, "param_groups", ())
         held = [names[id(p)] for group in groups for p in group["params"] if id(p) in names]
         if held:
-            shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
             warnings.warn(
-                f"{type(optimizer).__name__} holds parameters that the conversion takes out of the model ({shown}) and "
-                "none that come instead: build it after the conversion",
+                f"{type(optimizer).__name__} holds parameters that the conversion takes out of the model ("
+                f"{some(held)}) and none that come instead: build it after the conversion",
                 OptimizerWarning,
                 stacklevel=3,
             )

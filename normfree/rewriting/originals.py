@@ -38,8 +38,7 @@ class Originals:
         """Copy what ``plan`` is about to take away: the user may go on with the model that it comes from."""
         memo: dict[int, Any] = {}
         norms = {edit.name: _kept(modules[edit.name], memo) for edit in plan.removed}
-        producers = [edit.producer for edit in plan.removed if edit.producer is not None]
-        biases = {path: modules[path]._parameters["bias"] for path in producers}
+        biases = {path: modules[path]._parameters["bias"] for path in plan.pairs}
         return cls(norms, {path: None if bias is None else _copied(bias, memo) for path, bias in biases.items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
@@ -50,10 +49,7 @@ class Originals:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by the key that it has in the state of the original model."""
-        found: dict[str, Tensor | None] = {f"{path}.bias": bias for path, bias in self.biases.items()}
-        for path, norm in self.norms.items():
-            found |= {f"{path}.{name}": t for name, t in (*norm._parameters.items(), *norm._buffers.items())}
-        return {key: tensor.detach() for key, tensor in found.items() if tensor is not None}
+        return {key: tensor.detach() for key, tensor in self._own().items()}
 
     def fill_(self, values: Mapping[str, Tensor], where: str) -> None:
         """Take other values.
@@ -61,15 +57,17 @@ class Originals:
         Raises:
             CheckpointError: Their names or shapes are not what is needed.
         """
-        if {k: v.shape for k, v in self.tensors().items()} != {k: v.shape for k, v in values.items()}:
+        own = self._own()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in values.items()}:
             raise CheckpointError(f"{where}: the norms that are kept in it do not belong to this model")
+        for key, tensor in own.items():
+            tensor.data = values[key].clone()
+
+    def _own(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor | None] = {f"{path}.bias": bias for path, bias in self.biases.items()}
         for path, norm in self.norms.items():
-            for name, tensor in (*norm._parameters.items(), *norm._buffers.items()):
-                if tensor is not None:
-                    tensor.data = values[f"{path}.{name}"].clone()
-        for path, bias in self.biases.items():
-            if bias is not None:
-                bias.data = values[f"{path}.bias"].clone()
+            found |= {f"{path}.{name}": t for name, t in (*norm._parameters.items(), *norm._buffers.items())}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
 def _kept(norm: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import copyreg
-import itertools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
+from normfree.code.functions import bases
+from normfree.code.text import UNKNOWN, module_at
 from normfree.errors import UsageError
 from normfree.layers import ScaledOutput, scaled_output_class
 from normfree.layers.pairs import OneByOne
@@ -47,34 +48,21 @@ class Paired(nn.Module):
 def specs(modules: Modules, pairs: Mapping[str, str]) -> dict[str, Spec]:
     """Return the modules that call pairs in a row, with the methods that do, and the sequences in which pairs stand.
 
-    The root is left out: it keeps its class.
-
-    Args:
-        modules: The modules of a model by name.
-        pairs: The layers with the norms, or slots, behind them.
+    ``pairs`` are the layers with the norms, or slots, behind them. The root is left out: it keeps its class.
     """
     identities = {id(modules[layer]): id(modules[norm]) for layer, norm in pairs.items()}
-    holding = {name.rpartition(".")[0] for name in (*pairs, *pairs.values())}
-    above = {id(modules[name]): name for held in holding for name in _above(held) if name}
+    members = {*identities, *identities.values()}
+    ends = (*pairs, *pairs.values())
+    above = {id(modules[name[:i]]): name[:i] for name in ends for i, letter in enumerate(name) if letter == "."}
     found: dict[str, Spec] = {}
-    sequences = set[nn.Module]()
     for name in above.values():
         module = modules[name]
         if _is_sequence(module):
-            parts = itertools.pairwise(_flat(module))
-            sequences |= {module} if any(identities.get(id(a)) == id(b) for a, b in parts) else set()
+            found |= {} if members.isdisjoint(map(id, _flat(module))) else {name: ()}
         elif not isinstance(module, torch.jit.ScriptModule):
-            found[name], ends = _spec(module, identities)
-            sequences.update(ends)
-    members = {*identities, *identities.values()}
-    apart = {  # what a sequence is made of must come apart too
-        part
-        for sequence in sequences
-        for part in sequence.modules()
-        if _is_sequence(part) and not members.isdisjoint(map(id, _flat(part)))
-    }
-    one_by_one: dict[str, Spec] = {name: () for name, module in modules.items() if name and module in apart}
-    return {name: spec for name, spec in found.items() if spec} | one_by_one
+            spec = _spec(module, identities)
+            found |= {name: spec} if spec else {}
+    return found
 
 
 def paired_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
@@ -123,13 +111,6 @@ def unpaired_(model: nn.Module) -> None:
             set_class(module, scaled_output_class(vars(inner)["_normfree_before"], mixin))
 
 
-def _above(name: str) -> Iterator[str]:
-    yield name
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
 def _is_sequence(module: nn.Module) -> bool:
     """Whether a module calls what it holds one after the other, and does nothing else."""
     cls = type(module)
@@ -149,63 +130,30 @@ def _flat(module: nn.Module) -> list[nn.Module]:
     return [part for child in module._modules.values() for part in _flat(cast(nn.Module, child))]
 
 
-def _spec(module: nn.Module, pairs: Pairs) -> tuple[Spec, list[nn.Module]]:
-    """Return the methods of a module that call pairs in a row, and the sequences that these are in."""
-    cls, spec, sequences = type(module), list[tuple[str, tuple[tuple[int, int], ...]]](), list[nn.Module]()
-    names = dict.fromkeys(n for base in cls.__mro__ if not base.__module__.startswith("torch.") for n in vars(base))
-    for name in names:
-        method = _method(cls, name)
-        keys = [row.key for row in rows_in(method) if _is_pair(row, method, module, pairs, sequences)] if method else []
+def _spec(module: nn.Module, pairs: Pairs) -> Spec:
+    """Return the methods of a module that call pairs in a row."""
+    spec = list[tuple[str, tuple[tuple[int, int], ...]]]()
+    for name in dict.fromkeys(name for base in bases(type(module)) for name in vars(base)):
+        method = _method(type(module), name)
+        keys = [row.key for row in rows_in(method) if _is_pair(row, method, module, pairs)] if method else []
         if keys:
             spec.append((name, tuple(keys)))
-    return tuple(spec), sequences
+    return tuple(spec)
 
 
 def _method(cls: type, name: str) -> FunctionType | None:
     """Return the method that instances of a class have under a name, if it is a plain one."""
-    found = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+    found = inspect.getattr_static(cls, name, None)
     return found if isinstance(found, FunctionType) and not hasattr(found, "__wrapped__") else None
 
 
-_UNKNOWN = object()
-"""What a variable holds."""
-
-
-def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs, sequences: list[nn.Module]) -> bool:
+def _is_pair(row: Row, method: FunctionType, module: nn.Module, pairs: Pairs) -> bool:
     """Whether what is called in a row is a pair, or may be one: what a loop goes through is not known."""
-    first, second = (_value(end, method, module) for end in (row.first, row.second))
+    first, second = (module_at(end, method, module) for end in (row.first.func, row.second.func))
     if first is None or second is None:
         return False
-    if first is _UNKNOWN and second is _UNKNOWN:
+    if first is UNKNOWN and second is UNKNOWN:
         return any(id(part) in pairs for part in module.modules())
-    layer = None if first is _UNKNOWN else id(_flat(first)[-1])
-    slot = None if second is _UNKNOWN else id(_flat(second)[0])
-    found = slot in pairs.values() if layer is None else layer in pairs and slot in (None, pairs[layer])
-    if found:
-        sequences += [end for end in (first, second) if isinstance(end, nn.Module) and _is_sequence(end)]
-    return found
-
-
-def _value(name: ast.expr, method: FunctionType, module: nn.Module) -> Any:
-    """Return the module that stands at the end of some names; ``None`` if there is none."""
-    code = method.__code__
-    if isinstance(name, ast.Name):
-        if name.id in code.co_varnames[: min(code.co_argcount, 1)]:
-            return module
-        found = _UNKNOWN if name.id in code.co_varnames + code.co_cellvars else method.__globals__.get(name.id)
-        return found if found is _UNKNOWN or isinstance(found, nn.Module) else None
-    held = name.args[0] if isinstance(name, ast.Call) else cast(Any, name).value  # ``getattr(self, "0")``
-    holder = _value(held, method, module)
-    if holder is _UNKNOWN or holder is None:
-        return holder
-    if not isinstance(name, ast.Subscript):
-        attribute = cast(Any, name).args[1].value if isinstance(name, ast.Call) else cast(Any, name).attr
-        found = holder._modules.get(attribute, holder.__dict__.get(attribute))
-        return _UNKNOWN if isinstance(found, (list, tuple, dict)) else found if isinstance(found, nn.Module) else None
-    which = name.slice
-    if not isinstance(which, ast.Constant) or not isinstance(holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return _UNKNOWN
-    try:
-        return holder[which.value]  # type: ignore[index]  # whatever its text says
-    except (KeyError, IndexError, TypeError, ValueError):
-        return None
+    layer = None if first is UNKNOWN else id(_flat(first)[-1])
+    slot = None if second is UNKNOWN else id(_flat(second)[0])
+    return slot in pairs.values() if layer is None else layer in pairs and slot in (None, pairs[layer])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,7 @@ from normfree.layers import (
     scaled_output_class,
     skipinit_name,
 )
-from normfree.norms import Norm, describe
+from normfree.norms import describe
 from normfree.plans import Plan
 from normfree.rewriting.blocks import scaled_block_class
 from normfree.rewriting.changing import HOOKS
@@ -50,33 +50,20 @@ class Writes:
 def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> Writes:
     """Compute what ``plan`` writes into ``model``, without touching it.
 
-    Args:
-        model: The model.
-        plan: The plan.
-        met: What the carried layers meet, by path; ``None`` where the constants come from a file.
+    ``met`` is what the carried layers meet, by path; ``None`` where the constants come from a file.
     """
     writes = Writes()
     modules = dict(model.named_modules(remove_duplicate=False))
-    preserve = plan.init == "preserve"
     in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
     for edit in plan.removed:
         writes.slots[edit.name] = _slot(modules, edit, plan, in_slot.get(edit.name))
-        if edit.producer is not None and preserve:
-            old, keeps = modules[edit.producer]._parameters["bias"], edit.producer in plan.keeping_bias
-            fixed = None if old is None or keeps else old.detach().clone()
-            writes.carriers[edit.producer] = Carrier(bias=old if keeps else None, feeds_slot=True, fixed_bias=fixed)
     for path, spec in specs(modules, plan.pairs).items():
         with contextlib.suppress(ValueError, TypeError):  # it calls one by one then, as it always did
             if path not in plan.unpaired:
                 writes.paired[path] = paired_class(type(modules[path]), spec)
-    for carried in plan.carried:
-        carrier = writes.carriers.setdefault(carried.path, Carrier())
-        carry(modules[carried.path], carrier, carried, plan.units, met)
-    for path in plan.biases:
-        layer = modules[path]
-        bias = torch.zeros(features_of(layer), dtype=weight_of(layer).dtype, device=weight_of(layer).device)
-        writes.carriers[path] = Carrier(bias=nn.Parameter(bias, weight_of(layer).requires_grad))
+    writes.carriers.update(_carriers(modules, plan, met))
     _check_finite(writes, modules)
+    sums: dict[str, list[Alpha]] = defaultdict(list)
     for alpha in plan.alphas:
         module = modules[alpha.path]
         if alpha.place == "weight":
@@ -84,7 +71,9 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
             carrier.raw_alpha = _alpha(plan, weight_of(module), weight_of(module).requires_grad)
             carrier.channels, carrier.alpha_unit = alpha.channels, plan.units.alpha
         elif alpha.place == "slot":
-            writes.slots[alpha.path] = _skipinit(plan, _alpha_beside(plan, module, model), alpha.channels)
+            writes.slots[alpha.path] = _skipinit(plan, module, model, alpha.channels)
+        elif alpha.place == "sum":
+            sums[alpha.path].append(alpha)
         elif alpha.place == "output":
             scalar = _alpha_beside(plan, module, model)
             if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
@@ -96,12 +85,32 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
                 mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
                 before = writes.paired.pop(alpha.path, type(module))
                 writes.outputs[alpha.path] = scalar, scaled_output_class(before, mixin)
-    writes.blocks.update(_blocks(model, plan, modules))
-    for path in writes.blocks:  # their own text calls pairs together
-        writes.paired.pop(path, None)
-    for path, slot in writes.slots.items():
-        slot.training = modules[path].training
+    for path, alphas in sums.items():
+        block = modules[path]
+        held: dict[str, nn.Module] = {}
+        for alpha in alphas:
+            held[skipinit_name(alpha.addition)] = _skipinit(plan, block, model, None).train(block.training)
+        writes.blocks[path] = held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas))
+        writes.paired.pop(path, None)  # its own text calls pairs together
+    for path, norm_slot in writes.slots.items():
+        norm_slot.training = modules[path].training
     return writes
+
+
+def _carriers(modules: Mapping[str, nn.Module], plan: Plan, met: Mapping[str, Moments] | None) -> dict[str, Carrier]:
+    """Return what the layers get that take a bias, are followed by a slot, or learn in units."""
+    found: dict[str, Carrier] = {}
+    for path in plan.pairs:
+        old, keeps = modules[path]._parameters["bias"], path in plan.keeping_bias
+        fixed = None if old is None or keeps else old.detach().clone()
+        found[path] = Carrier(bias=old if keeps else None, feeds_slot=True, fixed_bias=fixed)
+    for carried in plan.carried:
+        carry(modules[carried.path], found.setdefault(carried.path, Carrier()), carried, plan.units, met)
+    for path in plan.biases:
+        weight = weight_of(modules[path])
+        bias = weight.new_zeros(features_of(modules[path]))
+        found[path] = Carrier(bias=nn.Parameter(bias, weight.requires_grad))
+    return found
 
 
 def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
@@ -123,28 +132,11 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
         raise UnsupportedModelError(tuple(problems))
 
 
-def _blocks(
-    model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, tuple[dict[str, nn.Module], type[nn.Module]]]]:
-    """Yield every block whose forward is rewritten, with what it is to hold and its new class."""
-    places: dict[str, list[Alpha]] = {}
-    for alpha in plan.alphas:
-        if alpha.place == "sum":
-            places.setdefault(alpha.path, []).append(alpha)
-    for path, alphas in places.items():
-        block = modules[path]
-        held: dict[str, nn.Module] = {}
-        for alpha in alphas:
-            slot = _skipinit(plan, _alpha_beside(plan, block, model), None)
-            held[skipinit_name(alpha.addition)] = slot.train(block.training)
-        yield path, (held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas)))
-
-
 def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
     """Build what takes the norm's place."""
     module, model, preserve = modules[edit.name], modules[""], plan.init == "preserve"
     norm = describe(module)
-    gain = bias = scalar = None
+    gain = bias = None
     unit = plan.units.bias if edit.producer is not None else 1.0
     times = next((carried.unit for carried in plan.carried if carried.path == edit.producer), 1.0)
     if edit.action in ("affine", "bias") or (edit.action == "fold" and preserve):
@@ -152,21 +144,22 @@ def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: A
         like = _like(module, model) if layer is None else weight_of(layer)
         fresh = torch.zeros(norm.features, device=like.device)
         affine = norm.affine() if preserve else (fresh + 1 if edit.action == "affine" else None, fresh)
-        train = _learns(norm.weight, norm, _trains(model) if layer is None else like.requires_grad)
+        # What was made of buffers learns not at all: else an activation that is written over twice would fail in a
+        # backward pass that used to stop before it.
+        train = (_trains(model) if layer is None else like.requires_grad) and not norm.frozen
+        train = norm.weight.requires_grad if isinstance(norm.weight, nn.Parameter) else train
         gain = None if affine[0] is None else (affine[0] / times).to(like.dtype)
         if gain is not None and (not preserve or edit.gain_learns):  # else a constant, for which no activation is kept
             gain = nn.Parameter(gain, train)
         shifts = [norm.bias] if layer is None else [norm.bias, layer._parameters["bias"]]
-        learns = [_learns(shift, norm, train) for shift in shifts if isinstance(shift, nn.Parameter)]
-        learns = learns or [_learns(norm.bias, norm, train)]
+        learns = [shift.requires_grad for shift in shifts if isinstance(shift, nn.Parameter)]
+        learns = learns or [train and not norm.frozen]
         bias = nn.Parameter((affine[1] * unit).to(like.dtype), any(learns))
-    if alpha is not None:
-        scalar = _alpha_beside(plan, module, model)
-    rest = norm.drop is not None or norm.act is not None
-    if not rest and gain is None and bias is None:
-        if alpha is not None and scalar is not None:
-            return _skipinit(plan, scalar, alpha.channels)
+    if norm.drop is None and norm.act is None and gain is None and bias is None:
+        if alpha is not None:
+            return _skipinit(plan, module, model, alpha.channels)
         return Copy() if edit.copy else Vacant()
+    scalar = None if alpha is None else _alpha_beside(plan, module, model)
     hooked = gain is not None or bias is not None or scalar is not None
     cls = CopiedAffine if edit.copy and hooked and not plan.inplace_activations else ChannelAffine
     copy = edit.copy and gain is None and bias is None
@@ -183,23 +176,15 @@ def _shell(module: nn.Module, out_of_place: bool) -> nn.Module:
     return shell
 
 
-def _learns(value: Tensor | None, norm: Norm, otherwise: bool) -> bool:
-    """Whether what comes of a norm's scale or shift learns: as that did, and not at all where it was made of buffers.
-
-    Else an activation that is written over twice would fail in a backward pass that used to stop before it.
-    """
-    return value.requires_grad if isinstance(value, nn.Parameter) else otherwise and not norm.frozen
-
-
 def _trains(model: nn.Module) -> bool:
     """Whether anything in the model learns; one without parameters has nothing that says otherwise."""
     return any(p.requires_grad for p in model.parameters()) or not any(True for _ in model.parameters())
 
 
-def _skipinit(plan: Plan, alpha: nn.Parameter, channels: Channels) -> SkipInit:
+def _skipinit(plan: Plan, module: nn.Module, model: nn.Module, channels: Channels) -> SkipInit:
     cls = SkipInit if plan.inplace_activations else CopiedSkipInit
     slot = cls(channels=channels, unit=plan.units.alpha)
-    slot.raw_alpha = alpha
+    slot.raw_alpha = _alpha_beside(plan, module, model)
     return slot
 
 
@@ -215,8 +200,5 @@ def _alpha_beside(plan: Plan, module: nn.Module, model: nn.Module) -> nn.Paramet
 
 def _like(*modules: nn.Module) -> Tensor:
     """Return a floating tensor of the first of these modules that holds one, for its device and dtype."""
-    for module in modules:
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            if tensor.is_floating_point():
-                return tensor
-    return torch.empty(0)
+    held = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))

@@ -16,9 +16,9 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import cast
+from typing import TypeGuard
 
-from normfree.code.text import compiled, is_shared, names_of, reads, tree_of, uses
+from normfree.code.text import attribute_in, compiled, is_shared, reads, suites, tree_of, uses
 from normfree.layers.pairs import held, taken
 
 __all__ = ["Row", "rows_in", "text_with", "with_rows"]
@@ -33,20 +33,25 @@ class Row:
     """Two calls, of which the second is given what the first returns, and nobody else is.
 
     Attributes:
-        key: Line and column of the second, in which a function has no other.
         first: What is called first.
         second: What is called on what that returns.
+        tests: What must be so if the second is to come directly behind the first.
     """
 
-    key: tuple[int, int]
-    first: ast.expr
-    second: ast.expr
+    first: ast.Call
+    second: ast.Call
+    tests: tuple[ast.expr, ...] = ()
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Line and column of the second call, in which a function has no other."""
+        return self.second.lineno, self.second.col_offset
 
 
 def rows_in(function: FunctionType) -> tuple[Row, ...]:
     """Return the calls in a row of a function; none where its text is not known."""
     tree = _tree(function)
-    return () if tree is None else tuple(found.row for found in _all_found(tree))
+    return () if tree is None else tuple(_all_rows(tree))
 
 
 def with_rows(function: FunctionType, keys: frozenset[tuple[int, int]]) -> FunctionType:
@@ -83,58 +88,35 @@ def _tree(function: FunctionType) -> ast.FunctionDef | None:
     tree = tree_of(function)
     if tree is None:
         return None
-    names = set(names_of(tree))
+    names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(tree)}
     mangled = any(name.startswith("__") and not name.endswith("__") for name in names)
     return None if mangled or not names.isdisjoint(_LOOKING) else tree
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A row in a text: two calls, and what must be so if the second is to come directly behind the first."""
-
-    first: ast.Call
-    second: ast.Call
-    tests: tuple[ast.expr, ...] = ()
-
-    @property
-    def row(self) -> Row:
-        return Row((self.second.lineno, self.second.col_offset), self.first.func, self.second.func)
+def _all_rows(function: ast.FunctionDef) -> list[Row]:
+    found = [Row(n.args[0], n) for n in ast.walk(function) if _is_unary(n) and _is_unary(n.args[0])]
+    found += (row for block in suites(function) for row in _in_block(block, function))
+    return sorted(found, key=lambda row: row.key)
 
 
-def _all_found(function: ast.FunctionDef) -> list[_Found]:
-    found = [
-        _Found(node.args[0], node)
-        for node in ast.walk(function)
-        if _is_unary(node)
-        and isinstance(node, ast.Call)
-        and isinstance(node.args[0], ast.Call)
-        and _is_unary(node.args[0])
-    ]
-    for node in ast.walk(function):
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            if isinstance(block, list):
-                found += _in_block(block, function)
-    return sorted(found, key=lambda one: one.row.key)
-
-
-def _in_block(block: list[ast.stmt], function: ast.FunctionDef) -> Iterator[_Found]:
+def _in_block(block: list[ast.stmt], function: ast.FunctionDef) -> Iterator[Row]:
     for start, statement in enumerate(block):
         name = _target(statement)
         if name is None or not (isinstance(statement, ast.Assign) and _is_unary(statement.value)):
             continue
         rest, tests = block[start + 1 :], list[ast.expr]()
         for between, behind in zip(rest, [*rest[1:], None], strict=False):
-            second, test = _taker(between, name, function)
+            asked = between if isinstance(between, ast.If) and _is_pure(between.test, name) else None
+            second = _taker(between if asked is None else asked.body[0], name, function)
             if second is not None:
-                yield _Found(cast(ast.Call, statement.value), second, (*tests, *([] if test is None else [test])))
-            if isinstance(between, ast.If) and not between.orelse and _is_pure(between.test, name):
-                tests.append(ast.UnaryOp(ast.Not(), between.test))  # what stands there does not run
+                yield Row(statement.value, second, (*tests, *([] if asked is None else [asked.test])))
+            if asked is not None and not asked.orelse:
+                tests.append(ast.UnaryOp(ast.Not(), asked.test))  # what stands there does not run
             elif behind is None or not _clears_another(between, name, behind):
                 break
 
 
-def _is_unary(node: ast.AST) -> bool:
+def _is_unary(node: ast.AST) -> TypeGuard[ast.Call]:
     """Whether something is called on one thing, and has a name that may be asked for twice."""
     if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
         return False
@@ -142,13 +124,10 @@ def _is_unary(node: ast.AST) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    if isinstance(node, ast.Attribute):
-        return _is_plain(node.value)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-        return len(node.args) == 2 and _is_plain(node.args[0]) and isinstance(node.args[1], ast.Constant)
     if isinstance(node, ast.Subscript):
         return _is_plain(node.value) and (isinstance(node.slice, ast.Constant) or _is_plain(node.slice))
-    return isinstance(node, ast.Name)
+    holder, name = attribute_in(node)
+    return isinstance(node, ast.Name) if holder is None else name is not None and _is_plain(holder)
 
 
 def _target(statement: ast.stmt) -> str | None:
@@ -166,24 +145,13 @@ def _clears_another(statement: ast.stmt, name: str, behind: ast.stmt) -> bool:
     return constant and target not in (None, name) and not uses(behind, str(target))
 
 
-def _taker(statement: ast.stmt, name: str, function: ast.FunctionDef) -> tuple[ast.Call | None, ast.expr | None]:
-    """Return the call that a statement begins with, if it is on a variable that nobody reads besides.
-
-    ``if asked:`` may stand in front of it, if that is asked of something else: it comes second.
-    """
-    test = statement.test if isinstance(statement, ast.If) else None
-    if isinstance(statement, ast.If):
-        if not _is_pure(statement.test, name):
-            return None, None
-        statement = statement.body[0]
-    if not isinstance(statement, (ast.Assign, ast.Return)) or statement.value is None:
-        return None, None
-    found = _first_call_on(statement.value, name)
-    if found is None or is_shared(function, name):
-        return None, None
+def _taker(statement: ast.stmt, name: str, function: ast.FunctionDef) -> ast.Call | None:
+    """Return the call that a statement begins with, if it is on a variable that nobody reads besides."""
+    if not isinstance(statement, (ast.Assign, ast.Return)) or statement.value is None or is_shared(function, name):
+        return None
     gone = isinstance(statement, ast.Return) or _target(statement) == name
     alone = reads(function, name) == 1 or (gone and reads(statement, name) == 1)
-    return (found, test) if alone else (None, None)
+    return _first_call_on(statement.value, name) if alone else None
 
 
 def _is_pure(test: ast.expr, name: str) -> bool:
@@ -194,12 +162,10 @@ def _is_pure(test: ast.expr, name: str) -> bool:
 def _first_call_on(node: ast.expr, name: str) -> ast.Call | None:
     """Return ``f(name)``, if that is what an expression computes first."""
     while True:
-        if isinstance(node, ast.Call) and node.args and _is_plain(node.func):
+        if isinstance(node, ast.Call):
             if _is_unary(node) and isinstance(node.args[0], ast.Name) and node.args[0].id == name:
                 return node
-            node = node.args[0]
-        elif isinstance(node, ast.Call):
-            node = node.func
+            node = node.args[0] if node.args and _is_plain(node.func) else node.func
         elif isinstance(node, (ast.Attribute, ast.Subscript)):
             node = node.value
         elif isinstance(node, ast.BinOp):
@@ -211,17 +177,17 @@ def _first_call_on(node: ast.expr, name: str) -> ast.Call | None:
 def _change(function: ast.FunctionDef, keys: frozenset[tuple[int, int]] | None) -> ast.FunctionDef:
     """Call together what is called in rows, in all of them or in some; of two that share a call in the first."""
     taken = set[int]()
-    for found in [one for one in _all_found(function) if keys is None or one.row.key in keys]:
-        ends = {id(found.first), id(found.second)}
+    for row in [row for row in _all_rows(function) if keys is None or row.key in keys]:
+        ends = {id(row.first), id(row.second)}
         if not ends & taken:
             taken |= ends
-            first, second = copy.copy(found.first), copy.deepcopy(found.second.func)
+            first, second = copy.copy(row.first), copy.deepcopy(row.second.func)
             held: ast.expr = _call("_normfree_held", copy.deepcopy(first.func), second, first.args[0])
-            if found.tests:
-                so = [copy.deepcopy(test) for test in found.tests]
+            if row.tests:
+                so = [copy.deepcopy(test) for test in row.tests]
                 held = ast.IfExp(so[0] if len(so) == 1 else ast.BoolOp(ast.And(), so), held, copy.deepcopy(first))
-            _put(found.first, held)
-            _put(found.second, _call("_normfree_taken", found.second.func, found.second.args[0]))
+            _put(row.first, held)
+            _put(row.second, _call("_normfree_taken", row.second.func, row.second.args[0]))
     return function
 
 

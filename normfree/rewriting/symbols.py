@@ -11,7 +11,7 @@ import inspect
 import operator
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,12 +68,8 @@ class _OwnForward(fx.Tracer):
             raise LostError("it computes in a context (no_grad, autocast, checkpoint) that would be lost")
         return _Proxy(node, self)
 
-    def create_args_for_root(
-        self,
-        root_fn: Callable[..., Any],
-        is_module: bool,  # noqa: ARG002  # its signature is fx's
-        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,  # noqa: ARG002  # the same
-    ) -> tuple[Callable[..., Any], list[Any]]:
+    # Its signature is fx's.
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """Make the default call, and keep the parameters that it leaves out, with a check that nobody gives them."""
         args: list[Any] = []
         for parameter in inspect.signature(self.root.forward).parameters.values():

@@ -118,7 +118,7 @@ def test_the_first_waits_for_the_second(method: FunctionType, monkeypatch: pytes
         return pairs.Held(first, second, x)
 
     monkeypatch.setitem(__import__("normfree.rewriting.rows").rewriting.rows._HELPERS, "_normfree_held", noted)
-    rows = {row.key: ast.unparse(row.second) for row in rows_in(method)}
+    rows = {row.key: ast.unparse(row.second.func) for row in rows_in(method)}
     keys = frozenset(key for key, second in rows.items() if second == "self.b") or frozenset(rows)
     changed, model, x = with_rows(method, keys), Rows(True), torch.randn(2, 3)
     assert torch.equal(changed(model, x), method(model, x))
@@ -218,7 +218,7 @@ APART = [value for name, value in vars(Apart).items() if isinstance(value, Funct
 
 @pytest.mark.parametrize("method", APART, ids=lambda m: m.__name__)
 def test_what_may_be_read_or_decided_between_is_no_row(method: FunctionType) -> None:
-    found = [(ast.unparse(row.first), ast.unparse(row.second)) for row in rows_in(method)]
+    found = [(ast.unparse(row.first.func), ast.unparse(row.second.func)) for row in rows_in(method)]
     assert ("self.a", "self.b") not in found
 
 
