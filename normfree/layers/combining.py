@@ -62,11 +62,6 @@ class Constants(NamedTuple):
     bias_unit: float = 1.0
     mean_unit: float = 1.0
 
-    @property
-    def any(self) -> bool:
-        """Whether they change anything."""
-        return self.bias_unit != 1.0 or any(value is not None for value in self[:4])
-
     def steadied(self, weight: Tensor) -> Tensor:
         """Return ``U``: ``V`` bit for bit where nothing was trained, which costs more than what a layer does."""
         if self.filter_mean is None:
@@ -110,7 +105,7 @@ def combine(
     """
     gain = constants.gain
     if channels is None and groups is None and not _learns(gain):
-        return combined(weight, bias, alpha, constants) if alpha is not None or constants.any else (weight, bias)
+        return combined(weight, bias, alpha, constants) if alpha is not None or _change(constants) else (weight, bias)
     weight, bias = apart(weight, bias, constants)
     if alpha is not None:
         factor = alpha_scale(alpha, channels, weight.shape[0] if groups is None else weight.shape[1] * groups)
@@ -135,7 +130,13 @@ def apart(weight: Tensor, bias: Tensor | None, constants: Constants) -> tuple[Te
         alone = constants._replace(gain=None, bias_unit=1.0)
         weight, centred = combined(weight, torch.zeros_like(bias), None, alone, apart=True)
         return weight, torch.addcmul(bias / constants.bias_unit, cast(Tensor, gain), cast(Tensor, centred))
-    return combined(weight, bias, None, constants, apart=True) if constants.any else (weight, bias)
+    return combined(weight, bias, None, constants, apart=True) if _change(constants) else (weight, bias)
+
+
+def _change(constants: Constants) -> bool:
+    # No property and no slice: Dynamo of torch 2.8 knows neither of named tuples.
+    held = (constants.gain, constants.center, constants.at_center, constants.filter_mean)
+    return constants.bias_unit != 1.0 or any(value is not None for value in held)
 
 
 def _learns(gain: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
 from normfree.layers.carriers import ScaledWeight
-from normfree.layers.combining import Affine
+from normfree.layers.combining import Affine, Constants
 from normfree.layers.copies import CopiedAffine
 from normfree.layers.held import alpha_of
 from normfree.layers.slots import ChannelAffine
@@ -84,7 +84,8 @@ def merged(layer: ScaledWeight, slot: ChannelAffine) -> Affine:
         bias = torch.addcmul(bias, gain, own.to(bias.device), value=times)
     last = slot.drop is None and slot.act is None
     alpha = alpha_of(slot.raw_alpha, slot.alpha_unit) if last else None
-    return Affine(bias, alpha, constants._replace(gain=gain, bias_unit=slot.bias_unit), slot.channels)
+    others = constants.center, constants.at_center, constants.filter_mean  # Dynamo of torch 2.8 knows no _replace
+    return Affine(bias, alpha, Constants(gain, *others, slot.bias_unit, constants.mean_unit), slot.channels)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
