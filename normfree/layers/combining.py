@@ -127,7 +127,7 @@ def apart(weight: Tensor, bias: Tensor | None, constants: Constants) -> tuple[Te
     """
     gain, center = constants.gain, constants.center
     if bias is not None and center is not None and _learns(gain):
-        alone = constants._replace(gain=None, bias_unit=1.0)
+        alone = Constants(None, center, constants.at_center, constants.filter_mean, 1.0, constants.mean_unit)
         weight, centred = combined(weight, torch.zeros_like(bias), None, alone, apart=True)
         return weight, torch.addcmul(bias / constants.bias_unit, cast(Tensor, gain), cast(Tensor, centred))
     return combined(weight, bias, None, constants, apart=True) if _change(constants) else (weight, bias)
