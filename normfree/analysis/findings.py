@@ -71,14 +71,12 @@ class Findings:
     parameters: frozenset[str]
 
 
-def flows(
-    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False, fixed: Iterable[str] = ()
-) -> Iterator[tuple[str, Flow]]:
-    """Yield ``(mode, flow)`` for every graph of a trace, or only for those that differ."""
+def flows(model: nn.Module, trace: Trace, sites: Iterable[str], fixed: Iterable[str] = ()) -> Iterator[Flow]:
+    """Yield every graph of a trace that differs from the others."""
     modules = dict(model.named_modules(remove_duplicate=False))
     shared = {id(modules[path]) for path in fixed}
-    for mode in trace.distinct if distinct else trace.graphs:
-        yield mode, Flow(trace.graphs[mode], modules, sites, shared)
+    for graph in trace.distinct:
+        yield Flow(graph, modules, sites, shared)
 
 
 def analyse(
@@ -101,7 +99,7 @@ def analyse(
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
-    for _, flow in flows(model, trace, first, distinct=True, fixed=fixed):
+    for flow in flows(model, trace, first, fixed):
         functional.update(dict.fromkeys(_functional_norms(flow)))
         read.update({first[norm]: tensor for norm, tensor in flow.graph.read.items()})
         parameters.update(str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)

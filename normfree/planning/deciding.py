@@ -14,12 +14,12 @@ from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
 from normfree.code.weights import read_elsewhere
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
-from normfree.errors import UnsupportedModelError
+from normfree.errors import NoNormError, UnsupportedModelError, UsageError, some
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
+from normfree.options import Options, matches
 from normfree.planning.folding import may_be_absorbed
 from normfree.planning.placing import place_alphas
-from normfree.planning.selecting import kept_norms
 from normfree.plans import Plan
 from normfree.tracing.traces import Trace
 
@@ -40,28 +40,18 @@ class Request:
     Attributes:
         modules: The modules of the model, under every name.
         norms: The first name of every norm with its further names.
-        described: What each norm is.
+        described: What each norm is, under every name.
         init: The starting point.
         init_reason: Why it is that one.
-        alpha: Start of every scalar; ``None`` for the starting point's own.
-        include: Patterns of the norms that go.
-        exclude: Patterns of the norms that stay, and of sums without a scalar.
-        scope: ``"all"`` or ``"residual"``.
-        reset: Whether the weights that a norm rescaled are drawn anew.
-        inplace: Whether anything may go on writing in place into what a layer returned.
+        options: What else the caller says.
     """
 
     modules: Modules
     norms: Mapping[str, tuple[str, ...]]
-    described: dict[str, Norm]
+    described: Mapping[str, Norm]
     init: Init
     init_reason: str
-    alpha: float | str | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    scope: str
-    reset: bool
-    inplace: bool
+    options: Options
 
 
 def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
@@ -71,9 +61,8 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         NoNormError: The patterns leave nothing.
         UnsupportedModelError: A forward reads a tensor of a norm that goes.
     """
-    modules, skipinit = asked.modules, asked.init == "skipinit"
-    unknown = [name for name, module in modules.items() if looks_like_norm(module)]
-    kept = kept_norms(asked.described, findings, asked.include, asked.exclude, asked.scope, unknown)
+    modules, skipinit, options = asked.modules, asked.init == "skipinit", asked.options
+    kept = _kept(asked, findings)
     problems = tuple(
         f"{name}: {tensor} is read outside of the norm, and goes with it; exclude the norm, or compute without it"
         for name, tensor in findings.read.items()
@@ -86,9 +75,9 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
         for name, aliases in asked.norms.items()
     )
-    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, asked.exclude, modules, skipinit)
+    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, options.exclude, modules, skipinit)
     count = sum(len(total.alphas) for total in sums)
-    start = asked.alpha if asked.alpha is not None else (0.0 if skipinit else 1.0)
+    start = options.alpha if options.alpha is not None else (0.0 if skipinit else 1.0)
     return Plan(
         init=asked.init,
         init_reason=asked.init_reason,
@@ -102,9 +91,31 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
         opaque=(("", traced.unseen),) if traced.unseen else (),
         looked=traced.looked if traced.graphs else "",
-        reset=asked.reset,
-        inplace_activations=asked.inplace,
+        reset=options.reset,
+        inplace_activations=options.inplace_activations,
     )
+
+
+def _kept(asked: Request, findings: Findings) -> dict[str, str]:
+    """Return the norms that stay, each with the reason."""
+    norms, options = list(asked.norms), asked.options
+    unknown = (name for name, module in asked.modules.items() if looks_like_norm(module))
+    names = [*norms, *(total.name for total in findings.sums), *unknown]
+    unused = [p for p in (*options.include, *options.exclude) if not any(matches(name, (p,)) for name in names)]
+    if unused:
+        raise UsageError(f"no norm and no sum matches {', '.join(map(repr, unused))}; norms: {some(norms)}")
+    inside = {name for total in findings.sums for branch in total.branches for name in branch.norms}
+    kept = {}
+    for name in norms:
+        if options.include and not matches(name, options.include):
+            kept[name] = "not in include"
+        elif matches(name, options.exclude):
+            kept[name] = "in exclude"
+        elif options.scope == "residual" and name not in inside:
+            kept[name] = "outside the residual branches"
+    if len(kept) == len(norms):
+        raise NoNormError(f"include, exclude and scope leave none of {len(norms)} norms to convert: {some(norms)}")
+    return kept
 
 
 def _norm_edit(
@@ -116,23 +127,23 @@ def _norm_edit(
     traced: Trace,
     apart: Mapping[str, set[int]],
 ) -> NormEdit:
-    modules, init = asked.modules, asked.init
+    modules, init, inplace = asked.modules, asked.init, asked.options.inplace_activations
     module = modules[name]
     edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else UNSEEN, "keep", None, kept or "")
     if kept is not None:
         return edit
     if site is None:
         action: Action = "affine" if init == "preserve" else "bias"
-        return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
+        return replace(edit, action=action, reason=_why_unseen(traced), copy=not inplace)
     preserve = init == "preserve"
     if site.producer is not None:
         what = f"{site.producer} takes gain and bias" if preserve else f"the bias moves onto {site.producer}"
         edit = replace(edit, action="fold", producer=site.producer, reason=what, through=site.between)
         closed = preserve and _is_closed(asked.described[name])
-        return replace(edit, copy=site.unsafe_write and not asked.inplace, gain_learns=closed)
+        return replace(edit, copy=site.unsafe_write and not inplace, gain_learns=closed)
     action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
     has_act = describe(module).act is not None
-    written = site.unsafe_write and not asked.inplace
+    written = site.unsafe_write and not inplace
     if action == "delete":
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
     into = (
@@ -211,7 +222,7 @@ def _is_closed(norm: Norm) -> bool:
 
 def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:
     """Activations that would write into the input of a norm that is no longer there to copy it, or all of them."""
-    if not asked.inplace:
+    if not asked.options.inplace_activations:
         own = ((m, name) for name, m in asked.modules.items() if not isinstance(m, torch.jit.ScriptModule))
         yield from {m: name for m, name in own if getattr(m, "inplace", False) is True}.values()
         return

@@ -13,7 +13,7 @@ from normfree.analysis.tails import Candidate
 from normfree.edits import Alpha, NormEdit, SumEdit
 from normfree.layers import Channels, skipinit_name
 from normfree.norms import describe, is_norm
-from normfree.planning.selecting import matches
+from normfree.options import Patterns, matches
 
 __all__ = ["place_alphas"]
 
@@ -21,7 +21,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def place_alphas(
-    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules, vanish: bool
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: Patterns, modules: Modules, vanish: bool
 ) -> tuple[SumEdit, ...]:
     """Decide for every sum where the scalars of its branches live, or why they have none.
 

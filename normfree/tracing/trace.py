@@ -6,13 +6,11 @@ operator needs data, on a small real copy. No values of the model's own are read
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from normfree.tracing.inputs import Guess, Inputs, arguments, guesses
 from normfree.tracing.running import disguised, leaves_of, record
 from normfree.tracing.traces import MODES, Graph, Trace
 
-__all__ = ["example_input", "trace", "uncollected", "where"]
+__all__ = ["example_input", "trace", "where"]
 
 _ONE_AT_A_TIME = threading.RLock()  # random generators of Python and NumPy are the whole process's
 
@@ -48,18 +46,6 @@ def trace(model: nn.Module, copied: nn.Module, sites: frozenset[str], inputs: In
             if len(found.graphs) == len(MODES):
                 break
     return found
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Let nobody look for garbage among the many objects that graphs are made of: that takes a quarter of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass

@@ -139,8 +139,8 @@ class Trace:
     again: Callable[[Mapping[str, type[nn.Module]]], Mapping[str, Graph]] = field(default=lambda _: {}, repr=False)
 
     @functools.cached_property
-    def distinct(self) -> tuple[str, ...]:
-        """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
+    def distinct(self) -> list[Graph]:
+        """The graphs that differ: what holds for one of two equal graphs holds for the other."""
         graphs = list(self.graphs.values())
         same = len(graphs) == 2 and (graphs[0] is graphs[1] or graphs[0].spelled == graphs[1].spelled)
-        return tuple(self.graphs)[: 1 if same else None]
+        return graphs[:1] if same else graphs

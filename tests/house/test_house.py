@@ -89,7 +89,7 @@ FLOORS = (
     "analysis.tails analysis.sites",
     "analysis.findings edits",
     "plans planning.hooks planning.folding",
-    "planning.guards planning.selecting proofs.observing rewriting.originals rewriting.units training.centring",
+    "planning.guards proofs.observing rewriting.originals rewriting.units training.centring",
     "rewriting.preparing training.watching training.optim",
     "planning.placing planning.classes proofs.replaying rewriting.optimizers",
     "planning.deciding",
