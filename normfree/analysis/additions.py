@@ -19,7 +19,7 @@ def sum_names(flow: Flow) -> dict[fx.Node, str]:
     names = {}
     for node in flow.nodes:
         if flow.roles[node] is Role.ADD:
-            owner, verb = flow.graph.owners[node], "add" if adds(node) else name_of(node).strip("_").removeprefix("i")
+            owner, verb = flow.graph.owners[node], "add" if adds(node) else name_of(node)
             stem = f"{owner}.{verb}" if owner else verb
             names[node] = f"{stem}_{counts[stem]}" if counts[stem] else stem
             counts[stem] += 1
@@ -28,7 +28,7 @@ def sum_names(flow: Flow) -> dict[fx.Node, str]:
 
 def adds(node: fx.Node) -> bool:
     """Whether an addition is no difference, nor a mean with weights of its own."""
-    return name_of(node).strip("_").removeprefix("i") not in ("sub", "subtract", "lerp")
+    return name_of(node) not in ("sub", "subtract", "lerp")
 
 
 def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:

@@ -143,7 +143,7 @@ class Flow:
 
     def additions(self, owner: str | None = None) -> list[fx.Node]:
         """Return what adds two activations, in the forward of one module or anywhere."""
-        found = (node for node in self.nodes if node.op != "call_module" and name_of(node) in ("add", "iadd", "add_"))
+        found = (node for node in self.nodes if node.op != "call_module" and name_of(node) == "add")
         return [n for n in found if len(self.operands(n)) == 2 and owner in (None, self.graph.owners.get(n, ""))]
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
@@ -207,7 +207,7 @@ class Flow:
         """
         operands = self.operands(node)
         if len(operands) == 2:
-            if role is Role.ADD and name_of(node) not in ("add", "iadd", "add_") and not self._differ(*operands):
+            if role is Role.ADD and name_of(node) != "add" and not self._differ(*operands):
                 return Role.OTHER
             return Role.OTHER if role is Role.DIV else role
         if role is Role.DIV:

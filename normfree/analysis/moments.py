@@ -87,15 +87,7 @@ def _rule(flow: Flow, node: fx.Node) -> Rule | None:
     """Return how the moments of a node follow from those of its inputs."""
     rule = _RULES.get(flow.roles[node])
     if rule is not None:
-        constant = flow.roles[node] is Role.PASS and name_of(node) in (
-            "mul",
-            "imul",
-            "mul_",
-            "truediv",
-            "div",
-            "div_",
-            "neg",
-        )
+        constant = flow.roles[node] is Role.PASS and name_of(node) in ("mul", "div", "neg")
         return None if constant or "lerp" in name_of(node) else rule  # a factor that the graph does not tell
     if name_of(node) == "mean":
         return _same

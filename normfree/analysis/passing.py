@@ -16,7 +16,7 @@ from normfree.tracing.roles import name_of
 __all__ = ["Taker", "find_taker", "moved_from"]
 
 _FUNCTIONS: dict[str, Moves] = {
-    **dict.fromkeys(("relu", "relu_", "leaky_relu", "leaky_relu_"), "gain"),
+    **dict.fromkeys(("relu", "leaky_relu"), "gain"),
     **{f"adaptive_avg_pool{dims}d": "affine" for dims in (1, 2, 3)},
     **{f"avg_pool{dims}d": "affine" for dims in (1, 2, 3)},
     **{f"max_pool{dims}d": "positive" for dims in (1, 2, 3)},
