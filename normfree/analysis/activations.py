@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow, Role
+from normfree.analysis.joining import call
 from normfree.tracing.roles import elementwise
 
 __all__ = ["Activation", "as_activation", "following", "gain_of"]
@@ -41,14 +42,9 @@ def _as_function(flow: Flow, node: fx.Node) -> Activation | None:
     if module is not None:
         plain = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
         return module if plain else None
-    if len(node.args) != 1 or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+    if len(node.args) != 1 or any(isinstance(v, fx.Node) for v in node.kwargs.values()):
         return None
-    kwargs, target = dict(node.kwargs), node.target
-    if node.op == "call_function" and callable(target):
-        return lambda x: target(x, **kwargs)
-    if node.op == "call_method":
-        return lambda x: getattr(x, str(target))(**kwargs)
-    return None
+    return lambda x: call(node, {flow.inputs[node][0]: x})
 
 
 def _acts_elementwise(flow: Flow, node: fx.Node, function: Activation) -> bool:

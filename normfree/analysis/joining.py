@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from normfree.tracing.roles import Role, function_role, name_of
 from normfree.tracing.traces import Graph
 
-__all__ = ["Mixture", "unjoin"]
+__all__ = ["Mixture", "call", "unjoin"]
 
 _JOINING = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 _CONTRACTING = ("einsum", "tensordot", "matmul", "mv", "inner", "linear")
@@ -156,14 +156,14 @@ def _adds(node: fx.Node, given: tuple[fx.Node, ...], shape: Any) -> bool:
     """Whether an operator makes of two tensors what it makes of their sum and of nothing."""
     one, nothing = torch.linspace(-1, 2, math.prod(shape)).reshape(shape), torch.zeros(shape)
     cases = ((one, -one.flip(0) / 3), (one - one.flip(0) / 3, nothing), (nothing, one - one.flip(0) / 3))
-    results = [_call(node, dict(zip(given, case, strict=True))) for case in cases if len(given) == len(case)]
+    results = [call(node, dict(zip(given, case, strict=True))) for case in cases if len(given) == len(case)]
     first = results[0] if results else None
     if not all(isinstance(result, Tensor) and result.is_floating_point() for result in results) or first is None:
         return False
     return all(torch.allclose(result, first, atol=1e-6) for result in results) and bool(first.any())
 
 
-def _call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+def call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     """Call what a node stands for; ``None`` if that needs something that the graph does not tell."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: known.get(source, "constant"))
     try:
@@ -201,7 +201,7 @@ def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
         if node is not chain[0] and function_role(node) in (Role.MUL, Role.ADD, Role.PASS):
             known[node] = sources[0]
             continue
-        known[node] = _call(node, first | known)
+        known[node] = call(node, first | known)
         if known[node] is None:
             return None
     result = known[chain[-1]]

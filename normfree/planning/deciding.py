@@ -18,7 +18,7 @@ from normfree.errors import NoNormError, UnsupportedModelError, UsageError, some
 from normfree.layers import is_carrier
 from normfree.norms import Norm, describe, looks_like_norm
 from normfree.options import Options, matches
-from normfree.planning.folding import may_be_absorbed
+from normfree.planning.hooks import may_be_absorbed
 from normfree.planning.placing import place_alphas
 from normfree.plans import Plan
 from normfree.tracing.traces import Trace
@@ -146,13 +146,9 @@ def _norm_edit(
     written = site.unsafe_write and not inplace
     if action == "delete":
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
-    into = (
-        site.into
-        if preserve and not written and may_be_absorbed(modules, name, site, apart["weight"] | apart["bias"])
-        else None
-    )
-    through = () if into is None else site.behind + site.through
-    edit = edit if into is None else replace(edit, into=into, through=through, moves=site.moves)
+    taker = site.taker if preserve and not written else None
+    if taker is not None and may_be_absorbed(modules, name, taker, apart["weight"] | apart["bias"]):
+        edit = replace(edit, into=taker.path, through=taker.behind + taker.through, moves=taker.moves)
     return replace(edit, action=action, reason=site.why, copy=written)
 
 

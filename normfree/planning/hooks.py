@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from normfree.analysis.passing import Taker
 from normfree.tracing.traces import Graph
 
-__all__ = ["any_global_hook", "computed_elsewhere", "hooks_left_out", "hooks_on"]
+__all__ = ["any_global_hook", "computed_elsewhere", "hooks_left_out", "hooks_on", "may_be_absorbed"]
 
 _KINDS = tuple(
     name for name in vars(nn.Module()) if name.endswith("_hooks") and name.startswith(("_forward", "_backward"))
@@ -27,6 +28,21 @@ def hooks_on(module: nn.Module) -> set[str]:
 def any_global_hook() -> bool:
     """Whether some hook hangs on every module."""
     return any(getattr(torch_module, f"_global{kind}", None) for kind in _KINDS)
+
+
+def may_be_absorbed(modules: Mapping[str, nn.Module], norm: str, taker: Taker, apart: Set[int]) -> bool:
+    """Whether nobody sees what passes from a norm to the layer behind it, or uses the weight of that apart.
+
+    Args:
+        modules: The modules of the model.
+        norm: The norm.
+        taker: What takes it over once the model is fused.
+        apart: The identities of the layers whose weight or bias is used elsewhere.
+    """
+    layer, others = modules[taker.path], [modules[path] for path in (norm, *taker.behind)]
+    between = [module for path in taker.through for module in modules[path].modules()]
+    seen = any_global_hook() or any(map(hooks_on, (*others, *between))) or hooks_on(layer) - {"_forward_hooks"}
+    return not seen and id(layer) not in apart
 
 
 def hooks_left_out(modules: Mapping[str, nn.Module], copied: nn.Module) -> Iterator[tuple[str, str]]:

@@ -88,7 +88,7 @@ FLOORS = (
     "analysis.sums analysis.moments",
     "analysis.tails analysis.sites",
     "analysis.findings edits",
-    "plans planning.hooks planning.folding",
+    "plans planning.hooks",
     "planning.guards proofs.observing rewriting.originals rewriting.units training.centring",
     "rewriting.preparing training.watching training.optim",
     "planning.placing planning.classes proofs.replaying rewriting.optimizers",
