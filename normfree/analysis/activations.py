@@ -51,9 +51,7 @@ def _acts_elementwise(flow: Flow, node: fx.Node, function: Activation) -> bool:
     """Whether the operation works entry by entry; remembered by type and settings, which decide it."""
     module = flow.module(node)
     key: Any = (type(module), repr(module)) if module is not None else (node.target, repr(node.kwargs))
-    if key not in flow.memo:
-        flow.memo[key] = elementwise(function) is not None
-    return flow.memo[key]
+    return flow.once(key, lambda: elementwise(function) is not None)
 
 
 def following(flow: Flow, node: fx.Node) -> Activation | None:

@@ -52,14 +52,11 @@ def flattened(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
 
 def is_inner(flow: Flow, node: fx.Node) -> bool:
     """Whether ``node`` goes into one addition and nowhere else, dropout and the like aside."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] is Role.PASS:
-        users = flow.users[users[0]]
-    return len(users) == 1 and flow.roles[users[0]] is Role.ADD and adds(node) and adds(users[0])
+    user = flow.reader(node, (Role.PASS,))
+    return user is not None and flow.roles[user] is Role.ADD and adds(node) and adds(user)
 
 
 def inner_of(flow: Flow, operand: fx.Node) -> fx.Node | None:
     """Return the addition whose result is this operand and nothing else, or ``None``."""
-    while flow.roles[operand] is Role.PASS:
-        operand = flow.inputs[operand][0]
-    return operand if flow.roles[operand] is Role.ADD and is_inner(flow, operand) else None
+    inner = flow.above(operand, (Role.PASS,))
+    return inner if flow.roles[inner] is Role.ADD and is_inner(flow, inner) else None

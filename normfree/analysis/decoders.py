@@ -72,9 +72,6 @@ def _is_upward(flow: Flow, node: fx.Node) -> bool:
 
 
 def _is_downward(flow: Flow, node: fx.Node) -> bool:
-    return flow.roles[node] is Role.POOL or (flow.roles[node] is Role.CONV and _is_strided(flow, node))
-
-
-def _is_strided(flow: Flow, node: fx.Node) -> bool:
     stride = getattr(flow.module(node), "stride", 1)
-    return (max(stride) if isinstance(stride, tuple) else stride) != 1
+    strided = (max(stride) if isinstance(stride, tuple) else stride) != 1
+    return flow.roles[node] is Role.POOL or (flow.roles[node] is Role.CONV and strided)

@@ -129,11 +129,8 @@ def analyse(
 
 def _only_norm(flow: Flow, node: fx.Node, first: Mapping[str, str]) -> str | None:
     """Return the norm that alone reads what ``node`` returns, or ``None`` if somebody else does."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] is Role.RESHAPE:
-        users = flow.users[users[0]]
-    single = len(users) == 1 and flow.roles[users[0]] is Role.NORM
-    return first[str(users[0].target)] if single else None
+    user = flow.reader(node, (Role.RESHAPE,))
+    return first[str(user.target)] if user is not None and flow.roles[user] is Role.NORM else None
 
 
 def _without_doubtful_producer(
@@ -184,10 +181,8 @@ def _norms_between(flow: Flow, base: fx.Node | None, end: fx.Node) -> tuple[str,
 
 def _norms_behind(flow: Flow, node: fx.Node) -> tuple[str, ...]:
     """Return the norm that is all that a sum goes into, as in a post-norm transformer: it scales the sum down."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] in (Role.PASS, Role.RESHAPE):
-        users = flow.users[users[0]]
-    return flow.norms_in(users[0]) if len(users) == 1 and flow.roles[users[0]] is Role.NORM else ()
+    user = flow.reader(node, (Role.PASS, Role.RESHAPE))
+    return flow.norms_in(user) if user is not None and flow.roles[user] is Role.NORM else ()
 
 
 def _by_first_name(candidate: Candidate, first: Mapping[str, str]) -> Candidate:

@@ -83,12 +83,12 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
             joins = isinstance(node.args[0], (list, tuple)) and len(node.args[0]) == len(given)
             chains |= {node: (node,)} if joins else {}
         elif len(given) > 1 and _is_foreign(node):
-            shapes = {_shape(graph, part) for part in (node, *given)}
+            shapes = {graph.shape(part) for part in (node, *given)}
             if len(shapes) == 1 and None not in shapes:
                 found[node] = Mixture(given, (), (), known=_adds(node, given, *shapes))
         elif node.op in ("call_function", "call_method") and (held := [s for s in given if s in chains]):
             if len(given) > 1:  # a gate may be made of the join itself, and is smaller
-                held = [source for source in held if _shape(graph, source) == _shape(graph, node)]
+                held = [source for source in held if graph.shape(source) == graph.shape(node)]
                 if function_role(node) is not Role.MUL or len(held) != 1:
                     continue
             chain = (*chains[held[0]], node)
@@ -103,8 +103,8 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
 def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...], memo: dict[Any, Any]) -> Mixture | None:
     """Say what the end of a chain is, of which the join is the beginning."""
     join, end = chain[0], chain[-1]
-    shapes = [_shape(graph, node) for node in inputs[join]]
-    if None in shapes or {_squeezed(shape) for shape in shapes} != {_squeezed(_shape(graph, end))}:
+    shapes = [graph.shape(node) for node in inputs[join]]
+    if None in shapes or {_squeezed(shape) for shape in shapes} != {_squeezed(graph.shape(end))}:
         return None
     names = [_renamed(graph, inputs, part, join) for part in inputs[join]]
     parts, over = [part for part, _ in names], [node for _, nodes in names for node in nodes]
@@ -115,7 +115,7 @@ def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...], memo: dic
     if key not in memo:  # many blocks of a network are alike
         memo[key] = _factors(chain, [shape for shape in shapes if shape is not None])
     factors = memo[key]
-    wide = _squeezed(_shape(graph, join)) or ()
+    wide = _squeezed(graph.shape(join)) or ()
     new = sorted(wide) == sorted((*(_squeezed(shapes[0]) or ()), len(shapes)))
     if factors is None and not (new and name_of(end) in _CONTRACTING):
         return None
@@ -128,13 +128,8 @@ def _renamed(graph: Graph, inputs: Inputs, part: fx.Node, join: fx.Node) -> tupl
     if name_of(part) not in _RENAMING or list(part.users) != [join] or len(inputs[part]) != 1:
         return part, []
     source = inputs[part][0]
-    same = _squeezed(_shape(graph, source)) == _squeezed(_shape(graph, part))
+    same = _squeezed(graph.shape(source)) == _squeezed(graph.shape(part))
     return (source, [part]) if same else (part, [])
-
-
-def _shape(graph: Graph, node: fx.Node) -> tuple[int, ...] | None:
-    value = graph.values.get(node)
-    return None if value is None else value.shape
 
 
 def _squeezed(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:

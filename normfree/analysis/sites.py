@@ -108,18 +108,15 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
 
 
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
-    while flow.roles[source] is Role.RESHAPE:
-        source = flow.inputs[source][0]
-    if flow.roles[source] is not Role.CONV or flow.carries(source):
-        return False
-    return getattr(flow.module(source), "bias", None) is None
+    layer = flow.above(source, (Role.RESHAPE,))
+    unable = flow.roles[layer] is Role.CONV and not flow.carries(layer)
+    return unable and getattr(flow.module(layer), "bias", None) is None
 
 
 def _is_weighted(flow: Flow, source: fx.Node) -> bool:
     """Whether a convolution or linear computes ``source``, seen through what only moves or pools its values."""
-    while flow.roles[source] in (Role.RESHAPE, Role.PASS, Role.POOL, Role.SLICE, Role.UPSAMPLE, Role.NORM):
-        source = flow.inputs[source][0]
-    return flow.roles[source] is Role.CONV
+    moving = (Role.RESHAPE, Role.PASS, Role.POOL, Role.SLICE, Role.UPSAMPLE, Role.NORM)
+    return flow.roles[flow.above(source, moving)] is Role.CONV
 
 
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:

@@ -104,9 +104,8 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
         return None, f"{owner} adds in place, to what others hold"
     once = done[: len(done) // calls]
     key = (_settings(flow.modules[owner]), number, operand, *once, writes)
-    if key not in flow.reasons:  # many blocks of a network are alike
-        flow.reasons[key] = why_not_scalable(flow.modules[owner], number, operand, once, writes)
-    problem = flow.reasons[key]
+    # Many blocks of a network are alike.
+    problem = flow.once(key, lambda: why_not_scalable(flow.modules[owner], number, operand, once, writes))
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""

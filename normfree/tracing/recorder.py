@@ -35,7 +35,7 @@ class Recorder(Notes, TorchFunctionMode):
     def __init__(
         self,
         model: nn.Module,
-        leaves: Mapping[int, bool],
+        leaves: Mapping[str, bool],
         sites: frozenset[str],
         classes: Mapping[int, type[nn.Module]],
         entered: Callable[[], None],
@@ -46,7 +46,7 @@ class Recorder(Notes, TorchFunctionMode):
         self._classes, self._entered, self._meta, self._sites = classes, entered, meta, sites
         self._inside = False  # of a leaf: what happens there is not written down
         for name, module in model.named_modules():
-            self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
+            self._wrap(module, name, leaf=bool(name) and (leaves[name] or name in sites), norm=name in sites)
 
     def __deepcopy__(self, _: Any) -> Recorder:
         """Stay the one that writes down what copies of its modules do."""

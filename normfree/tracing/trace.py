@@ -62,8 +62,7 @@ class _Look:
 
     @functools.cached_property
     def leaves(self) -> dict[str, bool]:
-        leaves = leaves_of(self.meta, self.sites)
-        return {name: leaves[id(module)] for name, module in self.meta.named_modules()}
+        return leaves_of(self.meta, self.sites)
 
     def at(self, guess: Guess, *, given: bool) -> Trace:
         """Run the model on something, without memory if that will do."""
@@ -77,8 +76,7 @@ class _Look:
 
     def _run(self, copied: nn.Module, arguments: Any, guess: Guess) -> tuple[Trace, bool]:
         """Return what was seen, and whether it ended because an operator needs data."""
-        leaves = {id(module): self.leaves[name] for name, module in copied.named_modules()}
-        run = functools.partial(record, copied, self.sites, leaves, arguments)
+        run = functools.partial(record, copied, self.sites, self.leaves, arguments)
         graphs: dict[str, Graph] = {}
         why, without_data, deaf = "", False, False
         try:

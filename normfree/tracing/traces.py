@@ -88,6 +88,11 @@ class Graph:
     order: dict[fx.Node, int] = field(default_factory=dict)
     steps: dict[fx.Node, int] = field(default_factory=dict)
 
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Return the shape of the tensor that a node returned, if it is known."""
+        value = self.values.get(node)
+        return None if value is None else value.shape
+
     def memory(self, node: fx.Node) -> int | None:
         """Return what tells the memory of the tensor that a node returned, if it is known."""
         value = self.values.get(node)

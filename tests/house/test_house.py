@@ -76,7 +76,7 @@ def test_types_of_the_public_names_stand_beside_them() -> None:
 
 FLOORS = (
     "errors",
-    "tracing.copying tracing.closures tracing.shapes files",
+    "tracing.copying tracing.shapes files",
     "norms layers training.initialization rewriting.changing tracing.roles tracing.inputs tracing.randomness",
     "tracing.leaves tracing.traces options code.functions code.held",
     "tracing.notes analysis.joining code.text",
