@@ -140,15 +140,17 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
     calls = flow.calls(path) if node.op == "call_module" else 0
     module = flow.module(node)
     above: Iterator[Candidate] = iter(())
+    shape = flow.shape(node)
+    used = None if shape is not None and so_far.channels == (0, *shape[1:2]) else so_far.channels
     if role is Role.NORM and module is not None:
         if calls:
-            yield replace(so_far, path=path, place="norm", calls=calls)
+            yield replace(so_far, path=path, place="norm", channels=used, calls=calls)
         if flow.activation_in(node) is None:
             above = _walk(flow, flow.inputs[node][0], node, replace(so_far, through=(*so_far.through, path)))
     elif module is not None and role is not Role.PASS:
         # The features of a linear are its last dimension, and channels the second: the same only for a matrix.
         if calls and flow.carries(node) and (so_far.channels is None or not isinstance(module, nn.Linear)):
-            yield replace(so_far, path=path, place="weight", calls=calls)
+            yield replace(so_far, path=path, place="weight", channels=used, calls=calls)
         elif calls and so_far.channels is None and _can_scale_output(module):
             yield replace(so_far, path=path, place="output", calls=calls)
     elif role is Role.PASS or (role is Role.RESHAPE and so_far.channels is None):
