@@ -75,7 +75,6 @@ def takes_options(function: F) -> F:
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields(Options)
     ]
-    positional = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
-    rest = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-    function.__signature__ = signature.replace(parameters=[*positional, *options, *rest])  # type: ignore[attr-defined]
+    parameters = sorted([*options, *own], key=lambda parameter: parameter.kind)
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
 from normfree.analysis.flow import Flow, Role
 from normfree.tracing.roles import name_of
 
-__all__ = ["additions_of", "adds", "flattened", "inner_of", "is_inner", "sum_names"]
+__all__ = ["additions_of", "adds", "flattened", "inners_of", "is_inner", "sum_names"]
 
 
 def sum_names(flow: Flow) -> dict[fx.Node, str]:
@@ -34,10 +34,8 @@ def adds(node: fx.Node) -> bool:
 def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the additions that make up ``a + b + c``, the outermost first."""
     yield node
-    for operand in flow.operands(node):
-        inner = inner_of(flow, operand)
-        if inner is not None:
-            yield from additions_of(flow, inner)
+    for inner in inners_of(flow, flow.operands(node)):
+        yield from additions_of(flow, inner)
 
 
 def flattened(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
@@ -54,6 +52,11 @@ def is_inner(flow: Flow, node: fx.Node) -> bool:
     """Whether ``node`` goes into one addition and nowhere else, dropout and the like aside."""
     user = flow.reader(node, (Role.PASS,))
     return user is not None and flow.roles[user] is Role.ADD and adds(node) and adds(user)
+
+
+def inners_of(flow: Flow, operands: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the additions among some operands; see :func:`inner_of`."""
+    return [inner for operand in operands if (inner := inner_of(flow, operand)) is not None]
 
 
 def inner_of(flow: Flow, operand: fx.Node) -> fx.Node | None:

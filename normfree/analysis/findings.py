@@ -142,21 +142,12 @@ def _without_doubtful_producer(
         return replace(site, producer=None, why=f"{site.producer} feeds something else in the other mode")
     holder = owners[site.name]
     inside = f"{holder}." if holder else ""
-    beside = [name for name in unseen if name.startswith(inside) and _is_held_by(name, holder, owners)]
+    others = tuple(f"{owner}." for owner in owners.values() if owner.startswith(inside) and owner != holder)
+    beside = [name for name in unseen if name.startswith(inside) and not name.startswith(others)]
     if beside:
         why = f"{beside[0]}, which no run calls, may take its place for other arguments"
         return replace(site, producer=None, why=why)
     return site
-
-
-def _is_held_by(name: str, holder: str, owners: Mapping[str, str]) -> bool:
-    """Whether ``holder`` itself, and no module below it that was seen, would call the norm ``name``."""
-    path = name.rpartition(".")[0]
-    while path != holder and path:
-        if path in owners.values():
-            return False
-        path = path.rpartition(".")[0]
-    return path == holder
 
 
 def _sum(flow: Flow, found: SumNode, name: str, first: Mapping[str, str]) -> Sum:

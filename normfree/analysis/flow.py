@@ -200,7 +200,7 @@ class Flow:
         if isinstance(module, ChannelAffine) or any(True for _ in module.parameters()) or len(self.inputs[node]) != 1:
             return False
         key = ("passes", type(module), repr(module))
-        return self.once(key, lambda: elementwise(module) is not None and scales(module))
+        return self.once(key, lambda: elementwise(module) and scales(module))
 
     def _broadcasts(self, node: fx.Node) -> bool:
         """Whether a node repeats what has one entry only in some dimension: a statistic, and no skip path."""

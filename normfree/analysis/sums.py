@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import fx
 
-from normfree.analysis.additions import adds, flattened, inner_of, is_inner
+from normfree.analysis.additions import adds, flattened, inners_of, is_inner
 from normfree.analysis.decoders import is_only_a_gate, rising_step
 from normfree.analysis.flow import Flow, Role
 from normfree.tracing.roles import name_of
@@ -88,20 +88,15 @@ def _classify_group(flow: Flow, node: fx.Node, found: dict[fx.Node, SumNode]) ->
         if whole.kind != "merge" and not (whole.kind == "residual" and _ends_in_parallel(flow, node, found)):
             found[node] = whole
             return
-        for operand in flow.inputs[node]:
-            inner = inner_of(flow, operand)
-            if inner is not None:
-                _classify_group(flow, inner, found)
+        for inner in inners_of(flow, flow.inputs[node]):
+            _classify_group(flow, inner, found)
     found[node] = _classify(flow, node, flow.operands(node), found)
 
 
 def _ends_in_parallel(flow: Flow, node: fx.Node, found: Mapping[fx.Node, SumNode]) -> bool:
     """Whether one operand is a parallel sum by itself, such as the end of a RepGhost branch: one branch, not two."""
-    for operand in flow.inputs[node]:
-        inner = inner_of(flow, operand)
-        if inner is not None and _classify(flow, inner, list(flattened(flow, inner)), found).kind == "parallel":
-            return True
-    return False
+    inners = inners_of(flow, flow.inputs[node])
+    return any(_classify(flow, inner, list(flattened(flow, inner)), found).kind == "parallel" for inner in inners)
 
 
 def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping[fx.Node, SumNode]) -> SumNode:

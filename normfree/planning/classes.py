@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 from torch import nn
@@ -76,7 +76,8 @@ def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozense
     kinds = dict.fromkeys(cls for module in modules.values() for cls in bases(type(module)))
     owners = {function: cls for cls in kinds for function in vars(cls).values() if callable(function)}
     for function in forward_functions(model) | (other_functions(model) if seen else set()):
-        words = names_in(function) | {c for code in codes_of(function.__code__) for c in _texts(code)}
+        constants = (constant for code in codes_of(function.__code__) for constant in code.co_consts)
+        words = names_in(function) | {constant for constant in constants if isinstance(constant, str)}
         if words.isdisjoint(_ASKING) or (seen and not _calls_parts(function, parts)):
             continue
         owner = owners.get(function)
@@ -88,10 +89,6 @@ def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozense
 
 
 _ASKING = ("type", "__class__", "_get_name", "isinstance", "issubclass")
-
-
-def _texts(code: types.CodeType) -> Iterator[str]:
-    return (constant for constant in code.co_consts if isinstance(constant, str))
 
 
 def _calls_parts(function: types.FunctionType, parts: Set[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Set
 from types import FunctionType
 from typing import Any
@@ -69,9 +70,6 @@ def _may_return(hook: Any) -> bool:
     if not isinstance(hook, FunctionType):
         return True
     steps = [step for step in dis.get_instructions(hook.__code__) if step.opname not in ("CACHE", "NOP")]
-    last = [steps[i if step.opname == "RETURN_CONST" else i - 1] for i, step in enumerate(steps) if _returns(step)]
+    last = [before for before, step in itertools.pairwise(steps) if step.opname == "RETURN_VALUE"]
+    last += [step for step in steps if step.opname == "RETURN_CONST"]
     return not all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in last)
-
-
-def _returns(step: dis.Instruction) -> bool:
-    return step.opname in ("RETURN_VALUE", "RETURN_CONST")

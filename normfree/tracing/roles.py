@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -121,48 +120,40 @@ def module_role(module: nn.Module) -> Role:
     return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)
 
 
-Effect = Literal["pure", "in place"] | None
-
-
-def elementwise(function: Callable[[Tensor], Tensor]) -> Effect:
-    """Say whether a function works entry by entry, and whether it writes into its input; ``None`` if it does not.
+def elementwise(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function works entry by entry.
 
     Told by what it does: shuffling the entries must shuffle the result. Pools, softmax and filters fail. A module of
-    the user's own may do something else in the other mode: both must agree. torch's own differ in noise only.
+    the user's own may do something else in the other mode: both must pass. torch's own differ in noise only.
     """
     if not isinstance(function, nn.Module):
-        return _probe(function)
+        return _is_elementwise(function)
     own = not type(function).__module__.startswith("torch.nn")
     before = function.training
     try:
-        found = {_probe(function.train(mode)) for mode in ((False, True) if own else (False,))}
+        return all(_is_elementwise(function.train(mode)) for mode in ((False, True) if own else (False,)))
     finally:
         function.train(before)
-    return found.pop() if len(found) == 1 else None
 
 
-def _probe(function: Callable[[Tensor], Tensor]) -> Effect:
+def _is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     """Probe at two shapes: at one alone, what resizes to just that shape would pass for the identity."""
-    found = _probe_at(function, (2, 3, 4, 4))
-    return found if found is not None and found == _probe_at(function, (3, 4, 5, 7)) else None
+    return all(_shuffles(function, shape) for shape in ((2, 3, 4, 4), (3, 4, 5, 7)))
 
 
-def _probe_at(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Effect:
+def _shuffles(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool:
     count = math.prod(shape)
     x = torch.linspace(-3.0, 3.0, count).reshape(shape)
     # 29 has no factor in common with the count, so this visits every entry once and keeps none in its row or channel.
     order = torch.arange(count) * 29 % count
-    given = x.clone()
     try:
         with torch.no_grad():
-            result, shuffled = function(given), function(x.flatten()[order].reshape(x.shape))
+            result, shuffled = function(x.clone()), function(x.flatten()[order].reshape(x.shape))
     except Exception:  # not a function of one tensor of this shape, whatever it raises
-        return None
+        return False
     same = isinstance(result, Tensor) and isinstance(shuffled, Tensor) and result.shape == x.shape
     # Vectorised loops round the same entry differently at different places.
-    if not same or not torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6):
-        return None
-    return "pure" if torch.equal(given, x) else "in place"
+    return same and torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6)
 
 
 def scales(function: Callable[[Tensor], Tensor]) -> bool:
