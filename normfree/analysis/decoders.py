@@ -17,13 +17,9 @@ __all__ = ["is_only_a_gate", "rising_step"]
 
 
 def rising_step(flow: Flow, path: Sequence[fx.Node], operand: fx.Node, owner: str) -> fx.Node | None:
-    """Return the first step upwards that counts on the way to ``operand``, or ``None``.
+    """Return the first step upwards that counts on the way to ``operand``, the end of a branch, or ``None``.
 
-    Args:
-        flow: The graph.
-        path: The nodes of the branch in topological order, its end included.
-        operand: The end of the branch.
-        owner: The module whose forward adds it to the skip path.
+    The ``path`` is the branch in topological order, its end included; ``owner`` adds it to the skip path.
     """
     inside = set(path)
     lowered: set[str] = set()

@@ -82,13 +82,9 @@ def flows(model: nn.Module, trace: Trace, sites: Iterable[str], fixed: Iterable[
 def analyse(
     model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]], fixed: Iterable[str] = ()
 ) -> Findings:
-    """Analyse every graph of a trace.
+    """Analyse every graph of a trace of a model, of which :func:`normfree.norms.find_norms` has returned the norms.
 
-    Args:
-        model: The module it was taken from.
-        trace: The trace.
-        norms: The first name of every norm with its further names, as :func:`normfree.norms.find_norms` returns them.
-        fixed: Modules that must keep their class.
+    Modules that are ``fixed`` must keep their class.
     """
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}

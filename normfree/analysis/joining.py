@@ -8,7 +8,7 @@ again. Factors that are not known, such as weights of an ``einsum``, may only be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,8 +189,9 @@ def _factors(chain: tuple[fx.Node, ...], shapes: list[tuple[int, ...]]) -> list[
 
 def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
     """Run a chain on numbers, without what it multiplies by or adds."""
-    first = dict(zip(_nodes_of(chain[0].args[0]), parts, strict=True))
-    known: dict[fx.Node, Any] = {}
+    joined: Any = chain[0].args[0]
+    nodes = dict.fromkeys(item for item in joined if isinstance(item, fx.Node))  # one that stands there twice once
+    first, known = dict(zip(nodes, parts, strict=True)), dict[fx.Node, Any]()
     for node in chain:
         sources = [known[source] for source in node.all_input_nodes if source in known]
         if node is not chain[0] and function_role(node) in (Role.MUL, Role.ADD, Role.PASS):
@@ -201,8 +202,3 @@ def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
             return None
     result = known[chain[-1]]
     return result if isinstance(result, Tensor) and result.is_floating_point() else None
-
-
-def _nodes_of(value: Any) -> Iterator[fx.Node]:
-    """Yield the nodes in a sequence of arguments, one that stands there twice once."""
-    yield from dict.fromkeys(item for item in value if isinstance(item, fx.Node))

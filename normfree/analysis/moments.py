@@ -32,12 +32,9 @@ class Moments:
 
 
 def input_moments(flow: Flow, norms: Mapping[str, Norm], paths: Iterable[str]) -> dict[str, Moments | None]:
-    """Return what each of these layers meets, by its path; ``None`` where several calls differ.
+    """Return what each of some layers whose input :func:`known_inputs` knows meets; ``None`` if it is called often.
 
-    Args:
-        flow: The graph.
-        norms: The norms of the model by name.
-        paths: Layers whose input :func:`known_inputs` knows.
+    ``norms`` are those of the model, and ``paths`` the layers.
     """
     wanted, known = set(paths), dict[fx.Node, Moments | None]()
     found: dict[str, Moments | None] = {}

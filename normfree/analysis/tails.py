@@ -48,13 +48,7 @@ class Candidate:
 
 
 def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tuple[Candidate, ...], str]:
-    """Return the candidates for one branch, outermost first, and the reason if there is none.
-
-    Args:
-        flow: The graph.
-        branch: The operand that is the branch.
-        addition: The addition that it is an operand of.
-    """
+    """Return the candidates for a branch, an operand of an addition, outermost first; the reason if there is none."""
     places = _walk(flow, branch, addition, Candidate("", "slot"))
     if _writes_into(flow, addition, branch):  # what others hold would not be written to any more
         places = (c for c in places if c.place not in ("slot", "output") or _is_own(flow, c.path, addition))

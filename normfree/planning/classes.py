@@ -65,10 +65,7 @@ def _classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
 def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozenset[str]:
     """Return the norms of whose class some code seems to ask where no run saw it: it names what they are.
 
-    Args:
-        model: The model.
-        norms: The norms that it has.
-        seen: Whether forwards were seen running. Then only what calls parts matters, on a path that none took.
+    If forwards were ``seen`` running, only what calls parts matters, on a path that none took.
     """
     found: set[str] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -83,8 +80,9 @@ def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozense
         owner = owners.get(function)
         places = [path for path, module in modules.items() if owner is None or isinstance(module, owner)]
         for name in (name for name in norms if any(not path or name.startswith(f"{path}.") for path in places)):
-            own = type(modules[name]).__mro__[: type(modules[name]).__mro__.index(nn.Module)]
-            found.update([name] if not words.isdisjoint(kind.__name__ for kind in own) else [])
+            kind = type(modules[name])
+            own = {base.__name__ for base in kind.__mro__[: kind.__mro__.index(nn.Module)]}
+            found.update([name] if words & own else [])
     return frozenset(found)
 
 

@@ -32,13 +32,9 @@ def any_global_hook() -> bool:
 
 
 def may_be_absorbed(modules: Mapping[str, nn.Module], norm: str, taker: Taker, apart: Set[int]) -> bool:
-    """Whether nobody sees what passes from a norm to the layer behind it, or uses the weight of that apart.
+    """Whether nobody sees what passes from a norm to what takes it over, or uses the weight or bias of that apart.
 
-    Args:
-        modules: The modules of the model.
-        norm: The norm.
-        taker: What takes it over once the model is fused.
-        apart: The identities of the layers whose weight or bias is used elsewhere.
+    ``apart`` are the identities of the layers of which somebody does.
     """
     layer, others = modules[taker.path], [modules[path] for path in (norm, *taker.behind)]
     between = [module for path in taker.through for module in modules[path].modules()]

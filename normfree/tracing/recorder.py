@@ -21,6 +21,10 @@ from normfree.tracing.shapes import on_meta, shortened
 
 __all__ = ["Recorder", "is_default", "set_class"]
 
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+_Forward = Callable[..., Any]
+
 
 class Recorder(Notes, TorchFunctionMode):
     """Writes down what happens between the modules of a model, which are leaves or looked into.
@@ -52,9 +56,7 @@ class Recorder(Notes, TorchFunctionMode):
         """Stay the one that writes down what copies of its modules do."""
         return self
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: _Args = (), kwargs: _Kwargs | None = None) -> Any:
         """Run one function of torch, and write it down if it makes or changes a tensor."""
         kwargs = kwargs or {}
         if self._meta:
@@ -102,9 +104,7 @@ class Recorder(Notes, TorchFunctionMode):
         if not self._inside:
             self.seen.read.setdefault(path, f"{path}.{name}")
 
-    def _composite(
-        self, module: nn.Module, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _composite(self, module: nn.Module, path: str, forward: _Forward, args: _Args, kwargs: _Kwargs) -> Any:
         """Run a module that is looked into."""
         if path:
             self.seen.calls[path] += 1
@@ -123,9 +123,7 @@ class Recorder(Notes, TorchFunctionMode):
                 self.seen.exits[node] = (*self.seen.exits.get(node, ()), path)
         return out
 
-    def _leaf(
-        self, module: nn.Module, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _leaf(self, module: nn.Module, path: str, forward: _Forward, args: _Args, kwargs: _Kwargs) -> Any:
         """Run a module that is one operation, as what it really is."""
         self.seen.calls[path] += 1
         self.next_step()
@@ -190,7 +188,7 @@ _PRODUCTS = {"addcmul": torch.mul, "addcdiv": torch.div, "addmm": torch.mm, "bad
 """What adds a product to something: two operations in one."""
 
 
-def is_default_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def is_default_call(module: nn.Module, args: _Args, kwargs: _Kwargs) -> bool:
     """Whether a call gives an optional argument nothing but its default."""
     if len(args) + len(kwargs) <= 1 and not kwargs:
         return True  # most calls; the first argument is hardly ever optional

@@ -26,12 +26,7 @@ def shortened(
 ) -> Callable[..., Any]:
     """Return what to run instead of the forward of a leaf that is called with a tensor and nothing else.
 
-    Args:
-        module: The leaf.
-        kind: What it really is.
-        forward: Its forward.
-        norm: Whether it is a norm, or stands where one was.
-        meta: Whether tensors have no memory.
+    The leaf really is of a ``kind``, and may be a ``norm``, or stand where one was; ``meta`` tensors have no memory.
     """
     in_place = getattr(module, "inplace", False) is True and not norm
     if not meta:

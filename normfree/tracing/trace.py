@@ -108,11 +108,8 @@ class _Look:
 
 def _disguises(model: nn.Module, sites: frozenset[str]) -> dict[str, type[nn.Module]]:
     """Return another class for every module but the model itself."""
-    made: dict[type[nn.Module], type[nn.Module]] = {}
-    for module in model.modules():
-        cls = type(module)
-        if cls not in made:
-            made[cls] = type(f"Scaled{cls.__name__}", (cls,), {"__module__": cls.__module__})
+    kinds = set(map(type, model.modules()))
+    made = {cls: type(f"Scaled{cls.__name__}", (cls,), {"__module__": cls.__module__}) for cls in kinds}
     plain = ((name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule))
     return {name: nn.Identity if name in sites else made[type(module)] for name, module in plain}
 
