@@ -42,10 +42,7 @@ def flattened(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """Yield ``a``, ``b`` and ``c`` of ``a + b + c``."""
     for operand in flow.operands(node):
         inner = inner_of(flow, operand)
-        if inner is not None:
-            yield from flattened(flow, inner)
-        else:
-            yield operand
+        yield from [operand] if inner is None else flattened(flow, inner)
 
 
 def is_inner(flow: Flow, node: fx.Node) -> bool:

@@ -121,9 +121,7 @@ def _is_weighted(flow: Flow, source: fx.Node) -> bool:
 
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
     calls = flow.graph.calls[str(node.target)]
-    if calls > 1:
-        return f"{what} is called {calls} times"
-    return f"a forward asks for the class of {what}"
+    return f"{what} is called {calls} times" if calls > 1 else f"a forward asks for the class of {what}"
 
 
 def _features(module: nn.Module) -> int:
