@@ -6,12 +6,13 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypedDict, TypeVar
 
 from normfree.errors import UsageError
 from normfree.tracing.inputs import Inputs
 
-__all__ = ["Asked", "Options", "Patterns", "takes_options"]
+__all__ = ["Asked", "Options", "Patterns", "matches", "takes_options"]
 
 Patterns = str | Sequence[str]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -19,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`normfree.convert`, which says what they mean.
+    """The options of :func:`normfree.convert`, which says what they mean; one pattern becomes a tuple of one.
 
     Raises:
         UsageError: One of them makes no sense.
@@ -43,6 +44,9 @@ class Options:
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
         if not (alpha is None or alpha == "rsqrt_depth" or number):
             raise UsageError(f"alpha is {alpha!r}; it must be a finite number or 'rsqrt_depth'")
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
 
 
 class Asked(TypedDict, total=False):
@@ -58,6 +62,11 @@ class Asked(TypedDict, total=False):
     inputs: Inputs | None
 
 
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether ``name`` matches one of the shell patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def takes_options(function: F) -> F:
     """Let ``help`` and completion show the options of a function that takes them as ``**options``."""
     signature = inspect.signature(function)
@@ -66,7 +75,6 @@ def takes_options(function: F) -> F:
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields(Options)
     ]
-    positional = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
-    rest = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-    function.__signature__ = signature.replace(parameters=[*positional, *options, *rest])  # type: ignore[attr-defined]
+    parameters = sorted([*options, *own], key=lambda parameter: parameter.kind)
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function

@@ -12,12 +12,12 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from normfree.analysis.flow import Flow, Role
+from normfree.analysis.joining import call
 from normfree.tracing.roles import elementwise
 
 __all__ = ["Activation", "as_activation", "following", "gain_of"]
@@ -32,8 +32,11 @@ def as_activation(flow: Flow, node: fx.Node) -> Activation | None:
     """Return an elementwise operation of one tensor as a function, or ``None`` if ``node`` is something else."""
     if flow.roles[node] is not Role.OTHER or len(flow.inputs[node]) != 1:
         return None
-    function = _as_function(flow, node)
-    return function if function is not None and _acts_elementwise(flow, node, function) else None
+    function, module = _as_function(flow, node), flow.module(node)
+    if function is None:
+        return None
+    key = (type(module), repr(module)) if module is not None else (node.target, repr(node.kwargs))  # they decide it
+    return function if flow.once(("elementwise", *key), lambda: elementwise(function)) else None
 
 
 def _as_function(flow: Flow, node: fx.Node) -> Activation | None:
@@ -41,23 +44,9 @@ def _as_function(flow: Flow, node: fx.Node) -> Activation | None:
     if module is not None:
         plain = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
         return module if plain else None
-    if len(node.args) != 1 or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+    if len(node.args) != 1 or any(isinstance(v, fx.Node) for v in node.kwargs.values()):
         return None
-    kwargs, target = dict(node.kwargs), node.target
-    if node.op == "call_function" and callable(target):
-        return lambda x: target(x, **kwargs)
-    if node.op == "call_method":
-        return lambda x: getattr(x, str(target))(**kwargs)
-    return None
-
-
-def _acts_elementwise(flow: Flow, node: fx.Node, function: Activation) -> bool:
-    """Whether the operation works entry by entry; remembered by type and settings, which decide it."""
-    module = flow.module(node)
-    key: Any = (type(module), repr(module)) if module is not None else (node.target, repr(node.kwargs))
-    if key not in flow.memo:
-        flow.memo[key] = elementwise(function) is not None
-    return flow.memo[key]
+    return lambda x: call(node, {flow.inputs[node][0]: x})
 
 
 def following(flow: Flow, node: fx.Node) -> Activation | None:

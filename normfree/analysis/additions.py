@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
 from normfree.analysis.flow import Flow, Role
 from normfree.tracing.roles import name_of
 
-__all__ = ["additions_of", "adds", "flattened", "inner_of", "is_inner", "sum_names"]
+__all__ = ["additions_of", "adds", "flattened", "inners_of", "is_inner", "sum_names"]
 
 
 def sum_names(flow: Flow) -> dict[fx.Node, str]:
@@ -19,7 +19,7 @@ def sum_names(flow: Flow) -> dict[fx.Node, str]:
     names = {}
     for node in flow.nodes:
         if flow.roles[node] is Role.ADD:
-            owner, verb = flow.graph.owners[node], "add" if adds(node) else name_of(node).strip("_").removeprefix("i")
+            owner, verb = flow.graph.owners[node], "add" if adds(node) else name_of(node)
             stem = f"{owner}.{verb}" if owner else verb
             names[node] = f"{stem}_{counts[stem]}" if counts[stem] else stem
             counts[stem] += 1
@@ -28,38 +28,35 @@ def sum_names(flow: Flow) -> dict[fx.Node, str]:
 
 def adds(node: fx.Node) -> bool:
     """Whether an addition is no difference, nor a mean with weights of its own."""
-    return name_of(node).strip("_").removeprefix("i") not in ("sub", "subtract", "lerp")
+    return name_of(node) not in ("sub", "subtract", "lerp")
 
 
 def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the additions that make up ``a + b + c``, the outermost first."""
     yield node
-    for operand in flow.operands(node):
-        inner = inner_of(flow, operand)
-        if inner is not None:
-            yield from additions_of(flow, inner)
+    for inner in inners_of(flow, flow.operands(node)):
+        yield from additions_of(flow, inner)
 
 
 def flattened(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """Yield ``a``, ``b`` and ``c`` of ``a + b + c``."""
     for operand in flow.operands(node):
         inner = inner_of(flow, operand)
-        if inner is not None:
-            yield from flattened(flow, inner)
-        else:
-            yield operand
+        yield from [operand] if inner is None else flattened(flow, inner)
 
 
 def is_inner(flow: Flow, node: fx.Node) -> bool:
     """Whether ``node`` goes into one addition and nowhere else, dropout and the like aside."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] is Role.PASS:
-        users = flow.users[users[0]]
-    return len(users) == 1 and flow.roles[users[0]] is Role.ADD and adds(node) and adds(users[0])
+    user = flow.reader(node, (Role.PASS,))
+    return user is not None and flow.roles[user] is Role.ADD and adds(node) and adds(user)
+
+
+def inners_of(flow: Flow, operands: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the additions among some operands; see :func:`inner_of`."""
+    return [inner for operand in operands if (inner := inner_of(flow, operand)) is not None]
 
 
 def inner_of(flow: Flow, operand: fx.Node) -> fx.Node | None:
     """Return the addition whose result is this operand and nothing else, or ``None``."""
-    while flow.roles[operand] is Role.PASS:
-        operand = flow.inputs[operand][0]
-    return operand if flow.roles[operand] is Role.ADD and is_inner(flow, operand) else None
+    inner = flow.above(operand, (Role.PASS,))
+    return inner if flow.roles[inner] is Role.ADD and is_inner(flow, inner) else None

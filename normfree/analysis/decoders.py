@@ -17,13 +17,9 @@ __all__ = ["is_only_a_gate", "rising_step"]
 
 
 def rising_step(flow: Flow, path: Sequence[fx.Node], operand: fx.Node, owner: str) -> fx.Node | None:
-    """Return the first step upwards that counts on the way to ``operand``, or ``None``.
+    """Return the first step upwards that counts on the way to ``operand``, the end of a branch, or ``None``.
 
-    Args:
-        flow: The graph.
-        path: The nodes of the branch in topological order, its end included.
-        operand: The end of the branch.
-        owner: The module whose forward adds it to the skip path.
+    The ``path`` is the branch in topological order, its end included; ``owner`` adds it to the skip path.
     """
     inside = set(path)
     lowered: set[str] = set()
@@ -72,9 +68,6 @@ def _is_upward(flow: Flow, node: fx.Node) -> bool:
 
 
 def _is_downward(flow: Flow, node: fx.Node) -> bool:
-    return flow.roles[node] is Role.POOL or (flow.roles[node] is Role.CONV and _is_strided(flow, node))
-
-
-def _is_strided(flow: Flow, node: fx.Node) -> bool:
     stride = getattr(flow.module(node), "stride", 1)
-    return (max(stride) if isinstance(stride, tuple) else stride) != 1
+    strided = (max(stride) if isinstance(stride, tuple) else stride) != 1
+    return flow.roles[node] is Role.POOL or (flow.roles[node] is Role.CONV and strided)

@@ -15,7 +15,7 @@ from normfree.analysis.additions import additions_of, sum_names
 from normfree.analysis.flow import Flow, Role
 from normfree.analysis.moments import known_inputs
 from normfree.analysis.sites import Site, agree, find_site, rescaled_layers
-from normfree.analysis.sums import Kind, SumNode, find_sums
+from normfree.analysis.sums import Kind, SumNode, find_sums, norms_between
 from normfree.analysis.tails import Candidate, find_candidates
 from normfree.tracing.traces import Trace
 
@@ -26,8 +26,8 @@ __all__ = ["Branch", "Findings", "Site", "Sum", "analyse", "flows"]
 class Branch:
     """One residual branch of a sum: its norms, where alpha could live, or why nowhere.
 
-    A norm ``behind`` the sum is all that the sum goes into: without it nothing would hold the signal, so the branch
-    must start at nothing as well.
+    A norm ``behind`` the sum is all that the sum goes into, as in a post-norm transformer: it scales the sum down, and
+    without it nothing would hold the signal, so the branch must start at nothing as well.
     """
 
     norms: tuple[str, ...]
@@ -71,26 +71,20 @@ class Findings:
     parameters: frozenset[str]
 
 
-def flows(
-    model: nn.Module, trace: Trace, sites: Iterable[str], *, distinct: bool = False, fixed: Iterable[str] = ()
-) -> Iterator[tuple[str, Flow]]:
-    """Yield ``(mode, flow)`` for every graph of a trace, or only for those that differ."""
+def flows(model: nn.Module, trace: Trace, sites: Iterable[str], fixed: Iterable[str] = ()) -> Iterator[Flow]:
+    """Yield every graph of a trace that differs from the others."""
     modules = dict(model.named_modules(remove_duplicate=False))
     shared = {id(modules[path]) for path in fixed}
-    for mode in trace.distinct if distinct else trace.graphs:
-        yield mode, Flow(trace.graphs[mode], modules, sites, shared)
+    for graph in trace.distinct:
+        yield Flow(graph, modules, sites, shared)
 
 
 def analyse(
     model: nn.Module, trace: Trace, norms: Mapping[str, tuple[str, ...]], fixed: Iterable[str] = ()
 ) -> Findings:
-    """Analyse every graph of a trace.
+    """Analyse every graph of a trace of a model, of which :func:`normfree.norms.find_norms` has returned the norms.
 
-    Args:
-        model: The module it was taken from.
-        trace: The trace.
-        norms: The first name of every norm with its further names, as :func:`normfree.norms.find_norms` returns them.
-        fixed: Modules that must keep their class.
+    Modules that are ``fixed`` must keep their class.
     """
     found_sites: dict[str, Site] = {}
     found_sums: dict[str, Sum] = {}
@@ -101,22 +95,21 @@ def analyse(
     consumers: dict[str, set[str | None]] = {}
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
-    for _, flow in flows(model, trace, first, distinct=True, fixed=fixed):
+    for flow in flows(model, trace, first, fixed):
         functional.update(dict.fromkeys(_functional_norms(flow)))
-        read.update({first[norm]: tensor for norm, tensor in flow.graph.read.items()})
+        read.update(flow.graph.read)
         parameters.update(str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
         known.update({path: known.get(path) or after for path, after in known_inputs(flow).items()})
         rescaled.update(rescaled_layers(flow))
         for node in flow.nodes:
             if flow.roles[node] is Role.NORM:
                 site = find_site(flow, node)
-                site = replace(site, name=first[site.name])
                 if id(flow.modules[str(node.target)]) in flow.shared:  # what follows its other calls is not known
                     site = replace(site, fresh=False, unsafe_write=True)
                 found_sites[site.name] = agree(found_sites.get(site.name), site)
                 owners.setdefault(site.name, flow.graph.owners[node])
             elif flow.roles[node] is Role.CONV and node.op == "call_module":
-                consumers.setdefault(str(node.target), set()).add(_only_norm(flow, node, first))
+                consumers.setdefault(str(node.target), set()).add(_only_norm(flow, node))
         names = sum_names(flow)
         for found in find_sums(flow):
             total = _sum(flow, found, names[found.node], first)
@@ -129,13 +122,10 @@ def analyse(
     return Findings(found_sites, sums, rescaled, known, frozenset(fixed), tuple(functional), read, held)
 
 
-def _only_norm(flow: Flow, node: fx.Node, first: Mapping[str, str]) -> str | None:
+def _only_norm(flow: Flow, node: fx.Node) -> str | None:
     """Return the norm that alone reads what ``node`` returns, or ``None`` if somebody else does."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] is Role.RESHAPE:
-        users = flow.users[users[0]]
-    single = len(users) == 1 and flow.roles[users[0]] is Role.NORM
-    return first[str(users[0].target)] if single else None
+    user = flow.reader(node, (Role.RESHAPE,))
+    return str(user.target) if user is not None and flow.roles[user] is Role.NORM else None
 
 
 def _without_doubtful_producer(
@@ -148,53 +138,26 @@ def _without_doubtful_producer(
         return replace(site, producer=None, why=f"{site.producer} feeds something else in the other mode")
     holder = owners[site.name]
     inside = f"{holder}." if holder else ""
-    beside = [name for name in unseen if name.startswith(inside) and _is_held_by(name, holder, owners)]
+    others = tuple(f"{owner}." for owner in owners.values() if owner.startswith(inside) and owner != holder)
+    beside = [name for name in unseen if name.startswith(inside) and not name.startswith(others)]
     if beside:
         why = f"{beside[0]}, which no run calls, may take its place for other arguments"
         return replace(site, producer=None, why=why)
     return site
 
 
-def _is_held_by(name: str, holder: str, owners: Mapping[str, str]) -> bool:
-    """Whether ``holder`` itself, and no module below it that was seen, would call the norm ``name``."""
-    path = name.rpartition(".")[0]
-    while path != holder and path:
-        if path in owners.values():
-            return False
-        path = path.rpartition(".")[0]
-    return path == holder
-
-
 def _sum(flow: Flow, found: SumNode, name: str, first: Mapping[str, str]) -> Sum:
     branches = []
     added = set(additions_of(flow, found.node))
-    behind = tuple(first[norm] for norm in _norms_behind(flow, found.node))
+    user = flow.reader(found.node, (Role.PASS, Role.RESHAPE))
+    behind = () if user is None or flow.roles[user] is not Role.NORM else (str(user.target),)
     for operand in found.branches:
-        norms = tuple(first[norm] for norm in _norms_between(flow, found.base, operand))
+        norms = tuple(first[norm] for norm in norms_between(flow, found.base, operand))
         direct = next(user for user in flow.users[operand] if user in added)
         twice = found.branches.count(operand) > 1
         candidates, why = ((), "the branch is added twice") if twice else find_candidates(flow, operand, direct)
-        branches.append(Branch(norms, tuple(_by_first_name(c, first) for c in candidates), why, behind))
+        branches.append(Branch(norms, candidates, why, behind))
     return Sum(name, found.kind, found.reason, tuple(branches))
-
-
-def _norms_between(flow: Flow, base: fx.Node | None, end: fx.Node) -> tuple[str, ...]:
-    if base is None:
-        return ()
-    return tuple(norm for n in flow.between(base, end) for norm in flow.norms_in(n))
-
-
-def _norms_behind(flow: Flow, node: fx.Node) -> tuple[str, ...]:
-    """Return the norm that is all that a sum goes into, as in a post-norm transformer: it scales the sum down."""
-    users = flow.users[node]
-    while len(users) == 1 and flow.roles[users[0]] in (Role.PASS, Role.RESHAPE):
-        users = flow.users[users[0]]
-    return flow.norms_in(users[0]) if len(users) == 1 and flow.roles[users[0]] is Role.NORM else ()
-
-
-def _by_first_name(candidate: Candidate, first: Mapping[str, str]) -> Candidate:
-    through = tuple(first[name] for name in candidate.through)
-    return replace(candidate, path=first.get(candidate.path, candidate.path), through=through)
 
 
 def _functional_norms(flow: Flow) -> Iterator[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -21,6 +21,8 @@ from normfree.tracing.roles import Role, elementwise, function_role, makes_const
 from normfree.tracing.traces import Graph
 
 __all__ = ["Flow", "Role", "is_inplace"]
+
+T = TypeVar("T")
 
 
 class Flow:
@@ -39,8 +41,7 @@ class Flow:
         ancestors: For each node, a bit set over ``nodes`` of everything it depends on.
         descendants: For each node, a bit set over ``nodes`` of everything that depends on it.
         roles: What each node does.
-        memo: Answers that hold for the whole graph, for whoever asks twice.
-        reasons: The same, of why something cannot be.
+        shape: As of the graph.
     """
 
     def __init__(
@@ -50,9 +51,8 @@ class Flow:
         self.modules = modules
         self.shared = shared
         self.sites = frozenset(sites)
-        self.memo: dict[Any, bool] = {}
-        self.reasons: dict[Any, str | None] = {}
-        self._inner: dict[str, tuple[str, ...]] = {}
+        self.shape = graph.shape
+        self._answers: dict[Any, Any] = {}
         self.inputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes.nodes:
             found = () if makes_constants(node) else tuple(i for i in _data_arguments(node) if i in self.inputs)
@@ -62,24 +62,33 @@ class Flow:
         self.nodes = tuple(self.inputs)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.users: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
-        self.ancestors: dict[fx.Node, int] = {}
         for node in self.nodes:
-            bits = 0
             for source in self.inputs[node]:
                 self.users[source].append(node)
-                bits |= self.ancestors[source] | self.bit(source)
-            self.ancestors[node] = bits
-        self.descendants: dict[fx.Node, int] = {}
-        for node in reversed(self.nodes):
-            bits = 0
-            for user in self.users[node]:
-                bits |= self.descendants[user] | self.bit(user)
-            self.descendants[node] = bits
+        self.ancestors = self._reached(self.nodes, self.inputs)
+        self.descendants = self._reached(self.nodes[::-1], self.users)
         self.roles: dict[fx.Node, Role] = {}
         self._weighted = 0
         for node in self.nodes:
             role = self.roles[node] = self._role(node)
             self._weighted |= self.bit(node) if role in (Role.CONV, Role.NORM) else 0
+
+    def _reached(self, nodes: Iterable[fx.Node], edges: Mapping[fx.Node, Iterable[fx.Node]]) -> dict[fx.Node, int]:
+        """Return all that edges lead to from each node, by a bit each; the nodes come in the other direction."""
+        found: dict[fx.Node, int] = {}
+        for node in nodes:
+            bits = 0
+            for other in edges[node]:
+                bits |= found[other] | self.bit(other)
+            found[node] = bits
+        return found
+
+    def once(self, key: Hashable, answer: Callable[[], T]) -> T:
+        """Return an answer that holds for the whole graph, worked out the first time that it is asked for."""
+        if key not in self._answers:
+            self._answers[key] = answer()
+        found: T = self._answers[key]
+        return found
 
     def bit(self, node: fx.Node) -> int:
         """Return the bit of ``node`` in ``ancestors`` and ``descendants``."""
@@ -103,10 +112,7 @@ class Flow:
     def carries(self, node: fx.Node) -> bool:
         """Whether ``node`` calls a layer on whose weight gain and alpha can live."""
         module = self.module(node)
-        key = ("carries", id(module))
-        if key not in self.memo:
-            self.memo[key] = module is not None and is_carrier(module)
-        return self.memo[key]
+        return module is not None and self.once(("carries", id(module)), lambda: is_carrier(module))
 
     def activation_in(self, node: fx.Node) -> nn.Module | None:
         """Return the activation that a norm, or what has taken its place, applies itself."""
@@ -120,13 +126,9 @@ class Flow:
         if node.op != "call_module" or not self.sites:
             return ()
         path = str(node.target)
-        if path in self.sites:
-            return (path,)
-        if path not in self._inner:
-            composite = any(True for _ in self.modules[path].children())
-            below = (site for site in sorted(self.sites) if site.startswith(f"{path}.")) if composite else ()
-            self._inner[path] = tuple(below)
-        return self._inner[path]
+        if path in self.sites or not any(True for _ in self.modules[path].children()):
+            return (path,) if path in self.sites else ()
+        return self.once(("inside", path), lambda: tuple(s for s in sorted(self.sites) if s.startswith(f"{path}.")))
 
     def calls(self, path: str) -> int:
         """Return how often a module is called; 0 if it must stay as it is."""
@@ -143,13 +145,21 @@ class Flow:
 
     def additions(self, owner: str | None = None) -> list[fx.Node]:
         """Return what adds two activations, in the forward of one module or anywhere."""
-        found = (node for node in self.nodes if node.op != "call_module" and name_of(node) in ("add", "iadd", "add_"))
+        found = (node for node in self.nodes if node.op != "call_module" and name_of(node) == "add")
         return [n for n in found if len(self.operands(n)) == 2 and owner in (None, self.graph.owners.get(n, ""))]
 
-    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Return the shape of the tensor that a node returned, if it is known."""
-        value = self.graph.values.get(node)
-        return None if value is None else value.shape
+    def above(self, node: fx.Node, roles: Container[Role]) -> fx.Node:
+        """Return what computes ``node``, seen past what has one of these roles."""
+        while self.roles[node] in roles:
+            node = self.inputs[node][0]
+        return node
+
+    def reader(self, node: fx.Node, roles: Container[Role]) -> fx.Node | None:
+        """Return what alone reads ``node``, seen past what has one of these roles; ``None`` if several do."""
+        users = self.users[node]
+        while len(users) == 1 and self.roles[users[0]] in roles:
+            users = self.users[users[0]]
+        return users[0] if len(users) == 1 else None
 
     @functools.cached_property
     def writers(self) -> Mapping[int | None, list[fx.Node]]:
@@ -173,7 +183,9 @@ class Flow:
             return Role.PASS if self.mixtures[node].is_taken_out else Role.ADD
         role = function_role(node)
         if node.target is operator.getitem:
-            role = _getitem_role(node, self.roles.get(self.inputs[node][0]))
+            index, of_split = node.args[1], self.roles.get(self.inputs[node][0]) is Role.SPLIT
+            part = of_split or index is None or isinstance(index, (tuple, slice, EllipsisType))
+            role = Role.SLICE if part else Role.OTHER
         if role is Role.CAT and len(self.inputs[node]) == 1:
             return Role.PAD  # the rest is constants
         if role is Role.PAD and self._broadcasts(node):
@@ -188,9 +200,7 @@ class Flow:
         if isinstance(module, ChannelAffine) or any(True for _ in module.parameters()) or len(self.inputs[node]) != 1:
             return False
         key = ("passes", type(module), repr(module))
-        if key not in self.memo:
-            self.memo[key] = elementwise(module) is not None and scales(module)
-        return self.memo[key]
+        return self.once(key, lambda: elementwise(module) and scales(module))
 
     def _broadcasts(self, node: fx.Node) -> bool:
         """Whether a node repeats what has one entry only in some dimension: a statistic, and no skip path."""
@@ -207,17 +217,14 @@ class Flow:
         """
         operands = self.operands(node)
         if len(operands) == 2:
-            if role is Role.ADD and name_of(node) not in ("add", "iadd", "add_") and not self._differ(*operands):
+            if role is Role.ADD and name_of(node) != "add" and not self._differ(*operands):
                 return Role.OTHER
             return Role.OTHER if role is Role.DIV else role
         if role is Role.DIV:
             return Role.PASS if operands == [node.args[0]] else Role.OTHER
-        neutral = (
-            role is Role.ADD
-            and len(node.args) == 2
-            and any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
-        )
-        return Role.PASS if len(operands) == 1 and (role is Role.MUL or neutral) else Role.OTHER
+        nothing = any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
+        neutral = role is Role.MUL or (len(node.args) == 2 and nothing)
+        return Role.PASS if len(operands) == 1 and neutral else Role.OTHER
 
     def _differ(self, one: fx.Node, other: fx.Node) -> bool:
         """Whether a layer with weights stands before one of two nodes alone, and neither is a mean."""
@@ -225,12 +232,6 @@ class Flow:
             return False
         ways = [self.ancestors[node] | self.bit(node) for node in (one, other)]
         return bool((ways[0] ^ ways[1]) & self._weighted)
-
-
-def _getitem_role(node: fx.Node, source: Role | None) -> Role:
-    index = node.args[1]
-    tensor = index is None or isinstance(index, (tuple, slice, EllipsisType))
-    return Role.SLICE if tensor or source is Role.SPLIT else Role.OTHER
 
 
 def _data_arguments(node: fx.Node) -> tuple[fx.Node, ...]:

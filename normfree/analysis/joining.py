@@ -8,7 +8,7 @@ again. Factors that are not known, such as weights of an ``einsum``, may only be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from normfree.tracing.roles import Role, function_role, name_of
 from normfree.tracing.traces import Graph
 
-__all__ = ["Mixture", "unjoin"]
+__all__ = ["Mixture", "call", "unjoin"]
 
 _JOINING = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 _CONTRACTING = ("einsum", "tensordot", "matmul", "mv", "inner", "linear")
@@ -83,12 +83,12 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
             joins = isinstance(node.args[0], (list, tuple)) and len(node.args[0]) == len(given)
             chains |= {node: (node,)} if joins else {}
         elif len(given) > 1 and _is_foreign(node):
-            shapes = {_shape(graph, part) for part in (node, *given)}
+            shapes = {graph.shape(part) for part in (node, *given)}
             if len(shapes) == 1 and None not in shapes:
                 found[node] = Mixture(given, (), (), known=_adds(node, given, *shapes))
         elif node.op in ("call_function", "call_method") and (held := [s for s in given if s in chains]):
             if len(given) > 1:  # a gate may be made of the join itself, and is smaller
-                held = [source for source in held if _shape(graph, source) == _shape(graph, node)]
+                held = [source for source in held if graph.shape(source) == graph.shape(node)]
                 if function_role(node) is not Role.MUL or len(held) != 1:
                     continue
             chain = (*chains[held[0]], node)
@@ -103,8 +103,8 @@ def _mixtures(graph: Graph, inputs: Inputs) -> dict[fx.Node, Mixture]:
 def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...], memo: dict[Any, Any]) -> Mixture | None:
     """Say what the end of a chain is, of which the join is the beginning."""
     join, end = chain[0], chain[-1]
-    shapes = [_shape(graph, node) for node in inputs[join]]
-    if None in shapes or {_squeezed(shape) for shape in shapes} != {_squeezed(_shape(graph, end))}:
+    shapes = [graph.shape(node) for node in inputs[join]]
+    if None in shapes or {_squeezed(shape) for shape in shapes} != {_squeezed(graph.shape(end))}:
         return None
     names = [_renamed(graph, inputs, part, join) for part in inputs[join]]
     parts, over = [part for part, _ in names], [node for _, nodes in names for node in nodes]
@@ -115,7 +115,7 @@ def _mixture(graph: Graph, inputs: Inputs, chain: tuple[fx.Node, ...], memo: dic
     if key not in memo:  # many blocks of a network are alike
         memo[key] = _factors(chain, [shape for shape in shapes if shape is not None])
     factors = memo[key]
-    wide = _squeezed(_shape(graph, join)) or ()
+    wide = _squeezed(graph.shape(join)) or ()
     new = sorted(wide) == sorted((*(_squeezed(shapes[0]) or ()), len(shapes)))
     if factors is None and not (new and name_of(end) in _CONTRACTING):
         return None
@@ -128,13 +128,8 @@ def _renamed(graph: Graph, inputs: Inputs, part: fx.Node, join: fx.Node) -> tupl
     if name_of(part) not in _RENAMING or list(part.users) != [join] or len(inputs[part]) != 1:
         return part, []
     source = inputs[part][0]
-    same = _squeezed(_shape(graph, source)) == _squeezed(_shape(graph, part))
+    same = _squeezed(graph.shape(source)) == _squeezed(graph.shape(part))
     return (source, [part]) if same else (part, [])
-
-
-def _shape(graph: Graph, node: fx.Node) -> tuple[int, ...] | None:
-    value = graph.values.get(node)
-    return None if value is None else value.shape
 
 
 def _squeezed(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -156,14 +151,14 @@ def _adds(node: fx.Node, given: tuple[fx.Node, ...], shape: Any) -> bool:
     """Whether an operator makes of two tensors what it makes of their sum and of nothing."""
     one, nothing = torch.linspace(-1, 2, math.prod(shape)).reshape(shape), torch.zeros(shape)
     cases = ((one, -one.flip(0) / 3), (one - one.flip(0) / 3, nothing), (nothing, one - one.flip(0) / 3))
-    results = [_call(node, dict(zip(given, case, strict=True))) for case in cases if len(given) == len(case)]
+    results = [call(node, dict(zip(given, case, strict=True))) for case in cases if len(given) == len(case)]
     first = results[0] if results else None
     if not all(isinstance(result, Tensor) and result.is_floating_point() for result in results) or first is None:
         return False
     return all(torch.allclose(result, first, atol=1e-6) for result in results) and bool(first.any())
 
 
-def _call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+def call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     """Call what a node stands for; ``None`` if that needs something that the graph does not tell."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: known.get(source, "constant"))
     try:
@@ -194,20 +189,16 @@ def _factors(chain: tuple[fx.Node, ...], shapes: list[tuple[int, ...]]) -> list[
 
 def _run(chain: tuple[fx.Node, ...], parts: list[Tensor]) -> Tensor | None:
     """Run a chain on numbers, without what it multiplies by or adds."""
-    first = dict(zip(_nodes_of(chain[0].args[0]), parts, strict=True))
-    known: dict[fx.Node, Any] = {}
+    joined: Any = chain[0].args[0]
+    nodes = dict.fromkeys(item for item in joined if isinstance(item, fx.Node))  # one that stands there twice once
+    first, known = dict(zip(nodes, parts, strict=True)), dict[fx.Node, Any]()
     for node in chain:
         sources = [known[source] for source in node.all_input_nodes if source in known]
         if node is not chain[0] and function_role(node) in (Role.MUL, Role.ADD, Role.PASS):
             known[node] = sources[0]
             continue
-        known[node] = _call(node, first | known)
+        known[node] = call(node, first | known)
         if known[node] is None:
             return None
     result = known[chain[-1]]
     return result if isinstance(result, Tensor) and result.is_floating_point() else None
-
-
-def _nodes_of(value: Any) -> Iterator[fx.Node]:
-    """Yield the nodes in a sequence of arguments, one that stands there twice once."""
-    yield from dict.fromkeys(item for item in value if isinstance(item, fx.Node))

@@ -9,7 +9,7 @@ layer is not centred.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +32,17 @@ class Moments:
 
 
 def input_moments(flow: Flow, norms: Mapping[str, Norm], paths: Iterable[str]) -> dict[str, Moments | None]:
-    """Return what each of these layers meets, by its path; ``None`` where several calls differ.
+    """Return what each of some layers whose input :func:`known_inputs` knows meets; ``None`` if it is called often.
 
-    Args:
-        flow: The graph.
-        norms: The norms of the model by name.
-        paths: Layers whose input :func:`known_inputs` knows.
+    ``norms`` are those of the model, and ``paths`` the layers.
     """
-    wanted, memo = set(paths), dict[fx.Node, Moments | None]()
+    wanted, known = set(paths), dict[fx.Node, Moments | None]()
     found: dict[str, Moments | None] = {}
     for node in flow.nodes:
+        inputs = [known[source] for source in flow.inputs[node]]
+        known[node] = _moments(flow, norms, node, inputs)
         if node.op == "call_module" and str(node.target) in wanted:
-            path = str(node.target)
-            found[path] = None if path in found else _moments(flow, norms, flow.inputs[node][0], memo)
+            found[str(node.target)] = None if str(node.target) in found else inputs[0]
     return found
 
 
@@ -54,56 +52,48 @@ def known_inputs(flow: Flow) -> dict[str, bool]:
     norms = sum(flow.bit(node) for node in flow.nodes if flow.roles[node] is Role.NORM)
     found: dict[str, bool] = {}
     for node in flow.nodes:
-        sources = [known.get(source, False) for source in flow.inputs[node]]
-        rule = _rule(flow, node)
-        known[node] = rule is _norm or (
-            rule is not None and bool(sources) and (any if rule is _gated else all)(sources)
-        )
+        sources = [known[source] for source in flow.inputs[node]]
+        enough = any if flow.roles[node] is Role.MUL else all
+        known[node] = flow.roles[node] is Role.NORM or (_hands_on(flow, node) and enough(sources))
         if flow.carries(node) and flow.called_once(node) and sources and sources[0]:
             found[str(node.target)] = found.get(str(node.target), False) or bool(flow.descendants[node] & norms)
     return found
 
 
-Rule = Callable[[Flow, Mapping[str, Norm], fx.Node, list[Moments | None]], Moments | None]
+_HANDING_ON = {Role.PASS, Role.RESHAPE, Role.POOL, Role.PAD, Role.UPSAMPLE, Role.ADD, Role.CAT, Role.MUL}
 
 
-def _moments(
-    flow: Flow, norms: Mapping[str, Norm], end: fx.Node, memo: dict[fx.Node, Moments | None]
-) -> Moments | None:
-    """Return the moments of what a node returns; without recursion, since networks are deep."""
-    stack = [end]
-    while stack:
-        node = stack[-1]
-        rule = _rule(flow, node)
-        missing = [s for s in flow.inputs[node] if s not in memo] if rule not in (None, _norm) else []
-        if missing:
-            stack += missing
-            continue
-        memo[stack.pop()] = None if rule is None else rule(flow, norms, node, [memo.get(s) for s in flow.inputs[node]])
-    return memo[end]
+def _hands_on(flow: Flow, node: fx.Node) -> bool:
+    """Whether the moments of what a node returns follow from those of what it is given."""
+    name, role = name_of(node), flow.roles[node]
+    if role in _HANDING_ON:  # but for a factor that the graph does not tell
+        return "lerp" not in name and not (role is Role.PASS and name in ("mul", "div", "neg"))
+    return name == "mean" or as_activation(flow, node) is not None
 
 
-def _rule(flow: Flow, node: fx.Node) -> Rule | None:
-    """Return how the moments of a node follow from those of its inputs."""
-    rule = _RULES.get(flow.roles[node])
-    if rule is not None:
-        constant = flow.roles[node] is Role.PASS and name_of(node) in (
-            "mul",
-            "imul",
-            "mul_",
-            "truediv",
-            "div",
-            "div_",
-            "neg",
-        )
-        return None if constant or "lerp" in name_of(node) else rule  # a factor that the graph does not tell
-    if name_of(node) == "mean":
-        return _same
-    return _activated if as_activation(flow, node) is not None else None
+def _moments(flow: Flow, norms: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
+    """Return the moments of what a node returns, if they are known."""
+    role, known = flow.roles[node], [moments for moments in inputs if moments is not None]
+    if role is Role.NORM:
+        return _normed(norms.get(str(node.target)))
+    if not known or not _hands_on(flow, node):
+        return None
+    if role is Role.MUL:  # a gate is half open: what squeeze-and-excitation multiplies by is a sigmoid
+        return Moments(known[0].mean / 2, known[0].variance / 4) if len(known) == 1 else None
+    if len(known) < len(inputs):
+        return None
+    if role is Role.ADD:
+        return _added(known, mean=name_of(node) == "mean")
+    if role is Role.CAT:
+        return Moments(torch.cat([m.mean for m in known]), torch.cat([m.variance for m in known]))
+    if role is Role.PAD:  # what adds channels says nothing of them
+        shape = flow.shape(node)
+        return known[0] if not shape or shape[1:2] in ((), (len(known[0].mean),)) else None
+    function = as_activation(flow, node)
+    return known[0] if function is None else _through(function, known[0])
 
 
-def _norm(_flow: Flow, norms: Mapping[str, Norm], node: fx.Node, _: list[Moments | None]) -> Moments | None:
-    norm = norms.get(str(node.target))
+def _normed(norm: Norm | None) -> Moments | None:
     if norm is None or norm.mean is None or norm.mean.is_meta:
         return None
     ones = torch.ones(norm.features, dtype=torch.float64)
@@ -113,56 +103,12 @@ def _norm(_flow: Flow, norms: Mapping[str, Norm], node: fx.Node, _: list[Moments
     return handed if norm.act is None else _through(norm.act, handed)
 
 
-def _same(_: Flow, __: Mapping[str, Norm], ___: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    return inputs[0]
-
-
-def _padded(flow: Flow, _: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    """What adds channels says nothing of them."""
-    shape = flow.shape(node)
-    wide = len(shape) > 1 and shape[1] if shape else None
-    return inputs[0] if inputs[0] is not None and wide in (None, len(inputs[0].mean)) else None
-
-
-def _added(_: Flow, __: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    known = [m for m in inputs if m is not None]
-    if len(known) != len(inputs) or len({len(m.mean) for m in known}) != 1:
+def _added(known: list[Moments], *, mean: bool) -> Moments | None:
+    if len({len(m.mean) for m in known}) != 1:
         return None
-    factor = 2.0 if len(known) == 1 else 1.0  # x + x
-    factor /= len(known) if name_of(node) == "mean" else 1
-    mean, variance = sum(m.mean for m in known), sum(m.variance for m in known)
-    return Moments(torch.as_tensor(mean) * factor, torch.as_tensor(variance) * factor**2)
-
-
-def _joined(_: Flow, __: Mapping[str, Norm], ___: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    known = [m for m in inputs if m is not None]
-    if len(known) != len(inputs):
-        return None
-    return Moments(torch.cat([m.mean for m in known]), torch.cat([m.variance for m in known]))
-
-
-def _gated(_: Flow, __: Mapping[str, Norm], ___: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    """A gate is half open: what squeeze-and-excitation multiplies by is a sigmoid."""
-    known = [m for m in inputs if m is not None]
-    return Moments(known[0].mean / 2, known[0].variance / 4) if len(known) == 1 else None
-
-
-def _activated(flow: Flow, _: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    function = as_activation(flow, node)
-    return None if function is None or inputs[0] is None else _through(function, inputs[0])
-
-
-_RULES: dict[Role, Rule] = {
-    Role.NORM: _norm,
-    Role.PASS: _same,
-    Role.RESHAPE: _same,
-    Role.POOL: _same,
-    Role.PAD: _padded,
-    Role.UPSAMPLE: _same,
-    Role.ADD: _added,
-    Role.CAT: _joined,
-    Role.MUL: _gated,
-}
+    factor = (2.0 if len(known) == 1 else 1.0) / (len(known) if mean else 1)  # one alone is x + x
+    total = sum(m.mean for m in known), sum(m.variance for m in known)
+    return Moments(torch.as_tensor(total[0]) * factor, torch.as_tensor(total[1]) * factor**2)
 
 
 def _through(function: Activation, given: Moments) -> Moments | None:

@@ -13,10 +13,10 @@ from normfree.layers.passing import Moves, passes, weakest
 from normfree.norms import describe
 from normfree.tracing.roles import name_of
 
-__all__ = ["Taker", "find_taker", "moved_from"]
+__all__ = ["Taker", "around_one", "find_taker", "moved_from"]
 
 _FUNCTIONS: dict[str, Moves] = {
-    **dict.fromkeys(("relu", "relu_", "leaky_relu", "leaky_relu_"), "gain"),
+    **dict.fromkeys(("relu", "leaky_relu"), "gain"),
     **{f"adaptive_avg_pool{dims}d": "affine" for dims in (1, 2, 3)},
     **{f"avg_pool{dims}d": "affine" for dims in (1, 2, 3)},
     **{f"max_pool{dims}d": "positive" for dims in (1, 2, 3)},
@@ -27,17 +27,19 @@ _TURNED = ("transpose", "swapaxes", "permute")
 
 @dataclass(frozen=True)
 class Taker:
-    """The layer that alone reads what a norm returns, behind what lets some of it pass.
+    """The layer that alone reads what a norm returns, behind what lets some of it pass, and is always called with it.
 
     Attributes:
-        node: The call of the layer.
+        path: The layer.
         moves: What it can take of the norm.
         through: The modules between the two, and those that hold these alone.
+        behind: Modules whose forward only one of the two is called in.
     """
 
-    node: fx.Node
+    path: str
     moves: Moves
     through: tuple[str, ...]
+    behind: tuple[str, ...]
 
 
 def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
@@ -61,7 +63,16 @@ def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
     moves = weakest([*found, takes_affine(layer)])
     ends = f"{node.target}.", f"{next_.target}."
     around = {path for owner in owners for path in _within(owner) if not any(e.startswith(f"{path}.") for e in ends)}
-    return None if moves is None else Taker(next_, moves, (*through, *sorted(around)))
+    if moves is None:
+        return None
+    norm, path = str(node.target), str(next_.target)
+    return Taker(path, moves, (*through, *sorted(around)), around_one(flow, norm, path))
+
+
+def around_one(flow: Flow, first: str, second: str) -> tuple[str, ...]:
+    """Return the modules that were running when one of two layers was called, and not when the other was."""
+    one, other = flow.graph.called[first], flow.graph.called[second]
+    return tuple(path for path in dict.fromkeys(one + other) if (path in one) != (path in other))
 
 
 def moved_from(flow: Flow, node: fx.Node) -> fx.Node:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
 from normfree.analysis.activations import Activation, as_activation, following
 from normfree.analysis.flow import Flow, Role
-from normfree.analysis.passing import find_taker, moved_from
+from normfree.analysis.passing import Taker, around_one, find_taker, moved_from
 from normfree.analysis.writing import is_fresh, writers_of, writes_into
-from normfree.layers.passing import Moves, weakest
+from normfree.layers.passing import weakest
 from normfree.norms import describe
 
 __all__ = ["Site", "agree", "find_site", "rescaled_layers"]
@@ -27,10 +28,7 @@ class Site:
         producer: The conv or linear that feeds it and nothing else, if both are called once; else ``None``.
         why: Why there is no producer.
         between: Modules whose forward only one of the two is called in.
-        into: The layer that alone reads its output, behind what lets some of it pass, and is always called with it.
-        moves: What that can take.
-        behind: Modules whose forward only one of these two is called in.
-        through: Modules that stand between these two.
+        taker: What can take some of what it multiplies and adds.
         feeds: Convolutions and linears that its output reaches through activations.
         biasless: No bias can take its place but one in its slot: it is fed by a convolution or linear that has none and
             that we cannot give one, or neither fed by any nor feeding any.
@@ -46,10 +44,7 @@ class Site:
     producer: str | None
     why: str
     between: tuple[str, ...]
-    into: str | None
-    moves: Moves
-    behind: tuple[str, ...]
-    through: tuple[str, ...]
+    taker: Taker | None
     feeds: tuple[str, ...]
     biasless: bool
     scaleless: bool
@@ -64,8 +59,6 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
     source = flow.inputs[node][0]
     layer = moved_from(flow, node)
     producer, why = _producer(flow, node, layer)
-    between = () if producer is None else _around_one(flow, producer, str(node.target))
-    into, moves, behind, through = _into(flow, node)
     writers, unsafe = writers_of(flow, node)
     feeds = tuple(dict.fromkeys(_feeds(flow, node)))
     alone = not feeds and not _is_weighted(flow, source)
@@ -74,11 +67,8 @@ def find_site(flow: Flow, node: fx.Node) -> Site:
         feed=_feed(flow, layer),
         producer=producer,
         why=why,
-        between=between,
-        into=into,
-        moves=moves,
-        behind=behind,
-        through=through,
+        between=() if producer is None else around_one(flow, producer, str(node.target)),
+        taker=find_taker(flow, node),
         feeds=feeds,
         biasless=_is_biasless(flow, source) or alone,
         scaleless=alone and any(flow.roles[user] is Role.ADD for user in flow.users[node]),
@@ -117,41 +107,21 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     return str(source.target), ""
 
 
-def _around_one(flow: Flow, first: str, second: str) -> tuple[str, ...]:
-    """Return the modules that were running when one of two layers was called, and not when the other was."""
-    one, other = flow.graph.called[first], flow.graph.called[second]
-    return tuple(path for path in dict.fromkeys(one + other) if (path in one) != (path in other))
-
-
-def _into(flow: Flow, node: fx.Node) -> tuple[str | None, Moves, tuple[str, ...], tuple[str, ...]]:
-    """Return the layer that can take some of what the norm multiplies and adds, and what stands around and between."""
-    taker = find_taker(flow, node)
-    if taker is None:
-        return None, "affine", (), ()
-    into = str(taker.node.target)
-    return into, taker.moves, _around_one(flow, str(node.target), into), taker.through
-
-
 def _is_biasless(flow: Flow, source: fx.Node) -> bool:
-    while flow.roles[source] is Role.RESHAPE:
-        source = flow.inputs[source][0]
-    if flow.roles[source] is not Role.CONV or flow.carries(source):
-        return False
-    return getattr(flow.module(source), "bias", None) is None
+    layer = flow.above(source, (Role.RESHAPE,))
+    unable = flow.roles[layer] is Role.CONV and not flow.carries(layer)
+    return unable and getattr(flow.module(layer), "bias", None) is None
 
 
 def _is_weighted(flow: Flow, source: fx.Node) -> bool:
     """Whether a convolution or linear computes ``source``, seen through what only moves or pools its values."""
-    while flow.roles[source] in (Role.RESHAPE, Role.PASS, Role.POOL, Role.SLICE, Role.UPSAMPLE, Role.NORM):
-        source = flow.inputs[source][0]
-    return flow.roles[source] is Role.CONV
+    moving = (Role.RESHAPE, Role.PASS, Role.POOL, Role.SLICE, Role.UPSAMPLE, Role.NORM)
+    return flow.roles[flow.above(source, moving)] is Role.CONV
 
 
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
     calls = flow.graph.calls[str(node.target)]
-    if calls > 1:
-        return f"{what} is called {calls} times"
-    return f"a forward asks for the class of {what}"
+    return f"{what} is called {calls} times" if calls > 1 else f"a forward asks for the class of {what}"
 
 
 def _features(module: nn.Module) -> int:
@@ -184,22 +154,20 @@ def agree(known: Site | None, site: Site) -> Site:
     """Join what two graphs say about one norm: a producer only if it is the same in both."""
     if known is None or known == site:
         return site
-    same = known.producer == site.producer
-    return Site(
-        name=site.name,
-        feed=known.feed,
-        producer=known.producer if same else None,
-        between=tuple(dict.fromkeys(known.between + site.between)),
-        into=known.into if known.into == site.into else None,
-        moves=weakest((known.moves, site.moves)) or "gain",
-        behind=tuple(dict.fromkeys(known.behind + site.behind)),
-        through=tuple(dict.fromkeys(known.through + site.through)),
-        why=known.why or site.why or ("" if same else "fed differently in train and in eval mode"),
-        feeds=tuple(dict.fromkeys(known.feeds + site.feeds)),
-        biasless=known.biasless or site.biasless,
-        scaleless=known.scaleless or site.scaleless,
-        fresh=known.fresh and site.fresh,
-        input_written=known.input_written or site.input_written,
-        writers=tuple(dict.fromkeys(known.writers + site.writers)),
-        unsafe_write=known.unsafe_write or site.unsafe_write,
-    )
+    one, other = vars(known), vars(site)
+    joined = Site(**{name: _either(one[name], other[name]) for name in one})
+    joined = replace(joined, fresh=known.fresh and site.fresh, taker=_same_taker(known.taker, site.taker))
+    if known.producer == site.producer:
+        return joined
+    return replace(joined, producer=None, why=joined.why or "fed differently in train and in eval mode")
+
+
+def _either(known: Any, value: Any) -> Any:
+    return tuple(dict.fromkeys(known + value)) if isinstance(known, tuple) else known or value
+
+
+def _same_taker(known: Taker | None, taker: Taker | None) -> Taker | None:
+    if known is None or taker is None or known.path != taker.path:
+        return None
+    moves = weakest((known.moves, taker.moves)) or "gain"
+    return Taker(known.path, moves, _either(known.through, taker.through), _either(known.behind, taker.behind))

@@ -14,12 +14,12 @@ from typing import Literal
 
 from torch import fx
 
-from normfree.analysis.additions import adds, flattened, inner_of, is_inner
+from normfree.analysis.additions import adds, flattened, inners_of, is_inner
 from normfree.analysis.decoders import is_only_a_gate, rising_step
 from normfree.analysis.flow import Flow, Role
 from normfree.tracing.roles import name_of
 
-__all__ = ["Kind", "SumNode", "find_sums"]
+__all__ = ["Kind", "SumNode", "find_sums", "norms_between"]
 
 Kind = Literal["residual", "parallel", "merge"]
 
@@ -88,20 +88,15 @@ def _classify_group(flow: Flow, node: fx.Node, found: dict[fx.Node, SumNode]) ->
         if whole.kind != "merge" and not (whole.kind == "residual" and _ends_in_parallel(flow, node, found)):
             found[node] = whole
             return
-        for operand in flow.inputs[node]:
-            inner = inner_of(flow, operand)
-            if inner is not None:
-                _classify_group(flow, inner, found)
+        for inner in inners_of(flow, flow.inputs[node]):
+            _classify_group(flow, inner, found)
     found[node] = _classify(flow, node, flow.operands(node), found)
 
 
 def _ends_in_parallel(flow: Flow, node: fx.Node, found: Mapping[fx.Node, SumNode]) -> bool:
     """Whether one operand is a parallel sum by itself, such as the end of a RepGhost branch: one branch, not two."""
-    for operand in flow.inputs[node]:
-        inner = inner_of(flow, operand)
-        if inner is not None and _classify(flow, inner, list(flattened(flow, inner)), found).kind == "parallel":
-            return True
-    return False
+    inners = inners_of(flow, flow.inputs[node])
+    return any(_classify(flow, inner, list(flattened(flow, inner)), found).kind == "parallel" for inner in inners)
 
 
 def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping[fx.Node, SumNode]) -> SumNode:
@@ -129,9 +124,8 @@ def _classify(flow: Flow, node: fx.Node, operands: list[fx.Node], found: Mapping
     position, i = min(options, key=lambda option: (option[0].preactivated, option[0].convs, option[0].steps))
     branches = tuple(o for j, o in enumerate(operands) if j != i)
     path = "identity" if position.steps == 0 else "projection" if position.convs else "linear path"
-    return SumNode(
-        node, "residual", f"skip path: {path} from {position.node.name}", position.node, operands[i], branches
-    )
+    reason = f"skip path: {path} from {position.node.name}"
+    return SumNode(node, "residual", reason, position.node, operands[i], branches)
 
 
 def _walk(flow: Flow, operand: fx.Node) -> Iterator[_Position]:
@@ -210,14 +204,16 @@ def _not_a_branch(flow: Flow, position: _Position, operand: fx.Node, found: Mapp
 
 def _wraps(flow: Flow, base: fx.Node, inner: SumNode, operand: fx.Node) -> bool:
     """Whether the branch is a block around another, with convolutions before and behind: attention in the middle."""
-    if inner.base is None:
-        return False
-    before = [base, inner.base, *flow.between(base, inner.base)] if flow.feeds(base, inner.base) else []
+    start = inner.base or base
+    before = [base, start, *flow.between(base, start)] if flow.feeds(base, start) else []
     behind = flow.between(inner.node, operand)
     return all(any(flow.roles[node] is Role.CONV for node in part if node is not base) for part in (before, behind))
 
 
 def _holds_norm(flow: Flow, found: SumNode) -> bool:
-    if found.base is None:
-        return False
-    return any(flow.norms_in(n) for branch in found.branches for n in flow.between(found.base, branch))
+    return any(norms_between(flow, found.base, branch) for branch in found.branches)
+
+
+def norms_between(flow: Flow, base: fx.Node | None, end: fx.Node) -> tuple[str, ...]:
+    """Return the names of the norms on a residual branch; of another sum there is no ``base``."""
+    return () if base is None else tuple(norm for node in flow.between(base, end) for norm in flow.norms_in(node))

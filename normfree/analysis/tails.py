@@ -48,13 +48,7 @@ class Candidate:
 
 
 def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tuple[Candidate, ...], str]:
-    """Return the candidates for one branch, outermost first, and the reason if there is none.
-
-    Args:
-        flow: The graph.
-        branch: The operand that is the branch.
-        addition: The addition that it is an operand of.
-    """
+    """Return the candidates for a branch, an operand of an addition, outermost first; the reason if there is none."""
     places = _walk(flow, branch, addition, Candidate("", "slot"))
     if _writes_into(flow, addition, branch):  # what others hold would not be written to any more
         places = (c for c in places if c.place not in ("slot", "output") or _is_own(flow, c.path, addition))
@@ -76,9 +70,8 @@ def find_candidates(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[tup
 def _passing(flow: Flow, node: fx.Node, user: fx.Node) -> Iterator[Candidate]:
     """Yield the dropouts and the like at the end of a branch: the last resort, in the units of no layer."""
     while flow.roles[node] is Role.PASS and _only_user(flow, node, user):
-        module = flow.module(node)
-        if module is not None and flow.calls(str(node.target)) and _can_scale_output(module):
-            yield Candidate(str(node.target), "output", calls=flow.calls(str(node.target)))
+        if node.op == "call_module":
+            yield from _output(flow, str(node.target), Candidate("", "output"))
         node, user = flow.inputs[node][0], node
 
 
@@ -104,9 +97,8 @@ def _own_forward(flow: Flow, branch: fx.Node, addition: fx.Node) -> tuple[Candid
         return None, f"{owner} adds in place, to what others hold"
     once = done[: len(done) // calls]
     key = (_settings(flow.modules[owner]), number, operand, *once, writes)
-    if key not in flow.reasons:  # many blocks of a network are alike
-        flow.reasons[key] = why_not_scalable(flow.modules[owner], number, operand, once, writes)
-    problem = flow.reasons[key]
+    # Many blocks of a network are alike.
+    problem = flow.once(key, lambda: why_not_scalable(flow.modules[owner], number, operand, once, writes))
     if problem is not None:
         return None, f"the forward of {owner} cannot be rewritten: {problem}"
     return Candidate(owner, "sum", addition=number, operand=operand, calls=calls), ""
@@ -141,17 +133,19 @@ def _walk(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Iterat
     calls = flow.calls(path) if node.op == "call_module" else 0
     module = flow.module(node)
     above: Iterator[Candidate] = iter(())
+    shape = flow.shape(node)
+    used = None if shape is not None and so_far.channels == (0, *shape[1:2]) else so_far.channels
     if role is Role.NORM and module is not None:
         if calls:
-            yield replace(so_far, path=path, place="norm", calls=calls)
+            yield replace(so_far, path=path, place="norm", channels=used, calls=calls)
         if flow.activation_in(node) is None:
             above = _walk(flow, flow.inputs[node][0], node, replace(so_far, through=(*so_far.through, path)))
     elif module is not None and role is not Role.PASS:
         # The features of a linear are its last dimension, and channels the second: the same only for a matrix.
         if calls and flow.carries(node) and (so_far.channels is None or not isinstance(module, nn.Linear)):
-            yield replace(so_far, path=path, place="weight", calls=calls)
-        elif calls and so_far.channels is None and _can_scale_output(module):
-            yield replace(so_far, path=path, place="output", calls=calls)
+            yield replace(so_far, path=path, place="weight", channels=used, calls=calls)
+        elif so_far.channels is None:
+            yield from _output(flow, path, so_far)
     elif role is Role.PASS or (role is Role.RESHAPE and so_far.channels is None):
         if calls and type(module) is nn.Identity:
             yield replace(so_far, path=path, place="slot", calls=calls)
@@ -171,19 +165,21 @@ def _exits(flow: Flow, node: fx.Node, user: fx.Node, so_far: Candidate) -> Itera
     """A traced module that returns ``node``: its own output can be scaled, whatever happens inside."""
     inside = f"{flow.graph.owners[user]}."
     for path in flow.graph.exits.get(node, ()):
-        outside = not inside.startswith(f"{path}.")
-        if outside and flow.calls(path) and _can_scale_output(flow.modules[path]):
-            yield replace(so_far, path=path, place="output", calls=flow.calls(path))
+        if not inside.startswith(f"{path}."):
+            yield from _output(flow, path, so_far)
 
 
-def _can_scale_output(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
-        return False
+def _output(flow: Flow, path: str, so_far: Candidate) -> Iterator[Candidate]:
+    """Yield the output of a module, if a scalar can be put on it."""
+    module, calls = flow.modules[path], flow.calls(path)
+    if not calls or isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return
     try:
         scaled_output_class(type(module))
     except TypeError:  # a class that may not be derived
-        return False
-    return not hasattr(module, "alpha") or not module.state_dict()
+        return
+    if not hasattr(module, "alpha") or not module.state_dict():
+        yield replace(so_far, path=path, place="output", calls=calls)
 
 
 def _only_user(flow: Flow, node: fx.Node, user: fx.Node) -> bool:

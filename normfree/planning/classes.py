@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 from torch import nn
@@ -65,10 +65,7 @@ def _classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
 def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozenset[str]:
     """Return the norms of whose class some code seems to ask where no run saw it: it names what they are.
 
-    Args:
-        model: The model.
-        norms: The norms that it has.
-        seen: Whether forwards were seen running. Then only what calls parts matters, on a path that none took.
+    If forwards were ``seen`` running, only what calls parts matters, on a path that none took.
     """
     found: set[str] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -76,22 +73,20 @@ def asked_unseen(model: nn.Module, norms: Iterable[str], seen: bool) -> frozense
     kinds = dict.fromkeys(cls for module in modules.values() for cls in bases(type(module)))
     owners = {function: cls for cls in kinds for function in vars(cls).values() if callable(function)}
     for function in forward_functions(model) | (other_functions(model) if seen else set()):
-        words = names_in(function) | {c for code in codes_of(function.__code__) for c in _texts(code)}
+        constants = (constant for code in codes_of(function.__code__) for constant in code.co_consts)
+        words = names_in(function) | {constant for constant in constants if isinstance(constant, str)}
         if words.isdisjoint(_ASKING) or (seen and not _calls_parts(function, parts)):
             continue
         owner = owners.get(function)
         places = [path for path, module in modules.items() if owner is None or isinstance(module, owner)]
         for name in (name for name in norms if any(not path or name.startswith(f"{path}.") for path in places)):
-            own = type(modules[name]).__mro__[: type(modules[name]).__mro__.index(nn.Module)]
-            found.update([name] if not words.isdisjoint(kind.__name__ for kind in own) else [])
+            kind = type(modules[name])
+            own = {base.__name__ for base in kind.__mro__[: kind.__mro__.index(nn.Module)]}
+            found.update([name] if words & own else [])
     return frozenset(found)
 
 
 _ASKING = ("type", "__class__", "_get_name", "isinstance", "issubclass")
-
-
-def _texts(code: types.CodeType) -> Iterator[str]:
-    return (constant for constant in code.co_consts if isinstance(constant, str))
 
 
 def _calls_parts(function: types.FunctionType, parts: Set[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +14,19 @@ from normfree.analysis.activations import gain_of
 from normfree.analysis.findings import Findings, Site
 from normfree.code.weights import read_elsewhere
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
-from normfree.errors import UnsupportedModelError
+from normfree.errors import NoNormError, UnsupportedModelError, UsageError, some
 from normfree.layers import is_carrier
-from normfree.norms import Norm, describe, looks_like_norm
-from normfree.planning.folding import may_be_absorbed
+from normfree.norms import Norm, looks_like_norm
+from normfree.options import Options, matches
+from normfree.planning.hooks import may_be_absorbed
 from normfree.planning.placing import place_alphas
-from normfree.planning.selecting import kept_norms
 from normfree.plans import Plan
 from normfree.tracing.traces import Trace
 
 __all__ = ["UNITS", "Request", "decide"]
 
 Modules = Mapping[str, nn.Module]
+_Apart = Mapping[str, set[int]]
 UNITS: Mapping[Init, Units] = {
     "skipinit": Units(),
     "preserve": Units(weight=2.0, filter=1.0, mean=4.0, bias=2.0, alpha=4.0, head=4.0),
@@ -40,28 +41,18 @@ class Request:
     Attributes:
         modules: The modules of the model, under every name.
         norms: The first name of every norm with its further names.
-        described: What each norm is.
+        described: What each norm is, under every name.
         init: The starting point.
         init_reason: Why it is that one.
-        alpha: Start of every scalar; ``None`` for the starting point's own.
-        include: Patterns of the norms that go.
-        exclude: Patterns of the norms that stay, and of sums without a scalar.
-        scope: ``"all"`` or ``"residual"``.
-        reset: Whether the weights that a norm rescaled are drawn anew.
-        inplace: Whether anything may go on writing in place into what a layer returned.
+        options: What else the caller says.
     """
 
     modules: Modules
     norms: Mapping[str, tuple[str, ...]]
-    described: dict[str, Norm]
+    described: Mapping[str, Norm]
     init: Init
     init_reason: str
-    alpha: float | str | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    scope: str
-    reset: bool
-    inplace: bool
+    options: Options
 
 
 def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
@@ -71,9 +62,8 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         NoNormError: The patterns leave nothing.
         UnsupportedModelError: A forward reads a tensor of a norm that goes.
     """
-    modules, skipinit = asked.modules, asked.init == "skipinit"
-    unknown = [name for name, module in modules.items() if looks_like_norm(module)]
-    kept = kept_norms(asked.described, findings, asked.include, asked.exclude, asked.scope, unknown)
+    modules, skipinit, options = asked.modules, asked.init == "skipinit", asked.options
+    kept = _kept(asked, findings)
     problems = tuple(
         f"{name}: {tensor} is read outside of the norm, and goes with it; exclude the norm, or compute without it"
         for name, tensor in findings.read.items()
@@ -83,12 +73,12 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         raise UnsupportedModelError(problems)
     apart = {} if skipinit else read_elsewhere(modules[""], findings.parameters)
     edits = tuple(
-        _norm_edit(name, aliases, asked, findings.sites.get(name), kept.get(name), traced, apart)
-        for name, aliases in asked.norms.items()
+        _norm_edit(name, asked, findings.sites.get(name), kept.get(name), traced, apart) for name in asked.norms
     )
-    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, asked.exclude, modules, skipinit)
+    produced = dict.fromkeys(edit.producer for edit in edits if edit.producer is not None)
+    sums = place_alphas(findings.sums, {edit.name: edit for edit in edits}, options.exclude, modules, skipinit)
     count = sum(len(total.alphas) for total in sums)
-    start = asked.alpha if asked.alpha is not None else (0.0 if skipinit else 1.0)
+    start = options.alpha if options.alpha is not None else (0.0 if skipinit else 1.0)
     return Plan(
         init=asked.init,
         init_reason=asked.init_reason,
@@ -96,57 +86,64 @@ def decide(asked: Request, traced: Trace, findings: Findings) -> Plan:
         norms=edits,
         sums=sums,
         biases=tuple(_biases(edits, findings, modules)) if skipinit else (),
-        weights=tuple(_weights(edits, findings)) if skipinit else (),
-        carried=() if skipinit else tuple(_carried(edits, findings, asked, apart)),
+        weights=tuple(_weights(produced, findings, whole=not kept)) if skipinit else (),
+        carried=() if skipinit else tuple(_carried(produced, findings, modules, apart, whole=not kept)),
         units=UNITS[asked.init],
         out_of_place=tuple(dict.fromkeys(_out_of_place(edits, findings, asked))),
         opaque=(("", traced.unseen),) if traced.unseen else (),
         looked=traced.looked if traced.graphs else "",
-        reset=asked.reset,
-        inplace_activations=asked.inplace,
+        reset=options.reset,
+        inplace_activations=options.inplace_activations,
     )
 
 
+def _kept(asked: Request, findings: Findings) -> dict[str, str]:
+    """Return the norms that stay, each with the reason."""
+    norms, options = list(asked.norms), asked.options
+    unknown = (name for name, module in asked.modules.items() if looks_like_norm(module))
+    names = [*norms, *(total.name for total in findings.sums), *unknown]
+    unused = [p for p in (*options.include, *options.exclude) if not any(matches(name, (p,)) for name in names)]
+    if unused:
+        raise UsageError(f"no norm and no sum matches {', '.join(map(repr, unused))}; norms: {some(norms)}")
+    inside = {name for total in findings.sums for branch in total.branches for name in branch.norms}
+    kept = {}
+    for name in norms:
+        if options.include and not matches(name, options.include):
+            kept[name] = "not in include"
+        elif matches(name, options.exclude):
+            kept[name] = "in exclude"
+        elif options.scope == "residual" and name not in inside:
+            kept[name] = "outside the residual branches"
+    if len(kept) == len(norms):
+        raise NoNormError(f"include, exclude and scope leave none of {len(norms)} norms to convert: {some(norms)}")
+    return kept
+
+
 def _norm_edit(
-    name: str,
-    aliases: tuple[str, ...],
-    asked: Request,
-    site: Site | None,
-    kept: str | None,
-    traced: Trace,
-    apart: Mapping[str, set[int]],
+    name: str, asked: Request, site: Site | None, kept: str | None, traced: Trace, apart: _Apart
 ) -> NormEdit:
-    modules, init = asked.modules, asked.init
-    module = modules[name]
-    edit = NormEdit(name, aliases, type(module).__name__, site.feed if site else UNSEEN, "keep", None, kept or "")
+    preserve, inplace, kind = asked.init == "preserve", asked.options.inplace_activations, type(asked.modules[name])
+    feed = UNSEEN if site is None else site.feed
+    edit = NormEdit(name, asked.norms[name], kind.__name__, feed, "keep", None, kept or "")
     if kept is not None:
         return edit
     if site is None:
-        action: Action = "affine" if init == "preserve" else "bias"
-        return replace(edit, action=action, reason=_why_unseen(traced), copy=not asked.inplace)
-    preserve = init == "preserve"
+        why = "never called" if traced.graphs else f"the model was not seen running: {traced.unseen}"
+        return replace(edit, action="affine" if preserve else "bias", reason=why, copy=not inplace)
     if site.producer is not None:
         what = f"{site.producer} takes gain and bias" if preserve else f"the bias moves onto {site.producer}"
         edit = replace(edit, action="fold", producer=site.producer, reason=what, through=site.between)
         closed = preserve and _is_closed(asked.described[name])
-        return replace(edit, copy=site.unsafe_write and not asked.inplace, gain_learns=closed)
-    action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
-    has_act = describe(module).act is not None
-    written = site.unsafe_write and not asked.inplace
+        return replace(edit, copy=site.unsafe_write and not inplace, gain_learns=closed)
+    action: Action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
+    written = site.unsafe_write and not inplace
     if action == "delete":
+        has_act = asked.described[name].act is not None
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
-    into = (
-        site.into
-        if preserve and not written and may_be_absorbed(modules, name, site, apart["weight"] | apart["bias"])
-        else None
-    )
-    through = () if into is None else site.behind + site.through
-    edit = edit if into is None else replace(edit, into=into, through=through, moves=site.moves)
+    taker = site.taker if preserve and not written else None
+    if taker is not None and may_be_absorbed(asked.modules, name, taker, apart["weight"] | apart["bias"]):
+        edit = replace(edit, into=taker.path, through=taker.behind + taker.through, moves=taker.moves)
     return replace(edit, action=action, reason=site.why, copy=written)
-
-
-def _why_unseen(traced: Trace) -> str:
-    return "never called" if traced.graphs else f"the model was not seen running: {traced.unseen}"
 
 
 def _biases(edits: tuple[NormEdit, ...], findings: Findings, modules: Modules) -> Iterable[str]:
@@ -159,31 +156,26 @@ def _biases(edits: tuple[NormEdit, ...], findings: Findings, modules: Modules) -
     return [path for path in wanted if getattr(modules[path], "bias", None) is None]
 
 
-def _weights(edits: tuple[NormEdit, ...], findings: Findings) -> Iterable[tuple[str, float]]:
+def _weights(produced: Collection[str], findings: Findings, *, whole: bool) -> Iterable[tuple[str, float]]:
     """Layers that a norm rescaled and no norm rescales any more.
 
-    Only where every norm goes is that known for a layer from which several norms can be reached.
+    Only where every norm goes (``whole``) is that known for a layer from which several norms can be reached.
     """
-    kept = [edit for edit in edits if edit.action == "keep"]
-    produced = {edit.producer for edit in edits if edit.producer is not None}
     for path, activation in findings.rescaled.items():
-        if not kept or path in produced:
+        if whole or path in produced:
             yield path, gain_of(activation)
 
 
 def _carried(
-    edits: tuple[NormEdit, ...], findings: Findings, asked: Request, apart: Mapping[str, set[int]]
+    produced: Collection[str], findings: Findings, modules: Modules, apart: _Apart, *, whole: bool
 ) -> Iterable[Carried]:
     """Layers that learn in units: those behind which a norm was, at once or further down, and those the last feed.
 
     A weight, or a bias, that somebody else uses too stays what it is.
     """
-    kept = any(edit.action == "keep" for edit in edits)
-    modules = asked.modules
-    produced = {edit.producer for edit in edits if edit.producer is not None}
-    rescaled = {} if kept else findings.rescaled
-    heads = () if kept else [path for path, followed in findings.known.items() if not followed]
-    for path in dict.fromkeys([*(edit.producer for edit in edits if edit.producer), *rescaled, *heads]):
+    rescaled = findings.rescaled if whole else {}
+    heads = [path for path, followed in findings.known.items() if whole and not followed]
+    for path in dict.fromkeys([*produced, *rescaled, *heads]):
         layer = modules[path]
         if path not in produced and (path in findings.fixed or not is_carrier(layer)):
             continue
@@ -211,7 +203,7 @@ def _is_closed(norm: Norm) -> bool:
 
 def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:
     """Activations that would write into the input of a norm that is no longer there to copy it, or all of them."""
-    if not asked.inplace:
+    if not asked.options.inplace_activations:
         own = ((m, name) for name, m in asked.modules.items() if not isinstance(m, torch.jit.ScriptModule))
         yield from {m: name for m, name in own if getattr(m, "inplace", False) is True}.values()
         return

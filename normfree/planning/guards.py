@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from types import MethodType
 
 import torch
@@ -18,6 +17,7 @@ from normfree.layers import is_normfree
 from normfree.layers.reparametrized import ways_out
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
 from normfree.norms.trial import why_not_as_described
+from normfree.options import Patterns, matches
 from normfree.plans import PLAN_ATTRIBUTE
 
 __all__ = ["check_is_module", "check_model", "check_wrapping", "is_lazy", "module_problems"]
@@ -88,9 +88,7 @@ _WRAPPERS = {
 }
 
 
-def module_problems(
-    model: nn.Module, norms: Mapping[str, Norm], init: Init, exclude: tuple[str, ...]
-) -> dict[str, str]:
+def module_problems(model: nn.Module, norms: Mapping[str, Norm], init: Init, exclude: Patterns) -> dict[str, str]:
     """Collect what stands in the way of a conversion, by module."""
     found: dict[str, str] = {}
     unknown: dict[type[nn.Module], list[str]] = {}
@@ -99,7 +97,7 @@ def module_problems(
         problem = _module_problem(module, norms.get(name), init)
         if name in norms and id(module) in bound:
             problem = "something holds its method forward, which is that of a norm; let it hold the module instead"
-        if problem is None or any(fnmatchcase(name, pattern) for pattern in exclude):
+        if problem is None or matches(name, exclude):
             continue
         found[name] = f"{name} ({type(module).__qualname__}): {problem}"
         if looks_like_norm(module) is not None:
@@ -115,10 +113,6 @@ def _broken(norm: Norm) -> str | None:
     every: dict[str, Tensor | None] = {what: getattr(norm, what) for what in ("mean", "var", "weight", "bias")}
     found = {what: tensor.detach() for what, tensor in every.items() if tensor is not None and tensor.numel()}
     if "var" not in found or any(tensor.is_meta for tensor in found.values()):
-        return None
-    # Two numbers tell that all is well; which tensor it is, is asked only if not.
-    total = float(torch.cat([tensor.double().reshape(-1) for tensor in found.values()]).sum())
-    if math.isfinite(total) and float(found["var"].min()) >= 0:
         return None
     for what, tensor in found.items():
         low, high = (float(value) for value in torch.aminmax(tensor))  # not a number if any entry is not

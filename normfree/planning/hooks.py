@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from normfree.analysis.passing import Taker
 from normfree.tracing.traces import Graph
 
-__all__ = ["any_global_hook", "computed_elsewhere", "hooks_left_out", "hooks_on"]
+__all__ = ["any_global_hook", "computed_elsewhere", "hooks_left_out", "hooks_on", "may_be_absorbed"]
 
 _KINDS = tuple(
     name for name in vars(nn.Module()) if name.endswith("_hooks") and name.startswith(("_forward", "_backward"))
@@ -27,6 +29,17 @@ def hooks_on(module: nn.Module) -> set[str]:
 def any_global_hook() -> bool:
     """Whether some hook hangs on every module."""
     return any(getattr(torch_module, f"_global{kind}", None) for kind in _KINDS)
+
+
+def may_be_absorbed(modules: Mapping[str, nn.Module], norm: str, taker: Taker, apart: Set[int]) -> bool:
+    """Whether nobody sees what passes from a norm to what takes it over, or uses the weight or bias of that apart.
+
+    ``apart`` are the identities of the layers of which somebody does.
+    """
+    layer, others = modules[taker.path], [modules[path] for path in (norm, *taker.behind)]
+    between = [module for path in taker.through for module in modules[path].modules()]
+    seen = any_global_hook() or any(map(hooks_on, (*others, *between))) or hooks_on(layer) - {"_forward_hooks"}
+    return not seen and id(layer) not in apart
 
 
 def hooks_left_out(modules: Mapping[str, nn.Module], copied: nn.Module) -> Iterator[tuple[str, str]]:
@@ -53,9 +66,6 @@ def _may_return(hook: Any) -> bool:
     if not isinstance(hook, FunctionType):
         return True
     steps = [step for step in dis.get_instructions(hook.__code__) if step.opname not in ("CACHE", "NOP")]
-    last = [steps[i if step.opname == "RETURN_CONST" else i - 1] for i, step in enumerate(steps) if _returns(step)]
+    last = [before for before, step in itertools.pairwise(steps) if step.opname == "RETURN_VALUE"]
+    last += [step for step in steps if step.opname == "RETURN_CONST"]
     return not all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in last)
-
-
-def _returns(step: dis.Instruction) -> bool:
-    return step.opname in ("RETURN_VALUE", "RETURN_CONST")

@@ -11,9 +11,8 @@ from torch import nn
 from normfree.analysis.findings import Branch, Sum
 from normfree.analysis.tails import Candidate
 from normfree.edits import Alpha, NormEdit, SumEdit
-from normfree.layers import Channels, skipinit_name
-from normfree.norms import describe, is_norm
-from normfree.planning.selecting import matches
+from normfree.layers import skipinit_name
+from normfree.options import Patterns, matches
 
 __all__ = ["place_alphas"]
 
@@ -21,7 +20,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def place_alphas(
-    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: tuple[str, ...], modules: Modules, vanish: bool
+    sums: tuple[Sum, ...], norms: dict[str, NormEdit], exclude: Patterns, modules: Modules, vanish: bool
 ) -> tuple[SumEdit, ...]:
     """Decide for every sum where the scalars of its branches live, or why they have none.
 
@@ -87,16 +86,11 @@ def _place(
         if candidate.place == "norm" and norms[candidate.path].action == "keep":
             candidate = replace(candidate, place="output")
         hooked = any(modules[path]._forward_hooks for path in (candidate.path, *candidate.through))
-        alpha = _alpha(candidate, modules)
+        alpha = Alpha(candidate.path, candidate.place, candidate.channels, candidate.addition, candidate.operand)
         shared = candidate.calls > 1 and taken.get(alpha.holder) == alpha
         if vanish and not hooked and (shared or _is_free(candidate, taken)):
             options.append(alpha)
     return min(options, key=lambda a: ("weight", "norm", "slot", "output", "sum").index(a.place), default=None)
-
-
-def _alpha(candidate: Candidate, modules: Modules) -> Alpha:
-    channels = _clamp(candidate.channels, modules[candidate.path])
-    return Alpha(candidate.path, candidate.place, channels, candidate.addition, candidate.operand)
 
 
 def _is_free(candidate: Candidate, taken: Mapping[str, Alpha]) -> bool:
@@ -104,13 +98,3 @@ def _is_free(candidate: Candidate, taken: Mapping[str, Alpha]) -> bool:
     if candidate.place == "sum":
         return candidate.path not in taken and f"{candidate.path}.{skipinit_name(candidate.addition)}" not in taken
     return not any(path == candidate.path or path.startswith(f"{candidate.path}.skipinit_") for path in taken)
-
-
-def _clamp(channels: Channels, module: nn.Module) -> Channels:
-    """An open slice ends at the module's last channel; one that takes them all is no slice."""
-    features = describe(module).features if is_norm(module) else None
-    features = features or getattr(module, "out_channels", None) or getattr(module, "out_features", None)
-    if channels is None or features is None:
-        return channels
-    start, stop = channels[0], min(channels[1], int(features))
-    return None if (start, stop) == (0, features) else (start, stop)

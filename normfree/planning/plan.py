@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,19 +15,18 @@ from normfree.analysis.findings import Findings, analyse, flows
 from normfree.analysis.moments import Moments, input_moments
 from normfree.edits import Init
 from normfree.errors import NoNormError, UnsupportedModelError, UsageError
-from normfree.norms import Norm, describe, find_norms, looks_like_norm
+from normfree.norms import Norm, describe, find_norms, is_norm, looks_like_norm
 from normfree.options import Asked, Options, takes_options
 from normfree.planning.classes import asked, asked_unseen
 from normfree.planning.deciding import Modules, Request, decide
 from normfree.planning.guards import check_model, is_lazy, module_problems
 from normfree.planning.hooks import computed_elsewhere, hooks_left_out
-from normfree.planning.selecting import as_patterns
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
 from normfree.tracing.inputs import Inputs
 from normfree.tracing.leaves import calls_batch_norm
 from normfree.tracing.randomness import with_memory
-from normfree.tracing.trace import trace, uncollected
+from normfree.tracing.trace import trace
 from normfree.tracing.traces import Trace
 
 if TYPE_CHECKING:
@@ -69,31 +70,15 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
     ``loaded`` says that the weights come from somewhere: ``"auto"`` then never draws them anew.
     """
     check_model(model)
-    norms = find_norms(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    described = {name: describe(modules[name]) for name in norms}
+    modules, norms, described = dict(model.named_modules(remove_duplicate=False)), find_norms(model), _described(model)
     chosen, why = _choose_init(options.init, list(described.values()), loaded)
-    problems = module_problems(model, described, chosen, as_patterns(options.exclude))
+    problems = module_problems(model, described, chosen, options.exclude)
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
-    request = Request(
-        modules=modules,
-        norms=norms,
-        described=described,
-        init=chosen,
-        init_reason=why,
-        alpha=options.alpha,
-        include=as_patterns(options.include),
-        exclude=as_patterns(options.exclude),
-        scope=options.scope,
-        reset=options.reset,
-        inplace=options.inplace_activations,
-    )
-    # The user's generator and modules stay as they are.
-    with with_memory(), torch.random.fork_rng(devices=[]), uncollected():
+    request = Request(modules, norms, described, chosen, why, options)
+    with _undisturbed():
         copied = meta_copy(model)
-        sites = frozenset(name for first, more in norms.items() for name in (first, *more))
-        traced = trace(model, copied, sites, options.inputs)
+        traced = trace(model, copied, frozenset(described), options.inputs)
         findings = analyse(copied, traced, norms)
         problems = _functional(modules, norms, traced, findings) | problems
         if problems:
@@ -103,7 +88,7 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
         made = _unnoticed(copied, traced, request, decide(request, traced, findings))
         unseen = (*hooks_left_out(modules, copied), *computed_elsewhere(traced.graphs.values()))
         made = replace(made, opaque=(*made.opaque, *unseen))
-    return made, lambda: _met(copied, traced, sites, described, made)
+    return made, lambda: _met(copied, traced, described, made)
 
 
 def look_again(model: nn.Module, made: Plan, inputs: Inputs | None = None) -> Callable[[], dict[str, Moments]]:
@@ -116,31 +101,45 @@ def look_again(model: nn.Module, made: Plan, inputs: Inputs | None = None) -> Ca
     if made.fused:
         raise UsageError("the plan is one of a fused model, which a file brings back: normfree.load(path, model=...)")
     check_model(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    norms = find_norms(model)
-    described = {name: describe(modules[name]) for name in norms}
+    described = _described(model)
     kept = tuple(edit.name for edit in made.norms if edit.action == "keep")
     problems = module_problems(model, described, made.init, kept)
     if problems:
         raise UnsupportedModelError(tuple(problems.values()))
-    with torch.random.fork_rng(devices=[]), uncollected():
+    with _undisturbed():
         copied = meta_copy(model)
-        sites = frozenset(name for first, more in norms.items() for name in (first, *more))
-        traced = trace(model, copied, sites, inputs)
-    return lambda: _met(copied, traced, sites, described, made)
+        traced = trace(model, copied, frozenset(described), inputs)
+    return lambda: _met(copied, traced, described, made)
 
 
-def _met(
-    copied: nn.Module, traced: Trace, sites: frozenset[str], described: Mapping[str, Norm], made: Plan
-) -> dict[str, Moments]:
+def _described(model: nn.Module) -> dict[str, Norm]:
+    """Return what each norm is, under every name."""
+    return {name: describe(m) for name, m in model.named_modules(remove_duplicate=False) if is_norm(m)}
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave the user's generator as it is, wherever he makes tensors, and let nobody look for garbage meanwhile.
+
+    Graphs are made of many objects: to look among them takes a quarter of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with with_memory(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _met(copied: nn.Module, traced: Trace, described: Mapping[str, Norm], made: Plan) -> dict[str, Moments]:
     """Return what the carried layers meet, by path; where graphs differ, or nothing is known, they are left out."""
     found: dict[str, Moments | None] = {}
-    names = {alias: edit.name for edit in made.norms for alias in (edit.name, *edit.aliases)}
     centred = [carried.path for carried in made.carried if carried.centred]
-    with with_memory(), torch.random.fork_rng(devices=[]):  # an activation that draws its slopes is probed
-        for _, flow in flows(copied, traced, sites, distinct=True):
-            below = {path: described[name] for path, name in names.items()}
-            for path, moments in input_moments(flow, below, centred).items():
+    with _undisturbed():  # an activation that draws its slopes is probed
+        for flow in flows(copied, traced, described):
+            for path, moments in input_moments(flow, described, centred).items():
                 found[path] = moments if found.get(path, moments) is not None else None
     return {path: moments for path, moments in found.items() if moments is not None}
 

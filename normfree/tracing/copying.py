@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import copyreg
 import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from types import CellType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from normfree.errors import UsageError
-from normfree.tracing.closures import bind_anew, rebound
 
 __all__ = ["deep_copy", "held_by", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
 
@@ -51,7 +51,7 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
         UsageError: The model holds what cannot be copied; it is named.
     """
     try:
-        copied = _copied_fast(model, memo)
+        copied = copy.deepcopy(model, memo)
     except TypeError as error:
         for path, module in model.named_modules():
             for name, value in module.__dict__.items():
@@ -62,8 +62,59 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
                     what = f"{place} ({type(value).__name__}) cannot be copied ({error})"
                     raise UsageError(f"{what}: set it aside, convert, and put it back") from error
         raise
-    bind_anew(copied, memo)
+    _bind_anew(copied, memo)
     return copied
+
+
+def _bind_anew(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Let the functions that a copy holds refer to the copy; ``memo`` tells what became of each object.
+
+    ``copy.deepcopy`` takes a function for an atom, so that the copy of a model that holds ``lambda x: self.f(x)`` would
+    go on calling the original's layers.
+    """
+    for module in copied.modules():
+        for name, value in module.__dict__.items():
+            if type(value) in _HOLDING and value and name not in _OWN:
+                module.__dict__[name] = _rebound(value, memo)
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """Return what a value is in a copy: itself, if it comes to nothing that was copied."""
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is FunctionType:
+        return _function(value, memo)
+    if kind in _SEQUENCES and value:
+        items = [_rebound(item, memo) for item in value]
+        return kind(items) if _differ(items, value) else value
+    if kind in _MAPPINGS and value:
+        items = [_rebound(item, memo) for item in value.values()]
+        return kind(zip(value, items, strict=True)) if _differ(items, value.values()) else value
+    if kind is functools.partial:
+        function, args, kwargs = (_rebound(part, memo) for part in (value.func, value.args, value.keywords))
+        same = function is value.func and args is value.args and kwargs is value.keywords
+        return value if same else functools.partial(function, *args, **kwargs)
+    return value
+
+
+def _function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__):
+        return function
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    memo[id(function)] = made = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    for cell, before in zip(cells, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # an empty cell: a name that has no value yet
+            cell.cell_contents = _rebound(before.cell_contents, memo)
+    made.__defaults__ = _rebound(function.__defaults__, memo)
+    made.__kwdefaults__ = _rebound(function.__kwdefaults__, memo)
+    made.__dict__.update(function.__dict__)
+    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
+    return made
+
+
+def _differ(items: list[Any], before: Any) -> bool:
+    return any(item is not old for item, old in zip(items, before, strict=True))
 
 
 def meta_copy(model: M) -> M:
@@ -99,47 +150,11 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     result = _copied(model, memo)
     for before, kept in hooks:
         kept.update(
-            (key, rebound(copy.deepcopy(hook, memo), memo))
+            (key, _rebound(copy.deepcopy(hook, memo), memo))
             for key, hook in before.items()
             if is_own_hook(hook, held, around=True)
         )
     return result
-
-
-def _copied_fast(model: M, memo: dict[int, Any]) -> M:
-    """Do what ``copy.deepcopy`` does, in a third of the time where no module has a way of its own to be copied."""
-    modules = list(model.modules())
-    if any(hasattr(module, "__deepcopy__") for module in modules):
-        return copy.deepcopy(model, memo)
-    states = [_plain_state(module) for module in modules]
-    if None in states:
-        return copy.deepcopy(model, memo)
-
-    def of(value: Any) -> Any:
-        kind = type(value)
-        if kind in _ATOMS:
-            return value
-        if (known := memo.get(id(value))) is not None:
-            return known
-        if kind is dict or kind is OrderedDict:
-            memo[id(value)] = known = kind()
-            known.update((of(key), of(item)) for key, item in value.items())
-            return known
-        return copy.deepcopy(value, memo)
-
-    memo.update((id(module), type(module).__new__(type(module))) for module in modules)
-    for module, state in zip(modules, states, strict=True):
-        memo[id(module)].__setstate__({name: of(value) for name, value in (state or {}).items()})
-    return memo[id(model)]  # type: ignore[no-any-return]  # made above
-
-
-def _plain_state(module: nn.Module) -> dict[str, Any] | None:
-    """Return all that a module is besides its class, unless it is made or filled in a way of its own."""
-    reduced: Any = module.__reduce_ex__(4)
-    function, args, *rest = reduced
-    made: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # what pickle calls
-    plain = function is made and args == (type(module),) and rest and type(rest[0]) is dict and not any(rest[1:])
-    return rest[0] if plain else None
 
 
 def is_own_hook(hook: Any, held: set[int], *, around: bool = False) -> bool:
@@ -169,6 +184,9 @@ def held_by(model: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
+_OWN = ("_parameters", "_buffers", "_modules")
+_SEQUENCES, _MAPPINGS = (list, tuple), (dict, OrderedDict)
+_HOLDING = {FunctionType, functools.partial, *_SEQUENCES, *_MAPPINGS}
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
@@ -177,7 +195,7 @@ def in_float64(model: M) -> M:
     model.double()
     for module in model.modules():
         for name, value in module.__dict__.items():
-            if isinstance(value, (Tensor, list, tuple, dict)) and name not in ("_parameters", "_buffers", "_modules"):
+            if isinstance(value, (Tensor, list, tuple, dict)) and name not in _OWN:
                 module.__dict__[name] = _double(value)
     return model
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,16 +70,12 @@ def tensors(value: object) -> list[Tensor]:
 def guesses(model: nn.Module, batch: int = 2, size: int | None = None, *, small: bool = False) -> Iterator[Guess]:
     """Yield what the model may take, likely things first, and small ones for whoever is about to compute with them."""
     yield from _of_detector(model, batch if small else 1)
-    for name, shape, how in _shapes(model, small):
-        if size is not None:
-            shape = (shape[0], *(size for _ in shape[1:]))
-        if name is not None:
-            yield Guess((), {name: _empty(model, batch, *shape)}, how)
-            continue
-        required, by_keyword = _required(model)
-        given = {name: _empty(model, batch, *shape) for name in by_keyword}
-        count = max(required, 0 if given else 1)
-        yield Guess(tuple(_empty(model, batch, *shape) for _ in range(count)), given, how)
+    name = getattr(model, "main_input_name", None)
+    named = isinstance(name, str) and name not in ("input_ids", "inputs_embeds")
+    count, keywords = (0, [str(name)]) if named else _required(model)
+    for shape, how in _shapes(model, small):
+        x = _empty(model, batch, *(shape if size is None else (shape[0], *(size for _ in shape[1:]))))
+        yield Guess((x,) * count, dict.fromkeys(keywords, x), f"{how} and its main_input_name" if named else how)
     yield from _of_text(model, batch)
 
 
@@ -90,42 +85,30 @@ def _empty(model: nn.Module, *shape: int) -> Tensor:
 
 
 def _required(model: nn.Module) -> tuple[int, list[str]]:
-    """Return how many arguments a forward needs by position, and the names of those it needs by keyword."""
+    """Return how many arguments a forward needs by position, at least one in all, and which it needs by keyword."""
     needed = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
     keyword = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed), keyword
+    by_position = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed)
+    return max(by_position, 0 if keyword else 1), keyword
 
 
-def _shapes(model: nn.Module, small: bool) -> Iterator[tuple[str | None, tuple[int, ...], str]]:
-    """Yield shapes without the batch, each with the keyword it goes by, if it does, and what says so."""
+def _shapes(model: nn.Module, small: bool) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield shapes without the batch, each with what says so: the configuration, and the first layer of each kind."""
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
         channels, *native = config["input_size"]
         sizes = [tuple(native), (64, 64), (128, 128)]
         for size in sizes[1:] + sizes[:1] if small else sizes:
-            yield None, (channels, *size), "found by its timm configuration"
-    name, native = getattr(model, "main_input_name", None), getattr(getattr(model, "config", None), "image_size", None)
-    named = name if isinstance(name, str) and name not in ("input_ids", "inputs_embeds") else None
-    first: list[list[tuple[tuple[int, ...], str]]] = []
-    for kind, module in _first_layers(model).items():
-        shapes = _SHAPES[kind](module)
-        if kind == "convolution" and isinstance(native, int) and isinstance(module, nn.Conv2d):
-            shapes.insert(0, (module.in_channels, native, native))
-        first.append([(shape, f"found by its first {kind}") for shape in shapes])
-    for shape, how in itertools.chain.from_iterable(first):
-        yield named, shape, how if named is None else f"{how} and its main_input_name"
-
-
-def _first_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the first layer of each kind, in the order in which the model holds them."""
-    kinds = {"convolution": nn.modules.conv._ConvNd, "linear layer": nn.Linear, "recurrent layer": nn.RNNBase}
-    kinds["norm"] = nn.modules.batchnorm._BatchNorm
-    found: dict[str, Any] = {}
+            yield (channels, *size), "found by its timm configuration"
+    found: dict[str, list[tuple[int, ...]]] = {}
     for module in model.modules():
-        for kind, cls in kinds.items():
-            if isinstance(module, cls):
-                found.setdefault(kind, module)
-    return found
+        for kind, (cls, shapes) in _KINDS.items():
+            if isinstance(module, cls) and kind not in found:
+                found[kind] = shapes(module)
+                side = getattr(getattr(model, "config", None), "image_size", None)
+                if isinstance(module, nn.Conv2d) and isinstance(side, int):
+                    found[kind].insert(0, (module.in_channels, side, side))
+    yield from ((shape, f"found by its first {kind}") for kind, shapes in found.items() for shape in shapes)
 
 
 def _convolved(conv: Any) -> list[tuple[int, ...]]:
@@ -141,21 +124,19 @@ def _normalised(norm: Any) -> list[tuple[int, ...]]:
     return [(norm.num_features, *size) for size in ((256,), (), (64, 64), (8, 64, 64))] + [(256, norm.num_features)]
 
 
-_SHAPES: dict[str, Any] = {
-    "convolution": _convolved,
-    "linear layer": lambda linear: [(linear.in_features,), (16, linear.in_features), (8, 8, linear.in_features)],
-    "recurrent layer": lambda recurrent: [(16, recurrent.input_size)],
-    "norm": _normalised,
+_KINDS: dict[str, tuple[type[nn.Module], Callable[[Any], list[tuple[int, ...]]]]] = {
+    "convolution": (nn.modules.conv._ConvNd, _convolved),
+    "linear layer": (nn.Linear, lambda m: [(m.in_features,), (16, m.in_features), (8, 8, m.in_features)]),
+    "recurrent layer": (nn.RNNBase, lambda recurrent: [(16, recurrent.input_size)]),
+    "norm": (nn.modules.batchnorm._BatchNorm, _normalised),
 }
+_TRANSFORM = "torchvision.models.detection.transform.GeneralizedRCNNTransform"
 
 
 def _of_detector(model: nn.Module, count: int) -> Iterator[Guess]:
     """Detectors of torchvision take lists of images, and in train mode what is to be found in them."""
     transform = type(getattr(model, "transform", None))
-    if (
-        f"{transform.__module__}.{transform.__qualname__}"
-        != "torchvision.models.detection.transform.GeneralizedRCNNTransform"
-    ):
+    if f"{transform.__module__}.{transform.__qualname__}" != _TRANSFORM:
         return
     images = [_empty(model, 3, 128, 128) for _ in range(count)]
     target = {
@@ -165,9 +146,6 @@ def _of_detector(model: nn.Module, count: int) -> Iterator[Guess]:
         "keypoints": torch.full((1, 17, 3), 32.0, dtype=images[0].dtype),
     }
     yield Guess((images, [target] * count), {}, "found by its transform of images")
-
-
-_TRANSFORM = "torchvision.models.detection.transform.GeneralizedRCNNTransform"
 
 
 def _of_text(model: nn.Module, batch: int) -> Iterator[Guess]:

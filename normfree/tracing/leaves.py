@@ -30,7 +30,7 @@ def is_layer(module: nn.Module) -> bool:
     if any(True for _ in module.children()):
         # Without a norm only what may be a projection, a gate or a tail is worth a look: attention is not.
         return not any(map(_is_of_interest, module.modules()))
-    return module_role(module) is not Role.OTHER or elementwise(module) is not None
+    return module_role(module) is not Role.OTHER or elementwise(module)
 
 
 def _is_of_interest(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from normfree.tracing.copying import held_by
 from normfree.tracing.traces import Graph, Value, memory_of
@@ -177,17 +178,14 @@ class Notes:
 
     def argument(self, value: Any) -> Any:
         """Return what a node stores for an argument."""
+        return map_aggregate(value, self._stored)
+
+    def _stored(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             node = self.node_of(value)
             return "constant" if node is None else node
         if value is None or type(value) in _ATOMS:
             return value
-        if isinstance(value, (tuple, list)):
-            return tuple(map(self.argument, value)) if type(value) is not list else list(map(self.argument, value))
-        if isinstance(value, Mapping):
-            return {str(key): self.argument(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*map(self.argument, (value.start, value.stop, value.step)))
         own = hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type))
         held = [self.argument(item) for item in vars(value).values()] if own else []
         found = [item for item in held if isinstance(item, fx.Node)]

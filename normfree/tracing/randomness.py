@@ -47,21 +47,21 @@ def random_halves() -> Iterator[Callable[[], None]]:
     Stochastic depth written with them would hide a block from a run, or from one of two.
     """
     numpy = sys.modules.get("numpy")
-    before, theirs = random.getstate(), numpy.random.get_state() if numpy else None
-    halves = (3, (_WORD,) * 624 + (0,), None)
-    words = None if numpy is None else ("MT19937", numpy.full(624, _WORD, numpy.uint32), 0)
+    states: list[tuple[Callable[[Any], None], Any, Any]]
+    states = [(random.setstate, random.getstate(), (3, (_WORD,) * 624 + (0,), None))]
+    if numpy is not None:
+        halves = "MT19937", numpy.full(624, _WORD, numpy.uint32), 0
+        states.append((numpy.random.set_state, numpy.random.get_state(), halves))
 
     def reset() -> None:
-        random.setstate(halves)
-        if numpy is not None:
-            numpy.random.set_state(words)
+        for set_state, _, halves in states:
+            set_state(halves)
 
     try:
         yield reset
     finally:
-        random.setstate(before)
-        if numpy is not None:
-            numpy.random.set_state(theirs)
+        for set_state, before, _ in states:
+            set_state(before)
 
 
 _WORD = 0x80102204

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.tracing.notes import Notes, tensors_in
-from normfree.tracing.shapes import of_shapes, on_meta, shortened
+from normfree.tracing.shapes import on_meta, shortened
 
 __all__ = ["Recorder", "is_default", "set_class"]
+
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+_Forward = Callable[..., Any]
 
 
 class Recorder(Notes, TorchFunctionMode):
@@ -35,7 +39,7 @@ class Recorder(Notes, TorchFunctionMode):
     def __init__(
         self,
         model: nn.Module,
-        leaves: Mapping[int, bool],
+        leaves: Mapping[str, bool],
         sites: frozenset[str],
         classes: Mapping[int, type[nn.Module]],
         entered: Callable[[], None],
@@ -46,15 +50,13 @@ class Recorder(Notes, TorchFunctionMode):
         self._classes, self._entered, self._meta, self._sites = classes, entered, meta, sites
         self._inside = False  # of a leaf: what happens there is not written down
         for name, module in model.named_modules():
-            self._wrap(module, name, leaf=bool(name) and (leaves[id(module)] or name in sites), norm=name in sites)
+            self._wrap(module, name, leaf=bool(name) and (leaves[name] or name in sites), norm=name in sites)
 
     def __deepcopy__(self, _: Any) -> Recorder:
         """Stay the one that writes down what copies of its modules do."""
         return self
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: _Args = (), kwargs: _Kwargs | None = None) -> Any:
         """Run one function of torch, and write it down if it makes or changes a tensor."""
         kwargs = kwargs or {}
         if self._meta:
@@ -72,8 +74,7 @@ class Recorder(Notes, TorchFunctionMode):
             return self.__torch_function__(add, types, (args[0], added), {"alpha": next(iter(kwargs.values()), 1)})
         self.next_step()
         before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        out = of_shapes(func, args, kwargs) if self._meta else None
-        out = func(*args, **kwargs) if out is None else out
+        out = func(*args, **kwargs)
         makes = isinstance(out, Tensor) or any(True for _ in tensors_in(out))
         if not makes and all(tensor._version == version for tensor, version in before):
             return out
@@ -103,9 +104,7 @@ class Recorder(Notes, TorchFunctionMode):
         if not self._inside:
             self.seen.read.setdefault(path, f"{path}.{name}")
 
-    def _composite(
-        self, module: nn.Module, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _composite(self, module: nn.Module, path: str, forward: _Forward, args: _Args, kwargs: _Kwargs) -> Any:
         """Run a module that is looked into."""
         if path:
             self.seen.calls[path] += 1
@@ -124,9 +123,7 @@ class Recorder(Notes, TorchFunctionMode):
                 self.seen.exits[node] = (*self.seen.exits.get(node, ()), path)
         return out
 
-    def _leaf(
-        self, module: nn.Module, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _leaf(self, module: nn.Module, path: str, forward: _Forward, args: _Args, kwargs: _Kwargs) -> Any:
         """Run a module that is one operation, as what it really is."""
         self.seen.calls[path] += 1
         self.next_step()
@@ -191,7 +188,7 @@ _PRODUCTS = {"addcmul": torch.mul, "addcdiv": torch.div, "addmm": torch.mm, "bad
 """What adds a product to something: two operations in one."""
 
 
-def is_default_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def is_default_call(module: nn.Module, args: _Args, kwargs: _Kwargs) -> bool:
     """Whether a call gives an optional argument nothing but its default."""
     if len(args) + len(kwargs) <= 1 and not kwargs:
         return True  # most calls; the first argument is hardly ever optional

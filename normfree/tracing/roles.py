@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.padding import _CircularPadNd, _ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _LPPoolNd, _MaxPoolNd
 
 __all__ = ["Role", "elementwise", "function_role", "makes_constants", "module_role", "name_of", "scales"]
 
@@ -36,46 +37,38 @@ class Role(Enum):
     OTHER = auto()  # activations, and everything unknown
 
 
-_NAMES: dict[str, Role] = {
-    **dict.fromkeys(("add", "iadd", "add_"), Role.ADD),
-    **dict.fromkeys(("sub", "isub", "sub_", "subtract", "lerp", "lerp_"), Role.ADD),
-    **dict.fromkeys(("index_add", "index_add_", "scatter_add", "scatter_add_"), Role.ADD),
-    **dict.fromkeys(("mul", "imul", "mul_", "multiply"), Role.MUL),
-    **dict.fromkeys(("truediv", "itruediv", "div", "div_", "divide"), Role.DIV),
-    **dict.fromkeys(("cat", "concat", "concatenate", "stack", "setitem", "overwritten", "copy_"), Role.CAT),
-    **dict.fromkeys(("chunk", "split", "unbind", "tensor_split"), Role.SPLIT),
-    **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze"), Role.RESHAPE),
-    **dict.fromkeys(("unsqueeze", "reshape_as", "view_as", "movedim", "swapaxes", "unflatten"), Role.RESHAPE),
-    **dict.fromkeys(("moveaxis", "swapdims", "ravel"), Role.RESHAPE),
-    **dict.fromkeys(("pad", "repeat", "repeat_interleave", "tile", "expand", "expand_as"), Role.PAD),
-    "narrow": Role.SLICE,
-    "interpolate": Role.UPSAMPLE,
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), Role.PASS),
-    **dict.fromkeys(("clone", "detach", "to", "type", "type_as", "float", "half", "double", "bfloat16"), Role.PASS),
-    **dict.fromkeys(
-        ("cpu", "cuda", "requires_grad_", "alias", "nan_to_num", "neg", "negative", "as_tensor", "asarray"), Role.PASS
-    ),
-    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), Role.CONV),
-    **{f"{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
-    **{f"adaptive_{kind}_pool{dims}d": Role.POOL for kind in ("avg", "max") for dims in (1, 2, 3)},
+_OF_NAMES = {
+    Role.ADD: "add sub subtract lerp index_add scatter_add",
+    Role.MUL: "mul multiply",
+    Role.DIV: "div divide",
+    Role.CAT: "cat concat concatenate stack setitem overwritten copy",
+    Role.SPLIT: "chunk split unbind tensor_split",
+    Role.RESHAPE: "flatten unflatten ravel reshape reshape_as view view_as squeeze unsqueeze contiguous "
+    "permute transpose movedim moveaxis swapaxes swapdims",
+    Role.PAD: "pad repeat repeat_interleave tile expand expand_as",
+    Role.SLICE: "narrow",
+    Role.UPSAMPLE: "interpolate",
+    Role.PASS: "dropout dropout1d dropout2d dropout3d feature_dropout clone detach alias nan_to_num neg negative "
+    "requires_grad as_tensor asarray cpu cuda to type type_as float half double bfloat16",
+    Role.CONV: "linear conv1d conv2d conv3d",
+    Role.POOL: "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
 }
-_MODULES: tuple[tuple[tuple[type[nn.Module], ...], Role], ...] = (
-    ((nn.modules.conv._ConvNd, nn.Linear), Role.CONV),
-    ((nn.Identity, nn.modules.dropout._DropoutNd), Role.PASS),
-    ((nn.Flatten, nn.Unflatten), Role.RESHAPE),
-    ((nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._LPPoolNd), Role.POOL),
-    ((nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd), Role.POOL),
-    (
-        (
-            nn.modules.padding._ConstantPadNd,
-            nn.modules.padding._ReflectionPadNd,
-            nn.modules.padding._ReplicationPadNd,
-            nn.modules.padding._CircularPadNd,
-        ),
-        Role.PAD,
-    ),
-    ((nn.Upsample, nn.PixelShuffle), Role.UPSAMPLE),
+_NAMES = {name: role for role, names in _OF_NAMES.items() for name in names.split()}
+_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"}
+_OF_SHAPES = (
+    "size dim ndimension numel is_contiguous is_floating_point get_device new_empty new_zeros new_ones new_full "
+    "new_tensor empty_like zeros_like ones_like full_like rand_like randn_like zero"
 )
+_WITHOUT_DATA = frozenset(_OF_SHAPES.split())
+_MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
+    Role.CONV: (nn.modules.conv._ConvNd, nn.Linear),
+    Role.PASS: (nn.Identity, nn.modules.dropout._DropoutNd),
+    Role.RESHAPE: (nn.Flatten, nn.Unflatten),
+    Role.POOL: (_AvgPoolNd, _MaxPoolNd, _LPPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd),
+    Role.PAD: (_ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd, _CircularPadNd),
+    Role.UPSAMPLE: (nn.Upsample, nn.PixelShuffle),
+}
 # By qualified name, since these libraries must not be imported for it.
 _MODULE_NAMES: dict[str, Role] = {
     "timm.layers.drop.DropPath": Role.PASS,
@@ -85,11 +78,15 @@ _MODULE_NAMES: dict[str, Role] = {
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the name of the function, method, operator or attribute that a node stands for."""
+    """Return the name of the function, method, operator or attribute that a node stands for.
+
+    ``x += y``, ``x.add_(y)`` and ``torch.ops.aten.add.Tensor(x, y)`` are called ``add``, as ``x + y`` is.
+    """
     if node.target is getattr:
         return str(node.args[1])
     name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
-    return name.partition(".")[0]  # an operator is called add.default, or add.Tensor
+    name = name.partition(".")[0].rstrip("_")
+    return _OPERATORS.get(name, name)
 
 
 def function_role(node: fx.Node) -> Role:
@@ -106,7 +103,8 @@ def makes_constants(node: fx.Node) -> bool:
     if node.target is getattr:
         return name_of(node) not in ("T", "mT", "H", "mH", "data", "real", "imag")
     zero = any(isinstance(arg, (int, float)) and arg == 0 for arg in node.args)
-    return name_of(node) in _WITHOUT_DATA or (function_role(node) is Role.MUL and zero)
+    filled = name_of(node) in _WITHOUT_DATA or node.target == "bernoulli_"  # torch.bernoulli(x) draws by x
+    return filled or (function_role(node) is Role.MUL and zero)
 
 
 def module_role(module: nn.Module) -> Role:
@@ -115,69 +113,47 @@ def module_role(module: nn.Module) -> Role:
         return Role.PASS
     if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
         return Role.OTHER  # it puts another number in the place of what it drops, whatever the scale
-    for kinds, role in _MODULES:
+    for role, kinds in _MODULES.items():
         if isinstance(module, kinds):
             return role
     cls = type(module)
     return _MODULE_NAMES.get(f"{cls.__module__}.{cls.__qualname__}", Role.OTHER)
 
 
-_WITHOUT_DATA = {"size", "dim", "ndimension", "numel", "is_contiguous", "is_floating_point", "get_device"}
-_WITHOUT_DATA |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"}
-_WITHOUT_DATA |= {
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "bernoulli_",
-    "zero_",
-}
-
-
-Effect = Literal["pure", "in place"] | None
-
-
-def elementwise(function: Callable[[Tensor], Tensor]) -> Effect:
-    """Say whether a function works entry by entry, and whether it writes into its input; ``None`` if it does not.
+def elementwise(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function works entry by entry.
 
     Told by what it does: shuffling the entries must shuffle the result. Pools, softmax and filters fail. A module of
-    the user's own may do something else in the other mode: both must agree. torch's own differ in noise only.
+    the user's own may do something else in the other mode: both must pass. torch's own differ in noise only.
     """
     if not isinstance(function, nn.Module):
-        return _probe(function)
+        return _is_elementwise(function)
     own = not type(function).__module__.startswith("torch.nn")
     before = function.training
     try:
-        found = {_probe(function.train(mode)) for mode in ((False, True) if own else (False,))}
+        return all(_is_elementwise(function.train(mode)) for mode in ((False, True) if own else (False,)))
     finally:
         function.train(before)
-    return found.pop() if len(found) == 1 else None
 
 
-def _probe(function: Callable[[Tensor], Tensor]) -> Effect:
+def _is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     """Probe at two shapes: at one alone, what resizes to just that shape would pass for the identity."""
-    found = _probe_at(function, (2, 3, 4, 4))
-    return found if found is not None and found == _probe_at(function, (3, 4, 5, 7)) else None
+    return all(_shuffles(function, shape) for shape in ((2, 3, 4, 4), (3, 4, 5, 7)))
 
 
-def _probe_at(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Effect:
+def _shuffles(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool:
     count = math.prod(shape)
     x = torch.linspace(-3.0, 3.0, count).reshape(shape)
     # 29 has no factor in common with the count, so this visits every entry once and keeps none in its row or channel.
     order = torch.arange(count) * 29 % count
-    given = x.clone()
     try:
         with torch.no_grad():
-            result, shuffled = function(given), function(x.flatten()[order].reshape(x.shape))
+            result, shuffled = function(x.clone()), function(x.flatten()[order].reshape(x.shape))
     except Exception:  # not a function of one tensor of this shape, whatever it raises
-        return None
+        return False
     same = isinstance(result, Tensor) and isinstance(shuffled, Tensor) and result.shape == x.shape
     # Vectorised loops round the same entry differently at different places.
-    if not same or not torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6):
-        return None
-    return "pure" if torch.equal(given, x) else "in place"
+    return same and torch.allclose(result.flatten()[order], shuffled.flatten(), atol=1e-6)
 
 
 def scales(function: Callable[[Tensor], Tensor]) -> bool:

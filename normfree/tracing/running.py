@@ -22,17 +22,16 @@ from normfree.tracing.traces import Graph
 __all__ = ["disguised", "leaves_of", "record"]
 
 
-def leaves_of(model: nn.Module, sites: frozenset[str]) -> dict[int, bool]:
-    """Return whether each module of a model is one operation, by its identity; to be asked before anything is recorded.
+def leaves_of(model: nn.Module, sites: frozenset[str]) -> dict[str, bool]:
+    """Return whether each module of a model is one operation, by its first name; to be asked before a run is recorded.
 
     In a converted model the norms are gone, but what held them is looked into as before.
     """
-    leaves = {id(module): is_layer(module) for module in model.modules()}
-    modules = dict(model.named_modules(remove_duplicate=False))
     holders = {site[:i] for site in sites for i, letter in enumerate(site) if letter == "."}
-    for module in map(modules.__getitem__, holders):
-        leaves[id(module)] &= type(module).__module__.startswith("torch.nn")
-    return leaves
+    return {
+        name: is_layer(module) and (name not in holders or type(module).__module__.startswith("torch.nn"))
+        for name, module in model.named_modules()
+    }
 
 
 @torch.inference_mode(False)
@@ -40,7 +39,7 @@ def leaves_of(model: nn.Module, sites: frozenset[str]) -> dict[int, bool]:
 def record(
     model: nn.Module,
     sites: frozenset[str],
-    leaves: Mapping[int, bool],
+    leaves: Mapping[str, bool],
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
     training: bool,
     classes: Mapping[int, type[nn.Module]] | None = None,

@@ -1,7 +1,7 @@
 """What a look needs of an operation, where the operation itself takes long: mostly the shape of what it returns.
 
-On the meta device torch finds the shapes of many functions by running Python of its own, which takes longer than all
-else that a look does.
+On the meta device torch finds the shapes of many layers by running Python of its own, which takes longer than all else
+that a look does.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["of_shapes", "on_meta", "shortened"]
+__all__ = ["on_meta", "shortened"]
 
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
 _LAYERS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.ConvTranspose2d: 4}
 """Layers that work sample by sample, each with the dimensions of a batch."""
-_PLAIN = (Tensor, nn.Parameter)
-_OF_TWO = {"add", "sub", "mul", "div", "truediv"}
-_OF_ONE = {"sigmoid", "silu", "relu", "gelu", "tanh", "exp", "neg"}
 
 
 def shortened(
@@ -29,12 +26,7 @@ def shortened(
 ) -> Callable[..., Any]:
     """Return what to run instead of the forward of a leaf that is called with a tensor and nothing else.
 
-    Args:
-        module: The leaf.
-        kind: What it really is.
-        forward: Its forward.
-        norm: Whether it is a norm, or stands where one was.
-        meta: Whether tensors have no memory.
+    The leaf really is of a ``kind``, and may be a ``norm``, or stand where one was; ``meta`` tensors have no memory.
     """
     in_place = getattr(module, "inplace", False) is True and not norm
     if not meta:
@@ -68,30 +60,6 @@ def _of_first(_: nn.Module, forward: Callable[..., Any], dims: int, x: Any) -> A
         return forward(x)
     with torch._C.DisableTorchFunction():
         return forward(x[:2])[:1].repeat(len(x), *[1] * (x.dim() - 1))
-
-
-def of_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return what a function returns on the meta device, if that is known without asking torch."""
-    name = str(getattr(func, "__name__", "")).strip("_")
-    x: Any = args[0] if args else None
-    if type(x) not in _PLAIN or not x.is_floating_point():
-        return None
-    if name == "grid_sample" and len(args) > 1:
-        return torch.empty((*x.shape[:2], *args[1].shape[1:-1]), dtype=x.dtype, device="meta")
-    if kwargs or str(getattr(func, "__name__", "")).endswith("_") or not x.is_contiguous():
-        return None
-    if (name in _OF_ONE and len(args) == 1) or (name in _OF_TWO and len(args) == 2 and _fits(args[1], x)):
-        return _like(x)
-    return None
-
-
-def _fits(other: Any, x: Tensor) -> bool:
-    """Whether what is computed of both is a tensor like the one."""
-    if type(other) not in _PLAIN:
-        return type(other) in (int, float)
-    if other.dtype is not x.dtype or other.dim() > x.dim() or not other.is_contiguous():
-        return False
-    return all(mine == own or mine == 1 for mine, own in zip(other.shape[::-1], x.shape[::-1], strict=False))
 
 
 def on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

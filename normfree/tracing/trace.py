@@ -6,13 +6,11 @@ operator needs data, on a small real copy. No values of the model's own are read
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from normfree.tracing.inputs import Guess, Inputs, arguments, guesses
 from normfree.tracing.running import disguised, leaves_of, record
 from normfree.tracing.traces import MODES, Graph, Trace
 
-__all__ = ["example_input", "trace", "uncollected", "where"]
+__all__ = ["example_input", "trace", "where"]
 
 _ONE_AT_A_TIME = threading.RLock()  # random generators of Python and NumPy are the whole process's
 
@@ -50,18 +48,6 @@ def trace(model: nn.Module, copied: nn.Module, sites: frozenset[str], inputs: In
     return found
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Let nobody look for garbage among the many objects that graphs are made of: that takes a quarter of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 @dataclass
 class _Look:
     """The copies of one model on which it is looked at."""
@@ -76,8 +62,7 @@ class _Look:
 
     @functools.cached_property
     def leaves(self) -> dict[str, bool]:
-        leaves = leaves_of(self.meta, self.sites)
-        return {name: leaves[id(module)] for name, module in self.meta.named_modules()}
+        return leaves_of(self.meta, self.sites)
 
     def at(self, guess: Guess, *, given: bool) -> Trace:
         """Run the model on something, without memory if that will do."""
@@ -91,8 +76,7 @@ class _Look:
 
     def _run(self, copied: nn.Module, arguments: Any, guess: Guess) -> tuple[Trace, bool]:
         """Return what was seen, and whether it ended because an operator needs data."""
-        leaves = {id(module): self.leaves[name] for name, module in copied.named_modules()}
-        run = functools.partial(record, copied, self.sites, leaves, arguments)
+        run = functools.partial(record, copied, self.sites, self.leaves, arguments)
         graphs: dict[str, Graph] = {}
         why, without_data, deaf = "", False, False
         try:
@@ -124,11 +108,8 @@ class _Look:
 
 def _disguises(model: nn.Module, sites: frozenset[str]) -> dict[str, type[nn.Module]]:
     """Return another class for every module but the model itself."""
-    made: dict[type[nn.Module], type[nn.Module]] = {}
-    for module in model.modules():
-        cls = type(module)
-        if cls not in made:
-            made[cls] = type(f"Scaled{cls.__name__}", (cls,), {"__module__": cls.__module__})
+    kinds = set(map(type, model.modules()))
+    made = {cls: type(f"Scaled{cls.__name__}", (cls,), {"__module__": cls.__module__}) for cls in kinds}
     plain = ((name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule))
     return {name: nn.Identity if name in sites else made[type(module)] for name, module in plain}
 

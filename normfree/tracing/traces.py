@@ -88,6 +88,11 @@ class Graph:
     order: dict[fx.Node, int] = field(default_factory=dict)
     steps: dict[fx.Node, int] = field(default_factory=dict)
 
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Return the shape of the tensor that a node returned, if it is known."""
+        value = self.values.get(node)
+        return None if value is None else value.shape
+
     def memory(self, node: fx.Node) -> int | None:
         """Return what tells the memory of the tensor that a node returned, if it is known."""
         value = self.values.get(node)
@@ -139,8 +144,8 @@ class Trace:
     again: Callable[[Mapping[str, type[nn.Module]]], Mapping[str, Graph]] = field(default=lambda _: {}, repr=False)
 
     @functools.cached_property
-    def distinct(self) -> tuple[str, ...]:
-        """The modes whose graphs differ: what holds for one of two equal graphs holds for the other."""
+    def distinct(self) -> list[Graph]:
+        """The graphs that differ: what holds for one of two equal graphs holds for the other."""
         graphs = list(self.graphs.values())
         same = len(graphs) == 2 and (graphs[0] is graphs[1] or graphs[0].spelled == graphs[1].spelled)
-        return tuple(self.graphs)[: 1 if same else None]
+        return graphs[:1] if same else graphs
