@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.tracing.notes import Notes, tensors_in
-from normfree.tracing.shapes import on_meta, shortened
+from normfree.tracing.shapes import meta_function, on_meta, shortened
 
 __all__ = ["Recorder", "is_default", "set_class"]
 
@@ -74,7 +74,7 @@ class Recorder(Notes, TorchFunctionMode):
             return self.__torch_function__(add, types, (args[0], added), {"alpha": next(iter(kwargs.values()), 1)})
         self.next_step()
         before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        out = func(*args, **kwargs)
+        out = (meta_function(func) if self._meta else func)(*args, **kwargs)
         makes = isinstance(out, Tensor) or any(True for _ in tensors_in(out))
         if not makes and all(tensor._version == version for tensor, version in before):
             return out

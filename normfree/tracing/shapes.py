@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["on_meta", "shortened"]
+__all__ = ["meta_function", "on_meta", "shortened"]
 
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
 _LAYERS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5, nn.ConvTranspose2d: 4}
@@ -60,6 +60,15 @@ def _of_first(_: nn.Module, forward: Callable[..., Any], dims: int, x: Any) -> A
         return forward(x)
     with torch._C.DisableTorchFunction():
         return forward(x[:2])[:1].repeat(len(x), *[1] * (x.dim() - 1))
+
+
+def meta_function(func: Any) -> Any:
+    """Return what to call instead of a function on the meta device, where torch would run hundreds of operations."""
+    return _sampled if func is nn.functional.grid_sample else func
+
+
+def _sampled(input: Tensor, grid: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty((*input.shape[:2], *grid.shape[1:-1]), dtype=input.dtype, device="meta")
 
 
 def on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
