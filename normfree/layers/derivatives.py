@@ -58,15 +58,15 @@ class _Combined(Function):
         if center is not None and bias is None:
             made = _less(made, shift(made, center) - cast(Tensor, at_center), _along(center))
         factor = alpha if gain is None else gain if alpha is None else gain * alpha
-        weights = made if apart or factor is None else made * rows(factor, made)
+        centred = None if center is None or bias is None else shift(made, center, at_center)  # at the start 0, exactly
+        weights = made if apart or factor is None else _times(made, rows(factor, made), made is not weight)
         # Autograd wants outputs that are none of the inputs.
         weights = weights.view_as(weights) if weights is weight else weights
         if bias is None:
             return (weights,)
         added = bias if bias_unit == 1.0 else bias / bias_unit
         added = added if alpha is None else added * alpha
-        if center is not None:  # at the start nothing, bit for bit
-            centred = shift(made, center, at_center)
+        if centred is not None:
             added = added + centred if factor is None else torch.addcmul(added, factor, centred)
         return weights, added.view_as(added) if added is bias else added
 
@@ -80,28 +80,26 @@ class _Combined(Function):
         saved = ctx.saved_tensors  # asked for once: checkpoints compute them anew
         _, bias, alpha, gain, center, _, filter_mean = saved
         for_bias = for_alpha = column = None
-        given = grad
-        if center is not None and bias is not None and not ctx.apart:
-            grad = _less(grad, grads[0], center)
-        if gain is not None and not ctx.apart:
-            grad = grad * rows(gain, grad)
-        if center is not None and bias is None:
-            column = shift(grad, _along(center))
-        elif center is not None and ctx.apart:
-            column = grads[0] if gain is None else grads[0] * gain
+        scale = None if ctx.apart else gain
+        if center is not None:
+            column = shift(grad, _along(center)) if bias is None else grads[0]
+            column = column if gain is None or (ctx.apart and bias is None) else column * gain
+        found = grad if scale is None else None
         if filter_mean is not None:
-            grad = _steadied(grad, ctx.mean_unit)
+            found = _steadied(grad, ctx.mean_unit, scale)
+        elif found is None:
+            found = grad * rows(cast(Tensor, scale), grad)
         if column is not None:
             met = center.reshape(-1, *grad.shape[1:])
             met = met if filter_mean is None else _steadied(met, ctx.mean_unit)
-            grad = _less(grad, column, met, in_place=grad is not given)
+            found = _less(found, column, met, found is not grad)
         if alpha is not None:  # of what it multiplies, so before it does
-            for_alpha = _of_alpha(ctx, saved, grad, grads, column).reshape(alpha.shape)
-            grad = grad * alpha.reshape(())
+            for_alpha = _of_alpha(ctx, saved, found, grads, column).reshape(alpha.shape)
+            found = _times(found, alpha.reshape(()), found is not grad)
         if bias is not None:
             for_bias = grads[0] if alpha is None else grads[0] * alpha
             for_bias = for_bias if ctx.bias_unit == 1.0 else for_bias / ctx.bias_unit
-        return grad, for_bias, for_alpha, *(None,) * 7
+        return found, for_bias, for_alpha, *(None,) * 7
 
 
 def _of_alpha(ctx: Any, saved: Any, grad: Tensor, grads: tuple[Tensor, ...], column: Tensor | None) -> Tensor:
@@ -158,13 +156,22 @@ def _along(center: Tensor) -> Tensor:
     return center / center.square().sum(1, keepdim=True).clamp_min(torch.finfo(center.dtype).tiny)
 
 
-def _less(weight: Tensor, column: Tensor, met: Tensor, in_place: bool = False) -> Tensor:
-    """Return ``weight - column met``, where ``met`` has a row a group."""
+def _less(weight: Tensor, column: Tensor, met: Tensor, own: bool = False) -> Tensor:
+    """Return ``weight - column met``, where ``met`` has a row a group; in a weight of one's ``own``, in place."""
     groups = met.shape[0]
     met = met.reshape(groups, 1, *weight.shape[1:])
     met = met[0] if groups == 1 else met.expand(-1, len(weight) // groups, *weight.shape[1:]).flatten(0, 1)
-    in_place = in_place and torch._C._functorch.peek_interpreter_stack() is None  # vmap has no rule for it
-    return (weight.addcmul_ if in_place else weight.addcmul)(rows(column, weight), met, value=-1)
+    return (weight.addcmul_ if own and _in_place() else weight.addcmul)(rows(column, weight), met, value=-1)
+
+
+def _times(weight: Tensor, factor: Tensor, own: bool) -> Tensor:
+    """Return ``weight * factor``, in a weight of one's ``own`` in place: new memory costs as much as the product."""
+    return weight.mul_(factor) if own and _in_place() else weight * factor
+
+
+def _in_place() -> bool:
+    """Whether what is written in place stays as it is: under ``vmap`` a factor may have a batch more."""
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _mean(weight: Tensor) -> Tensor:
@@ -177,14 +184,20 @@ def _mean(weight: Tensor) -> Tensor:
     return mean.reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
 
 
-def _steadied(weight: Tensor, unit: float) -> Tensor:
-    """Return a weight, or rows as long as its, with its means over positions divided by ``unit``; always a new one."""
+def _steadied(weight: Tensor, unit: float, factor: Tensor | None = None) -> Tensor:
+    """Return a weight, or rows as long as its, with its means over positions divided by ``unit``; always a new one.
+
+    A ``factor`` for each output channel ``(C,)`` multiplies what comes out.
+    """
     if not _multiplied(weight):
-        return torch.sub(weight, _mean(weight), alpha=1 - 1 / unit)
+        made = torch.sub(weight, _mean(weight), alpha=1 - 1 / unit)
+        return made if factor is None else _times(made, rows(factor, made), own=True)
     places = weight[0, 0].numel()
     matrix = torch.eye(places, dtype=weight.dtype, device=weight.device) - (1 - 1 / unit) / places
     with _exactly(weight):
-        return torch.mm(weight.reshape(-1, places), matrix).reshape(weight.shape)
+        if factor is None:
+            return torch.mm(weight.reshape(-1, places), matrix).reshape(weight.shape)
+        return torch.bmm(weight.reshape(len(weight), -1, places), factor[:, None, None] * matrix).reshape(weight.shape)
 
 
 def _multiplied(weight: Tensor) -> bool:
