@@ -170,8 +170,8 @@ def _times(weight: Tensor, factor: Tensor, own: bool) -> Tensor:
 
 
 def _in_place() -> bool:
-    """Whether what is written in place stays as it is: under ``vmap`` a factor may have a batch more."""
-    return torch._C._functorch.peek_interpreter_stack() is None
+    """Whether nobody asks for what is written over: a second derivative may; under ``vmap`` a factor has a batch more."""
+    return not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _mean(weight: Tensor) -> Tensor:
