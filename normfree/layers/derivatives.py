@@ -80,26 +80,28 @@ class _Combined(Function):
         saved = ctx.saved_tensors  # asked for once: checkpoints compute them anew
         _, bias, alpha, gain, center, _, filter_mean = saved
         for_bias = for_alpha = column = None
-        scale = None if ctx.apart else gain
-        if center is not None:
-            column = shift(grad, _along(center)) if bias is None else grads[0]
-            column = column if gain is None or (ctx.apart and bias is None) else column * gain
-        found = grad if scale is None else None
+        given = grad
+        if center is not None and bias is not None and not ctx.apart:
+            grad = _less(grad, grads[0], center)
+        if gain is not None and not ctx.apart:
+            grad = _times(grad, rows(gain, grad), grad is not given)
+        if center is not None and bias is None:
+            column = shift(grad, _along(center))
+        elif center is not None and ctx.apart:
+            column = grads[0] if gain is None else grads[0] * gain
         if filter_mean is not None:
-            found = _steadied(grad, ctx.mean_unit, scale)
-        elif found is None:
-            found = grad * rows(cast(Tensor, scale), grad)
+            grad = _steadied(grad, ctx.mean_unit)
         if column is not None:
             met = center.reshape(-1, *grad.shape[1:])
             met = met if filter_mean is None else _steadied(met, ctx.mean_unit)
-            found = _less(found, column, met, found is not grad)
+            grad = _less(grad, column, met, grad is not given)
         if alpha is not None:  # of what it multiplies, so before it does
-            for_alpha = _of_alpha(ctx, saved, found, grads, column).reshape(alpha.shape)
-            found = _times(found, alpha.reshape(()), found is not grad)
+            for_alpha = _of_alpha(ctx, saved, grad, grads, column).reshape(alpha.shape)
+            grad = _times(grad, alpha.reshape(()), grad is not given)
         if bias is not None:
             for_bias = grads[0] if alpha is None else grads[0] * alpha
             for_bias = for_bias if ctx.bias_unit == 1.0 else for_bias / ctx.bias_unit
-        return found, for_bias, for_alpha, *(None,) * 7
+        return grad, for_bias, for_alpha, *(None,) * 7
 
 
 def _of_alpha(ctx: Any, saved: Any, grad: Tensor, grads: tuple[Tensor, ...], column: Tensor | None) -> Tensor:
@@ -170,7 +172,7 @@ def _times(weight: Tensor, factor: Tensor, own: bool) -> Tensor:
 
 
 def _in_place() -> bool:
-    """Whether nobody asks for what is written over: a second derivative may; under ``vmap`` a factor has a batch more."""
+    """Whether nobody needs what is written over: a second derivative may; under ``vmap`` a factor has a batch more."""
     return not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
 
 
@@ -184,20 +186,14 @@ def _mean(weight: Tensor) -> Tensor:
     return mean.reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
 
 
-def _steadied(weight: Tensor, unit: float, factor: Tensor | None = None) -> Tensor:
-    """Return a weight, or rows as long as its, with its means over positions divided by ``unit``; always a new one.
-
-    A ``factor`` for each output channel ``(C,)`` multiplies what comes out.
-    """
+def _steadied(weight: Tensor, unit: float) -> Tensor:
+    """Return a weight, or rows as long as its, with its means over positions divided by ``unit``; always a new one."""
     if not _multiplied(weight):
-        made = torch.sub(weight, _mean(weight), alpha=1 - 1 / unit)
-        return made if factor is None else _times(made, rows(factor, made), own=True)
+        return torch.sub(weight, _mean(weight), alpha=1 - 1 / unit)
     places = weight[0, 0].numel()
     matrix = torch.eye(places, dtype=weight.dtype, device=weight.device) - (1 - 1 / unit) / places
     with _exactly(weight):
-        if factor is None:
-            return torch.mm(weight.reshape(-1, places), matrix).reshape(weight.shape)
-        return torch.bmm(weight.reshape(len(weight), -1, places), factor[:, None, None] * matrix).reshape(weight.shape)
+        return torch.mm(weight.reshape(-1, places), matrix).reshape(weight.shape)
 
 
 def _multiplied(weight: Tensor) -> bool:
