@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.rewriting.changing import set_class
 from normfree.tracing.notes import Notes, tensors_in
 from normfree.tracing.shapes import meta_function, on_meta, shortened
 
-__all__ = ["Recorder", "is_default", "set_class"]
+__all__ = ["Recorder", "is_default"]
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -142,12 +143,6 @@ class Recorder(Notes, TorchFunctionMode):
             self._inside = False
         with torch._C.DisableTorchFunction():
             return self.write_down("call_module", path, node_args, node_kwargs, before, out)
-
-
-def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Let a module be of a class; to a module itself, setting an attribute takes long."""
-    if type(module) is not cls:
-        object.__setattr__(module, "__class__", cls)
 
 
 class _Watched(dict[str, Any]):
