@@ -78,11 +78,8 @@ def _only_its_result_goes_on(block: nn.Module, graph: fx.Graph, addition: int) -
 def operations_of(flow: Flow, owner: str) -> list[str]:
     """Return the names of the functions and methods that a forward calls on activations itself, in order."""
     own = (n for n in flow.nodes if n.op != "call_module" and flow.graph.owners.get(n, "") == owner)
-    names = (name_of(node).strip("_") for node in own)  # the operator += is the method add_ to a run
-    return [_OPERATORS.get(name, name) for name in names if name not in ("", "only_default", "getitem")]
-
-
-_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "rsub": "sub"}
+    names = (name_of(node).strip("_") for node in own)
+    return ["sub" if name == "rsub" else name for name in names if name not in ("", "only_default", "getitem")]
 
 
 def optional_arguments(block: nn.Module) -> dict[str, Any]:
