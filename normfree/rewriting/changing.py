@@ -19,7 +19,7 @@ HOOKS = tuple(
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class, whatever its own says to assignments, which it takes long to say anything to."""
+    """Give a module another class, whatever its own class says to assignments."""
     if type(module) is not cls:
         object.__setattr__(module, "__class__", cls)
 
