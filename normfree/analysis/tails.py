@@ -16,7 +16,8 @@ from torch import fx, nn
 from normfree.analysis.flow import Flow, Role
 from normfree.analysis.writing import is_born_in, shares_memory
 from normfree.layers import Channels, scaled_output_class
-from normfree.rewriting.blocks import operations_of, optional_arguments, why_not_scalable
+from normfree.rewriting.blocks import operations_of, why_not_scalable
+from normfree.tracing.recorder import optional_arguments
 
 __all__ = ["Candidate", "Place", "find_candidates"]
 

@@ -22,10 +22,11 @@ from normfree.layers import ScaledSum, skipinit_name
 from normfree.rewriting.rows import text_with
 from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
+from normfree.tracing.recorder import optional_arguments
 from normfree.tracing.roles import name_of
 from normfree.tracing.traces import Graph
 
-__all__ = ["operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
+__all__ = ["operations_of", "scaled_block_class", "why_not_scalable"]
 
 
 Places = tuple[tuple[int, int], ...]
@@ -80,12 +81,6 @@ def operations_of(flow: Flow, owner: str) -> list[str]:
     own = (n for n in flow.nodes if n.op != "call_module" and flow.graph.owners.get(n, "") == owner)
     names = (name_of(node).strip("_") for node in own)
     return ["sub" if name == "rsub" else name for name in names if name not in ("", "only_default", "getitem")]
-
-
-def optional_arguments(block: nn.Module) -> dict[str, Any]:
-    """Return the optional arguments of a block's forward with their defaults."""
-    parameters = inspect.signature(block.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
