@@ -188,13 +188,8 @@ def _only_user(flow: Flow, node: fx.Node, user: fx.Node) -> bool:
     if len(users) == 1:
         return True
     mine = _channel_slice(flow, user)
-    if mine is None:
-        return False
-    return all(other is user or _disjoint(mine, _channel_slice(flow, other)) for other in users)
-
-
-def _disjoint(mine: Channels, other: Channels) -> bool:
-    return mine is not None and other is not None and (mine[1] <= other[0] or other[1] <= mine[0])
+    others = [_channel_slice(flow, other) for other in users if other is not user]
+    return mine is not None and all(o is not None and (mine[1] <= o[0] or o[1] <= mine[0]) for o in others)
 
 
 def _channel_slice(flow: Flow, node: fx.Node) -> Channels:
