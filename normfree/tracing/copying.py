@@ -119,12 +119,12 @@ def _differ(items: list[Any], before: Any) -> bool:
 
 def meta_copy(model: M) -> M:
     """Return a deep copy with every tensor replaced by one on the meta device."""
-    return _copy_to_look_at(model, _to_meta)
+    return _copy_to_look_at(model, lambda t: _like(t, torch.empty_like(t, device="meta")))
 
 
 def real_copy(model: M) -> M:
     """Return a deep copy in which tensors without memory have got some, with made-up values."""
-    return _copy_to_look_at(model, _to_real)
+    return _copy_to_look_at(model, lambda t: _like(t, _made_up(t) if t.is_meta else t.detach().clone()))
 
 
 def sharing_copy(model: M) -> M:
@@ -226,13 +226,7 @@ _ATOMS = {int, float, bool, str, type(None)}
 _CONTAINERS = {dict, OrderedDict, list, tuple, set, frozenset}
 
 
-def _to_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _to_real(tensor: Tensor) -> Tensor:
-    made = _made_up(tensor) if tensor.is_meta else tensor.detach().clone()
+def _like(tensor: Tensor, made: Tensor) -> Tensor:
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
