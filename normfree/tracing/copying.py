@@ -85,17 +85,16 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind is FunctionType:
         return _function(value, memo)
-    if kind in _SEQUENCES and value:
-        items = [_rebound(item, memo) for item in value]
-        return kind(items) if _differ(items, value) else value
-    if kind in _MAPPINGS and value:
-        items = [_rebound(item, memo) for item in value.values()]
-        return kind(zip(value, items, strict=True)) if _differ(items, value.values()) else value
+    if kind not in _HOLDING:
+        return value
+    parts = value.values() if kind in _MAPPINGS else value
+    parts = (value.func, value.args, value.keywords) if kind is functools.partial else parts
+    found = [_rebound(part, memo) for part in parts]
+    if all(part is old for part, old in zip(found, parts, strict=True)):
+        return value
     if kind is functools.partial:
-        function, args, kwargs = (_rebound(part, memo) for part in (value.func, value.args, value.keywords))
-        same = function is value.func and args is value.args and kwargs is value.keywords
-        return value if same else functools.partial(function, *args, **kwargs)
-    return value
+        return functools.partial(found[0], *found[1], **found[2])
+    return kind(zip(value, found, strict=True) if kind in _MAPPINGS else found)
 
 
 def _function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
@@ -111,10 +110,6 @@ def _function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     made.__dict__.update(function.__dict__)
     made.__qualname__, made.__module__ = function.__qualname__, function.__module__
     return made
-
-
-def _differ(items: list[Any], before: Any) -> bool:
-    return any(item is not old for item, old in zip(items, before, strict=True))
 
 
 def meta_copy(model: M) -> M:
@@ -185,8 +180,8 @@ def held_by(model: nn.Module) -> Iterator[Tensor]:
 
 
 _OWN = ("_parameters", "_buffers", "_modules")
-_SEQUENCES, _MAPPINGS = (list, tuple), (dict, OrderedDict)
-_HOLDING = {FunctionType, functools.partial, *_SEQUENCES, *_MAPPINGS}
+_MAPPINGS = (dict, OrderedDict)
+_HOLDING = {FunctionType, functools.partial, list, tuple, *_MAPPINGS}
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
