@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx, nn
 
@@ -62,7 +63,8 @@ def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
         return None
     moves = weakest([*found, takes_affine(layer)])
     ends = f"{node.target}.", f"{next_.target}."
-    around = {path for owner in owners for path in _within(owner) if not any(e.startswith(f"{path}.") for e in ends)}
+    above = {path for owner in owners if owner for path in accumulate(owner.split("."), "{}.{}".format)}
+    around = {path for path in above if not any(end.startswith(f"{path}.") for end in ends)}
     if moves is None:
         return None
     norm, path = str(node.target), str(next_.target)
@@ -89,12 +91,6 @@ def moved_from(flow: Flow, node: fx.Node) -> fx.Node:
         axis = passed[1]
     known = axis == 1 and flow.roles[above] is Role.CONV
     return above if known else flow.inputs[node][0]
-
-
-def _within(path: str) -> list[str]:
-    """Return a module with those around it, but for the root."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _only(flow: Flow, node: fx.Node) -> fx.Node | None:
