@@ -12,9 +12,7 @@ from torch import Tensor, nn
 __all__ = ["HOOKS", "Changes", "all_or_nothing", "become", "set_class"]
 
 _HELD = ("_parameters", "_buffers", "_modules")
-HOOKS = tuple(
-    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hook", "_hooks_with_kwargs", "_always_called"))
-)
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 """Where a module keeps what was hung on it."""
 
 
