@@ -145,9 +145,7 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     result = _copied(model, memo)
     for before, kept in hooks:
         kept.update(
-            (key, _rebound(copy.deepcopy(hook, memo), memo))
-            for key, hook in before.items()
-            if _is_own_hook(hook, held)
+            (key, _rebound(copy.deepcopy(hook, memo), memo)) for key, hook in before.items() if _is_own_hook(hook, held)
         )
     return result
 
