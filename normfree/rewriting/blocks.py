@@ -96,35 +96,34 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
         graphs[training], settings[training] = own_graph(copied.train(training)), settings_of(copied)
         _scale(copied, graphs[training], places)
         forwards[training] = _compiled(original, graphs[training])
-    members = {
-        "__module__": original.__module__,
-        "_places": places,
-        "_forwards": forwards,
-        "_settings": settings,
-        "_graphs": graphs,
-        "forward": _forward,
-        "__reduce_ex__": _reduce,
-        "__deepcopy__": _deepcopy,
-    }
-    return type(f"Scaled{original.__name__}", (ScaledSum, original), members)
+    members: dict[str, Any] = {"__module__": original.__module__, "_places": places}
+    members |= {"_forwards": forwards, "_settings": settings, "_graphs": graphs}
+    return type(f"Scaled{original.__name__}", (_Rewritten, original), members)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    for setting in self._settings[self.training]:
-        now = setting.now(self)
-        if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
-            name = ".".join(setting.names)
-            raise UsageError(
-                f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
-            )
-    return self._forwards[self.training](self, *args, **kwargs)
+class _Rewritten(ScaledSum):
+    """What the classes that are made here have in common: a forward for each mode, and the settings it holds for."""
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for setting in self._settings[self.training]:
+            now = setting.now(self)
+            if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
+                name = ".".join(setting.names)
+                raise UsageError(
+                    f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
+                )
+        return self._forwards[self.training](self, *args, **kwargs)
 
-def _reduce(self: Any, _: Any) -> tuple[Any, ...]:
-    # The class is made at run time: pickle rebuilds it from the original class and from what the block holds.
-    if all(isinstance(self._modules[skipinit_name(addition)], fx.GraphModule) for addition, _ in self._places):
-        return _alone(self).__reduce__()
-    return _rebuild, (type(self).__mro__[2], self._places, self.__dict__)
+    def __reduce_ex__(self: Any, _: Any) -> tuple[Any, ...]:
+        # The class is made at run time: pickle rebuilds it from the original class and from what the block holds.
+        if all(isinstance(self._modules[skipinit_name(addition)], fx.GraphModule) for addition, _ in self._places):
+            return _alone(self).__reduce__()
+        return _rebuild, (type(self).__bases__[1], self._places, self.__dict__)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = new = object.__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 def _alone(block: Any) -> fx.GraphModule:
@@ -145,13 +144,6 @@ def _rebuild(original: Any, places: Places, state: dict[str, Any]) -> nn.Module:
     block.__class__ = scaled_block_class(block, places)
     block._modules.update(held)
     return block
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    new = type(self).__new__(type(self))
-    memo[id(self)] = new
-    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return new
 
 
 def _flow(block: nn.Module, graph: fx.Graph) -> Flow:
