@@ -8,7 +8,6 @@ layer is not centred.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from normfree.analysis.flow import Flow, Role
 from normfree.norms import Norm
 from normfree.tracing.roles import name_of
 
-__all__ = ["Moments", "input_moments", "known_inputs", "norm_of"]
+__all__ = ["Moments", "input_moments", "known_inputs"]
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,3 @@ def _through(function: Activation, given: Moments) -> Moments | None:
     variance = (values.square() * density).sum(1) - mean.square()
     known = bool(torch.isfinite(mean).all() and torch.isfinite(variance).all())
     return Moments(mean, variance.clamp_min(0)) if known else None
-
-
-def norm_of(variance: Tensor, times: int) -> float:
-    """Return the norm of what has this variance in each of its channels, at so many places each."""
-    return math.sqrt(float(variance.sum()) * times)
