@@ -75,7 +75,7 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
     problems = module_problems(model, described, chosen, options.exclude)
     if is_lazy(model):
         raise UnsupportedModelError(tuple(problems.values()))
-    request = Request(modules, norms, described, chosen, why, options)
+    request = Request(modules, norms, chosen, why, options)
     with _undisturbed():
         copied = meta_copy(model)
         traced = trace(model, copied, frozenset(described), options.inputs)
