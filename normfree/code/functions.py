@@ -98,11 +98,11 @@ def _plain(value: Any) -> list[FunctionType]:
         value = value.fget
     if isinstance(value, functools.cached_property):
         value = value.func
-    found = list[FunctionType]()
+    found = list[Any]()
     while callable(value) and len(found) < _WRAPPED:
-        found += [value] if isinstance(value, FunctionType) else []
+        found.append(value)
         value = getattr(value, "__wrapped__", None)
-    return found
+    return [link for link in found if isinstance(link, FunctionType)]
 
 
 _WRAPPED = 10
