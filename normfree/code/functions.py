@@ -18,7 +18,6 @@ __all__ = ["MERGING", "bases", "codes_of", "forward_functions", "names_in", "oth
 
 MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods by which blocks merge their branches, in the order in which timm looks for them; they want norms."""
-_Methods = Mapping[str, list[FunctionType]]
 
 
 def forward_functions(model: nn.Module) -> set[FunctionType]:
@@ -75,7 +74,7 @@ def _methods_of(cls: type) -> list[tuple[str, FunctionType]]:
     return [(name, function) for name, function in found if not _is_foreign(function)]
 
 
-def _closure(start: Iterable[FunctionType], methods: _Methods) -> set[FunctionType]:
+def _closure(start: Iterable[FunctionType], methods: Mapping[str, list[FunctionType]]) -> set[FunctionType]:
     """Return some functions with the methods and the functions that they name, and that these name."""
     found: set[FunctionType] = set()
     waiting = list(start)
