@@ -71,7 +71,6 @@ def _hands_on(flow: Flow, node: fx.Node) -> bool:
 
 
 def _moments(flow: Flow, norms: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    """Return the moments of what a node returns, if they are known."""
     role, known = flow.roles[node], [moments for moments in inputs if moments is not None]
     if role is Role.NORM:
         return _normed(norms.get(str(node.target)))

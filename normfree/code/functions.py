@@ -60,7 +60,6 @@ def codes_of(code: CodeType) -> Iterator[CodeType]:
 
 
 def _by_name(model: nn.Module) -> dict[str, list[FunctionType]]:
-    """Return the methods of a model's classes by their names."""
     found: dict[str, list[FunctionType]] = defaultdict(list)
     for cls in dict.fromkeys(base for module in model.modules() for base in bases(type(module))):
         for name, function in _methods_of(cls):
@@ -69,7 +68,6 @@ def _by_name(model: nn.Module) -> dict[str, list[FunctionType]]:
 
 
 def _methods_of(cls: type) -> list[tuple[str, FunctionType]]:
-    """Return the methods that a class brings by itself, each with its name."""
     found = ((name, function) for name, value in vars(cls).items() for function in _plain(value))
     return [(name, function) for name, function in found if not _is_foreign(function)]
 

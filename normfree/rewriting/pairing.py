@@ -126,7 +126,6 @@ def _flat(module: nn.Module) -> list[nn.Module]:
 
 
 def _spec(module: nn.Module, pairs: Pairs) -> Spec:
-    """Return the methods of a module that call pairs in a row."""
     spec = list[tuple[str, tuple[tuple[int, int], ...]]]()
     for name in dict.fromkeys(name for base in bases(type(module)) for name in vars(base)):
         method = _method(type(module), name)

@@ -138,7 +138,6 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
-    """Build what takes the norm's place."""
     module, model, preserve = modules[edit.name], modules[""], plan.init == "preserve"
     norm = describe(module)
     gain = bias = None
