@@ -18,6 +18,8 @@ from normfree.tracing.traces import Graph, Value, memory_of
 
 __all__ = ["Notes", "overwritten", "tensors_in"]
 
+Versions = list[tuple[Tensor, int]]
+
 
 def overwritten(_: Any, part: Any) -> Any:
     """Stand in a graph for a tensor into a part of which somebody has written through a view."""
@@ -76,7 +78,7 @@ class Notes:
             self._by_memory[value.memory] = node
             self._shapes.add(value.shape)
 
-    def write_down(self, op: str, target: Any, args: Any, kwargs: Any, before: list[tuple[Tensor, int]], out: Any) -> Any:
+    def write_down(self, op: str, target: Any, args: Any, kwargs: Any, before: Versions, out: Any) -> Any:
         """Create the node of an operation that has run, with what it returned and what it wrote into."""
         node = self._create(op, target, args, kwargs)
         changed = [tensor for tensor, version in before if tensor._version != version]
