@@ -8,6 +8,7 @@ layer is not centred.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from normfree.analysis.activations import Activation, as_activation
 from normfree.analysis.flow import Flow, Role
 from normfree.norms import Norm
+from normfree.tracing.randomness import in_mode
 from normfree.tracing.roles import name_of
 
 __all__ = ["Moments", "input_moments", "known_inputs"]
@@ -115,17 +117,12 @@ def _through(function: Activation, given: Moments) -> Moments | None:
     density = torch.exp(-z.square() / 2)
     density /= density.sum()
     points = given.mean[:, None] + given.variance.sqrt()[:, None] * z
-    if isinstance(function, nn.Module):
-        training = function.training
-        function.eval()
+    still = in_mode(function, training=False) if isinstance(function, nn.Module) else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), still:
             values = function(points.reshape(1, len(points), 1, -1).float()).double().reshape(points.shape)
     except Exception:  # whatever an activation of the user's own raises: then nothing is known
         return None
-    finally:
-        if isinstance(function, nn.Module):
-            function.train(training)
     mean = (values * density).sum(1)
     variance = (values.square() * density).sum(1) - mean.square()
     known = bool(torch.isfinite(mean).all() and torch.isfinite(variance).all())
