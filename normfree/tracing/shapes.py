@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from normfree.tracing.randomness import in_mode
+
 __all__ = ["meta_function", "on_meta", "shortened"]
 
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
@@ -47,11 +49,8 @@ def _like(x: Tensor, *, in_place: bool = False) -> Tensor:
 
 
 def _evaluating(module: nn.Module, forward: Callable[..., Any], _: int, x: Any) -> Any:
-    training, module.__dict__["training"] = module.training, False
-    try:
+    with in_mode(module, training=False):
         return forward(x)
-    finally:
-        module.__dict__["training"] = training
 
 
 def _of_first(_: nn.Module, forward: Callable[..., Any], dims: int, x: Any) -> Any:
