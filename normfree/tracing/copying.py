@@ -186,9 +186,7 @@ def in_float64(model: M) -> M:
     """Turn a model into float64 in place: its plain tensors too, which ``model.double()`` passes by."""
     model.double()
     for module in model.modules():
-        for name, value in module.__dict__.items():
-            if isinstance(value, (Tensor, list, tuple, dict)) and name not in _OWN:
-                module.__dict__[name] = _double(value)
+        module.__dict__.update({n: _double(value) for n, value in module.__dict__.items() if n not in _OWN})
     return model
 
 
