@@ -79,7 +79,8 @@ def around_one(flow: Flow, first: str, second: str) -> tuple[str, ...]:
 
 def moved_from(flow: Flow, node: fx.Node) -> fx.Node:
     """Return what feeds a norm, seen through functions that only move its channels to their place."""
-    above, between = flow.inputs[node][0], list[fx.Node]()
+    first, between = flow.inputs[node][0], list[fx.Node]()
+    above = first
     while above.op in ("call_method", "call_function") and flow.roles[above] is Role.RESHAPE:
         between.append(above)
         above = flow.inputs[above][0]
@@ -87,10 +88,9 @@ def moved_from(flow: Flow, node: fx.Node) -> fx.Node:
     for moved in reversed(between):
         passed = _passed(flow, moved, axis) if len(flow.users[moved]) == 1 else None
         if passed is None:
-            return flow.inputs[node][0]
+            return first
         axis = passed[1]
-    known = axis == 1 and flow.roles[above] is Role.CONV
-    return above if known else flow.inputs[node][0]
+    return above if axis == 1 and flow.roles[above] is Role.CONV else first
 
 
 def _only(flow: Flow, node: fx.Node) -> fx.Node | None:
