@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from normfree.tracing.randomness import in_mode
-
 __all__ = ["meta_function", "on_meta", "shortened"]
 
 _ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
@@ -49,8 +47,11 @@ def _like(x: Tensor, *, in_place: bool = False) -> Tensor:
 
 
 def _evaluating(module: nn.Module, forward: Callable[..., Any], _: int, x: Any) -> Any:
-    with in_mode(module, training=False):
+    training, module.__dict__["training"] = module.training, False
+    try:
         return forward(x)
+    finally:
+        module.__dict__["training"] = training
 
 
 def _of_first(_: nn.Module, forward: Callable[..., Any], dims: int, x: Any) -> Any:
