@@ -16,7 +16,7 @@ from normfree.code.weights import read_elsewhere
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import NoNormError, UnsupportedModelError, UsageError, some
 from normfree.layers import is_carrier
-from normfree.norms import Norm, describe, looks_like_norm
+from normfree.norms import describe, looks_like_norm
 from normfree.options import Options, matches
 from normfree.planning.hooks import may_be_absorbed
 from normfree.planning.placing import place_alphas
@@ -131,7 +131,8 @@ def _norm_edit(
     if site.producer is not None:
         what = f"{site.producer} takes gain and bias" if preserve else f"the bias moves onto {site.producer}"
         edit = replace(edit, action="fold", producer=site.producer, reason=what, through=site.between)
-        closed = preserve and _is_closed(describe(asked.modules[name]))
+        weight = describe(asked.modules[name]).weight  # the last norm of a branch often starts at zero
+        closed = preserve and weight is not None and not weight.is_meta and bool((weight == 0).any())
         return replace(edit, copy=site.unsafe_write and not inplace, gain_learns=closed)
     action: Action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
     written = site.unsafe_write and not inplace
@@ -192,11 +193,6 @@ def _units(layer: Any) -> tuple[float, float]:
     if layer.weight[0, 0].numel() == 1 or getattr(layer, "transposed", False):
         return units.weight, 1.0
     return units.filter, units.mean / units.filter
-
-
-def _is_closed(norm: Norm) -> bool:
-    """Whether some channel of a norm starts at zero, as the last norm of a branch often does."""
-    return norm.weight is not None and not norm.weight.is_meta and bool((norm.weight == 0).any())
 
 
 def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:
