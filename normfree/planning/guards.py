@@ -20,7 +20,7 @@ from normfree.norms.trial import why_not_as_described
 from normfree.options import Patterns, matches
 from normfree.plans import PLAN_ATTRIBUTE
 
-__all__ = ["check_is_module", "check_model", "check_wrapping", "is_lazy", "module_problems"]
+__all__ = ["check_is_module", "check_model", "check_wrapping", "module_problems"]
 
 
 def check_is_module(model: object) -> None:
@@ -121,11 +121,6 @@ def _broken(norm: Norm) -> str | None:
         if not (math.isfinite(low) and math.isfinite(high)):
             return f"its {what} is not finite; the checkpoint is damaged"
     return None
-
-
-def is_lazy(model: nn.Module) -> bool:
-    """Whether a module has no shape yet, so that the model cannot even be traced."""
-    return any(isinstance(module, LazyModuleMixin) for module in model.modules())
 
 
 def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | None:
