@@ -75,6 +75,8 @@ class Originals:
 
 def _kept(norm: nn.Module, memo: dict[int, Any]) -> nn.Module:
     kept = type(norm).__new__(type(norm))
+    # A deep copy would take all of the memory that a buffer may be a part of.
+    memo |= {id(b): b.detach().clone() for b in norm._buffers.values() if b is not None and id(b) not in memo}
     tensors = {held: copy.deepcopy(norm.__dict__[held], memo) for held in ("_parameters", "_buffers")}
     kept.__dict__.update(norm.__dict__, _modules=norm._modules.copy(), **tensors)
     return kept
