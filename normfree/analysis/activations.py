@@ -32,21 +32,17 @@ def as_activation(flow: Flow, node: fx.Node) -> Activation | None:
     """Return an elementwise operation of one tensor as a function, or ``None`` if ``node`` is something else."""
     if flow.roles[node] is not Role.OTHER or len(flow.inputs[node]) != 1:
         return None
-    function, module = _as_function(flow, node), flow.module(node)
-    if function is None:
-        return None
-    key = (type(module), repr(module)) if module is not None else (node.target, repr(node.kwargs))  # they decide it
-    return function if flow.once(("elementwise", *key), lambda: elementwise(function)) else None
-
-
-def _as_function(flow: Flow, node: fx.Node) -> Activation | None:
     module = flow.module(node)
     if module is not None:
-        plain = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
-        return module if plain else None
-    if len(node.args) != 1 or any(isinstance(v, fx.Node) for v in node.kwargs.values()):
+        if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+            return None
+        function: Activation = module
+        told: tuple[object, ...] = type(module), repr(module)
+    elif len(node.args) != 1 or any(isinstance(v, fx.Node) for v in node.kwargs.values()):
         return None
-    return lambda x: call(node, {flow.inputs[node][0]: x})
+    else:
+        function, told = (lambda x: call(node, {flow.inputs[node][0]: x})), (node.target, repr(node.kwargs))
+    return function if flow.once(("elementwise", *told), lambda: elementwise(function)) else None
 
 
 def following(flow: Flow, node: fx.Node) -> Activation | None:

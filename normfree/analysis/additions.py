@@ -41,8 +41,8 @@ def additions_of(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
 def flattened(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """Yield ``a``, ``b`` and ``c`` of ``a + b + c``."""
     for operand in flow.operands(node):
-        inner = inner_of(flow, operand)
-        yield from [operand] if inner is None else flattened(flow, inner)
+        inners = inners_of(flow, [operand])
+        yield from flattened(flow, inners[0]) if inners else [operand]
 
 
 def is_inner(flow: Flow, node: fx.Node) -> bool:
@@ -52,11 +52,6 @@ def is_inner(flow: Flow, node: fx.Node) -> bool:
 
 
 def inners_of(flow: Flow, operands: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return the additions among some operands; see :func:`inner_of`."""
-    return [inner for operand in operands if (inner := inner_of(flow, operand)) is not None]
-
-
-def inner_of(flow: Flow, operand: fx.Node) -> fx.Node | None:
-    """Return the addition whose result is this operand and nothing else, or ``None``."""
-    inner = flow.above(operand, (Role.PASS,))
-    return inner if flow.roles[inner] is Role.ADD and is_inner(flow, inner) else None
+    """Return the additions whose results are some of these operands, and nothing else."""
+    found = (flow.above(operand, (Role.PASS,)) for operand in operands)
+    return [inner for inner in found if flow.roles[inner] is Role.ADD and is_inner(flow, inner)]

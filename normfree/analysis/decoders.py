@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import fx, nn
 
@@ -49,12 +50,9 @@ def is_only_a_gate(flow: Flow, base: fx.Node, operand: fx.Node) -> bool:
 
 def _operations(flow: Flow, node: fx.Node, owner: str) -> set[str]:
     """Return the modules below ``owner`` whose own forward a node belongs to; a container has none."""
-    path, found = flow.graph.owners[node], set()
-    while path.startswith(f"{owner}." if owner else "") and path not in ("", owner):
-        if type(flow.modules[path]) is not nn.Sequential:
-            found.add(path)
-        path = path.rpartition(".")[0]
-    return found
+    inside = f"{owner}." if owner else ""
+    above = accumulate(flow.graph.owners[node].split("."), "{}.{}".format)
+    return {path for path in above if path.startswith(inside) and type(flow.modules[path]) is not nn.Sequential} - {""}
 
 
 def _is_upward(flow: Flow, node: fx.Node) -> bool:

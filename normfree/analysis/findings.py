@@ -96,7 +96,6 @@ def analyse(
     owners: dict[str, str] = {}
     first = {name: known for known, more in norms.items() for name in (known, *more)}
     for flow in flows(model, trace, first, fixed):
-        functional.update(dict.fromkeys(_functional_norms(flow)))
         read.update(flow.graph.read)
         parameters.update(str(n.target) for n in flow.graph.nodes.nodes if n.op == "get_attr" and n.users)
         known.update({path: known.get(path) or after for path, after in known_inputs(flow).items()})
@@ -110,6 +109,8 @@ def analyse(
                 owners.setdefault(site.name, flow.graph.owners[node])
             elif flow.roles[node] is Role.CONV and node.op == "call_module":
                 consumers.setdefault(str(node.target), set()).add(_only_norm(flow, node))
+            elif node.op == "call_function" and "batch_norm" in getattr(node.target, "__name__", ""):
+                functional[flow.graph.owners[node] or "the root's forward"] = None
         names = sum_names(flow)
         for found in find_sums(flow):
             total = _sum(flow, found, names[found.node], first)
@@ -158,12 +159,6 @@ def _sum(flow: Flow, found: SumNode, name: str, first: Mapping[str, str]) -> Sum
         candidates, why = ((), "the branch is added twice") if twice else find_candidates(flow, operand, direct)
         branches.append(Branch(norms, candidates, why, behind))
     return Sum(name, found.kind, found.reason, tuple(branches))
-
-
-def _functional_norms(flow: Flow) -> Iterator[str]:
-    for node in flow.nodes:
-        if node.op == "call_function" and "batch_norm" in getattr(node.target, "__name__", ""):
-            yield flow.graph.owners[node] or "the root's forward"
 
 
 def _agree_sum(known: Sum | None, total: Sum) -> Sum:

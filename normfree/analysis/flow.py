@@ -97,9 +97,8 @@ class Flow:
     def between(self, base: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
         """Return the nodes on the paths from ``base`` (excluded) to ``end`` (included)."""
         bits = self.descendants[base] & (self.ancestors[end] | self.bit(end))
-        return tuple(
-            node for node in self.nodes[self.index[base] : self.index[end] + 1] if bits >> self.index[node] & 1
-        )
+        nodes = self.nodes[self.index[base] : self.index[end] + 1]
+        return tuple(node for node in nodes if bits >> self.index[node] & 1)
 
     def feeds(self, base: fx.Node, end: fx.Node) -> bool:
         """Whether ``end`` depends on ``base``."""

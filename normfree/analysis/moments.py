@@ -8,7 +8,7 @@ layer is not centred.
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from normfree.analysis.activations import Activation, as_activation
 from normfree.analysis.flow import Flow, Role
 from normfree.norms import Norm
+from normfree.tracing.randomness import in_mode
 from normfree.tracing.roles import name_of
 
-__all__ = ["Moments", "input_moments", "known_inputs", "norm_of"]
+__all__ = ["Moments", "input_moments", "known_inputs"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ def _hands_on(flow: Flow, node: fx.Node) -> bool:
 
 
 def _moments(flow: Flow, norms: Mapping[str, Norm], node: fx.Node, inputs: list[Moments | None]) -> Moments | None:
-    """Return the moments of what a node returns, if they are known."""
     role, known = flow.roles[node], [moments for moments in inputs if moments is not None]
     if role is Role.NORM:
         return _normed(norms.get(str(node.target)))
@@ -117,23 +117,13 @@ def _through(function: Activation, given: Moments) -> Moments | None:
     density = torch.exp(-z.square() / 2)
     density /= density.sum()
     points = given.mean[:, None] + given.variance.sqrt()[:, None] * z
-    if isinstance(function, nn.Module):
-        training = function.training
-        function.eval()
+    still = in_mode(function, training=False) if isinstance(function, nn.Module) else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), still:
             values = function(points.reshape(1, len(points), 1, -1).float()).double().reshape(points.shape)
     except Exception:  # whatever an activation of the user's own raises: then nothing is known
         return None
-    finally:
-        if isinstance(function, nn.Module):
-            function.train(training)
     mean = (values * density).sum(1)
     variance = (values.square() * density).sum(1) - mean.square()
     known = bool(torch.isfinite(mean).all() and torch.isfinite(variance).all())
     return Moments(mean, variance.clamp_min(0)) if known else None
-
-
-def norm_of(variance: Tensor, times: int) -> float:
-    """Return the norm of what has this variance in each of its channels, at so many places each."""
-    return math.sqrt(float(variance.sum()) * times)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx, nn
 
@@ -62,7 +63,8 @@ def find_taker(flow: Flow, node: fx.Node) -> Taker | None:
         return None
     moves = weakest([*found, takes_affine(layer)])
     ends = f"{node.target}.", f"{next_.target}."
-    around = {path for owner in owners for path in _within(owner) if not any(e.startswith(f"{path}.") for e in ends)}
+    above = {path for owner in owners if owner for path in accumulate(owner.split("."), "{}.{}".format)}
+    around = {path for path in above if not any(end.startswith(f"{path}.") for end in ends)}
     if moves is None:
         return None
     norm, path = str(node.target), str(next_.target)
@@ -77,7 +79,8 @@ def around_one(flow: Flow, first: str, second: str) -> tuple[str, ...]:
 
 def moved_from(flow: Flow, node: fx.Node) -> fx.Node:
     """Return what feeds a norm, seen through functions that only move its channels to their place."""
-    above, between = flow.inputs[node][0], list[fx.Node]()
+    first, between = flow.inputs[node][0], list[fx.Node]()
+    above = first
     while above.op in ("call_method", "call_function") and flow.roles[above] is Role.RESHAPE:
         between.append(above)
         above = flow.inputs[above][0]
@@ -85,16 +88,9 @@ def moved_from(flow: Flow, node: fx.Node) -> fx.Node:
     for moved in reversed(between):
         passed = _passed(flow, moved, axis) if len(flow.users[moved]) == 1 else None
         if passed is None:
-            return flow.inputs[node][0]
+            return first
         axis = passed[1]
-    known = axis == 1 and flow.roles[above] is Role.CONV
-    return above if known else flow.inputs[node][0]
-
-
-def _within(path: str) -> list[str]:
-    """Return a module with those around it, but for the root."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return above if axis == 1 and flow.roles[above] is Role.CONV else first
 
 
 def _only(flow: Flow, node: fx.Node) -> fx.Node | None:

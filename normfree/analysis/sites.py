@@ -100,7 +100,8 @@ def _producer(flow: Flow, node: fx.Node, source: fx.Node) -> tuple[str | None, s
     others = [user.name for user in flow.users[source] if user is not node]
     if len(flow.users[source]) > 1:
         return None, f"{source.target} also feeds {', '.join(others)}"
-    if _features(module) != describe(flow.modules[str(node.target)]).features:
+    features = getattr(module, "out_channels", 0) or getattr(module, "out_features", 0)
+    if features != describe(flow.modules[str(node.target)]).features:
         return None, "the norm's channels are not the output features of what feeds it"
     if isinstance(module, nn.Linear) and source is flow.inputs[node][0] and len(flow.shape(source) or ()) != 2:
         return None, "fed by a linear whose output has tokens in dimension 1"
@@ -122,10 +123,6 @@ def _is_weighted(flow: Flow, source: fx.Node) -> bool:
 def _called_often(flow: Flow, node: fx.Node, what: str) -> str:
     calls = flow.graph.calls[str(node.target)]
     return f"{what} is called {calls} times" if calls > 1 else f"a forward asks for the class of {what}"
-
-
-def _features(module: nn.Module) -> int:
-    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
 
 
 def _feeds(flow: Flow, node: fx.Node) -> Iterator[str]:

@@ -16,7 +16,8 @@ from torch import fx, nn
 from normfree.analysis.flow import Flow, Role
 from normfree.analysis.writing import is_born_in, shares_memory
 from normfree.layers import Channels, scaled_output_class
-from normfree.rewriting.blocks import operations_of, optional_arguments, why_not_scalable
+from normfree.rewriting.blocks import operations_of, why_not_scalable
+from normfree.tracing.recorder import optional_arguments
 
 __all__ = ["Candidate", "Place", "find_candidates"]
 
@@ -187,13 +188,8 @@ def _only_user(flow: Flow, node: fx.Node, user: fx.Node) -> bool:
     if len(users) == 1:
         return True
     mine = _channel_slice(flow, user)
-    if mine is None:
-        return False
-    return all(other is user or _disjoint(mine, _channel_slice(flow, other)) for other in users)
-
-
-def _disjoint(mine: Channels, other: Channels) -> bool:
-    return mine is not None and other is not None and (mine[1] <= other[0] or other[1] <= mine[0])
+    others = [_channel_slice(flow, other) for other in users if other is not user]
+    return mine is not None and all(o is not None and (mine[1] <= o[0] or o[1] <= mine[0]) for o in others)
 
 
 def _channel_slice(flow: Flow, node: fx.Node) -> Channels:

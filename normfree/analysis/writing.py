@@ -30,11 +30,7 @@ def writes_into(flow: Flow, node: fx.Node, since: fx.Node) -> list[fx.Node]:
 
 def is_fresh(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
     """Whether a norm alone reads what ``source`` returns, a tensor of its own that is not kept for backward."""
-    new = (
-        flow.carries(source)
-        or flow.roles[source] is Role.CONV
-        or name_of(source) in ("add", "cat", "concat", "concatenate")
-    )
+    new = flow.roles[source] is Role.CONV or name_of(source) in ("add", "cat", "concat", "concatenate")
     return new and flow.graph.holders.get(flow.graph.memory(source)) == [source] and list(source.users) == [node]
 
 

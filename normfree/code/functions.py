@@ -18,7 +18,6 @@ __all__ = ["MERGING", "bases", "codes_of", "forward_functions", "names_in", "oth
 
 MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods by which blocks merge their branches, in the order in which timm looks for them; they want norms."""
-_Methods = Mapping[str, list[FunctionType]]
 
 
 def forward_functions(model: nn.Module) -> set[FunctionType]:
@@ -61,7 +60,6 @@ def codes_of(code: CodeType) -> Iterator[CodeType]:
 
 
 def _by_name(model: nn.Module) -> dict[str, list[FunctionType]]:
-    """Return the methods of a model's classes by their names."""
     found: dict[str, list[FunctionType]] = defaultdict(list)
     for cls in dict.fromkeys(base for module in model.modules() for base in bases(type(module))):
         for name, function in _methods_of(cls):
@@ -70,12 +68,11 @@ def _by_name(model: nn.Module) -> dict[str, list[FunctionType]]:
 
 
 def _methods_of(cls: type) -> list[tuple[str, FunctionType]]:
-    """Return the methods that a class brings by itself, each with its name."""
     found = ((name, function) for name, value in vars(cls).items() for function in _plain(value))
     return [(name, function) for name, function in found if not _is_foreign(function)]
 
 
-def _closure(start: Iterable[FunctionType], methods: _Methods) -> set[FunctionType]:
+def _closure(start: Iterable[FunctionType], methods: Mapping[str, list[FunctionType]]) -> set[FunctionType]:
     """Return some functions with the methods and the functions that they name, and that these name."""
     found: set[FunctionType] = set()
     waiting = list(start)
@@ -98,11 +95,11 @@ def _plain(value: Any) -> list[FunctionType]:
         value = value.fget
     if isinstance(value, functools.cached_property):
         value = value.func
-    found = list[FunctionType]()
+    found = list[Any]()
     while callable(value) and len(found) < _WRAPPED:
-        found += [value] if isinstance(value, FunctionType) else []
+        found.append(value)
         value = getattr(value, "__wrapped__", None)
-    return found
+    return [link for link in found if isinstance(link, FunctionType)]
 
 
 _WRAPPED = 10

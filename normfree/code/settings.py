@@ -50,17 +50,16 @@ def settings_of(module: nn.Module) -> tuple[Setting, ...]:
     found: dict[tuple[str, ...], Setting] = {}
     for function in own_functions(module):
         around = function.__globals__
-        named = {name: around[name] for name in names_in(function) if name in around}
-        plain = {name: copy.copy(value) for name, value in named.items() if _is_plain(value)}
-        found |= {(name,): Setting((name,), value, around) for name, value in plain.items()}
+        for name in names_in(function) & around.keys():
+            if _is_plain(around[name]):
+                found[(name,)] = Setting((name,), copy.copy(around[name]), around)
         for chain in _chains(function):
             value: Any = module
             for end, name in enumerate(chain, 1):
                 held = value._modules if isinstance(value, nn.Module) else {}
                 value = held[name] if name in held else inspect.getattr_static(value, name, NotImplemented)
-                names = chain[:end]
-                if _is_plain(value) and names != ("training",):
-                    found[names] = Setting(names, copy.copy(value))
+                if _is_plain(value) and chain[:end] != ("training",):
+                    found[chain[:end]] = Setting(chain[:end], copy.copy(value))
     return tuple(found.values())
 
 

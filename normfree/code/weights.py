@@ -35,21 +35,17 @@ def read_elsewhere(model: nn.Module, used: Iterable[str] = ()) -> dict[str, set[
     builds the model. In doubt, all that it may come to. ``used`` names the parameters that a run used apart.
     """
     found: dict[str, set[int]] = {name: set() for name in _PARAMETERS}
-    every = [
-        (name, id(parameter), id(module))
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    holders = Counter(held for _, held, _ in every)
     named = dict(model.named_parameters(remove_duplicate=False))
     apart = {id(named[name]) for name in used if name in named}
     for value in held_by(model):
         own = value.__self__ if isinstance(value, MethodType) else None
         apart |= set(map(id, own._parameters.values())) if isinstance(own, nn.Module) else {id(value)}
-    for name, held, layer in every:
-        if name in found and (holders[held] > 1 or held in apart):
-            found[name].add(layer)
+    held = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    apart |= {parameter for parameter, holders in held.items() if holders > 1}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if name in found and parameter is not None and id(parameter) in apart:
+                found[name].add(id(module))
     forward = forward_functions(model)
     instances: dict[Any, list[nn.Module]] = defaultdict(list)
     for module in model.modules():

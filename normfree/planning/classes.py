@@ -16,7 +16,6 @@ from torch import nn
 
 from normfree.code.functions import bases, codes_of, forward_functions, names_in, other_functions
 from normfree.code.text import tree_of
-from normfree.layers import scaled_weight_class
 from normfree.plans import Plan
 from normfree.rewriting.preparing import prepare
 from normfree.tracing.traces import Trace
@@ -52,13 +51,10 @@ def _classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
     """Return the class that the plan gives to each module whose class changes."""
     writes = prepare(model, replace(plan, inplace_activations=True))  # a copy is of another class than no copy
     after: dict[str, type[nn.Module]] = {path: type(slot) for path, slot in writes.slots.items()}
-    for path, carrier in writes.carriers.items():
-        if carrier.changes_class:
-            after[path] = scaled_weight_class(type(model.get_submodule(path)))
-    changed = {path: made for path, (_, made) in (writes.outputs | writes.blocks).items()} | writes.paired
-    for path, made in changed.items():
+    for path, made in writes.classes.items():
         original = type(model.get_submodule(path))
-        after[path] = type(made.__name__, (original,), {"__module__": made.__module__})
+        named_alike = type(made.__name__, (original,), {"__module__": made.__module__})
+        after[path] = made if path in writes.carriers else named_alike
     return after
 
 

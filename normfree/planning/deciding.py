@@ -16,7 +16,7 @@ from normfree.code.weights import read_elsewhere
 from normfree.edits import UNSEEN, Action, Carried, Init, NormEdit, Units
 from normfree.errors import NoNormError, UnsupportedModelError, UsageError, some
 from normfree.layers import is_carrier
-from normfree.norms import Norm, looks_like_norm
+from normfree.norms import describe, looks_like_norm
 from normfree.options import Options, matches
 from normfree.planning.hooks import may_be_absorbed
 from normfree.planning.placing import place_alphas
@@ -41,7 +41,6 @@ class Request:
     Attributes:
         modules: The modules of the model, under every name.
         norms: The first name of every norm with its further names.
-        described: What each norm is, under every name.
         init: The starting point.
         init_reason: Why it is that one.
         options: What else the caller says.
@@ -49,7 +48,6 @@ class Request:
 
     modules: Modules
     norms: Mapping[str, tuple[str, ...]]
-    described: Mapping[str, Norm]
     init: Init
     init_reason: str
     options: Options
@@ -133,12 +131,13 @@ def _norm_edit(
     if site.producer is not None:
         what = f"{site.producer} takes gain and bias" if preserve else f"the bias moves onto {site.producer}"
         edit = replace(edit, action="fold", producer=site.producer, reason=what, through=site.between)
-        closed = preserve and _is_closed(asked.described[name])
+        weight = describe(asked.modules[name]).weight  # the last norm of a branch often starts at zero
+        closed = preserve and weight is not None and not weight.is_meta and bool((weight == 0).any())
         return replace(edit, copy=site.unsafe_write and not inplace, gain_learns=closed)
     action: Action = "affine" if preserve or site.scaleless else ("bias" if site.biasless else "delete")
     written = site.unsafe_write and not inplace
     if action == "delete":
-        has_act = asked.described[name].act is not None
+        has_act = describe(asked.modules[name]).act is not None
         written = site.input_written or ((written or (not site.fresh and site.unsafe_write)) and not has_act)
     taker = site.taker if preserve and not written else None
     if taker is not None and may_be_absorbed(asked.modules, name, taker, apart["weight"] | apart["bias"]):
@@ -196,11 +195,6 @@ def _units(layer: Any) -> tuple[float, float]:
     return units.filter, units.mean / units.filter
 
 
-def _is_closed(norm: Norm) -> bool:
-    """Whether some channel of a norm starts at zero, as the last norm of a branch often does."""
-    return norm.weight is not None and not norm.weight.is_meta and bool((norm.weight == 0).any())
-
-
 def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Request) -> Iterable[str]:
     """Activations that would write into the input of a norm that is no longer there to copy it, or all of them."""
     if not asked.options.inplace_activations:
@@ -211,7 +205,7 @@ def _out_of_place(edits: tuple[NormEdit, ...], findings: Findings, asked: Reques
         site = findings.sites.get(edit.name)
         if edit.action != "delete" or site is None or site.fresh or edit.copy:
             continue  # nothing to protect, or the slot copies
-        act = asked.described[edit.name].act
+        act = describe(asked.modules[edit.name]).act
         if act is not None:
             if getattr(act, "inplace", False):
                 yield f"{edit.name}.act"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MethodType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from normfree.code.held import held_by
@@ -20,7 +20,7 @@ from normfree.norms.trial import why_not_as_described
 from normfree.options import Patterns, matches
 from normfree.plans import PLAN_ATTRIBUTE
 
-__all__ = ["check_is_module", "check_model", "check_wrapping", "is_lazy", "module_problems"]
+__all__ = ["check_is_module", "check_model", "check_wrapping", "module_problems"]
 
 
 def check_is_module(model: object) -> None:
@@ -110,23 +110,17 @@ def module_problems(model: nn.Module, norms: Mapping[str, Norm], init: Init, exc
 
 def _broken(norm: Norm) -> str | None:
     """Name the tensor of a norm that makes its output infinite or no number at all."""
-    every: dict[str, Tensor | None] = {what: getattr(norm, what) for what in ("mean", "var", "weight", "bias")}
+    every = {"running mean": norm.mean, "running variance": norm.var, "weight": norm.weight, "bias": norm.bias}
     found = {what: tensor.detach() for what, tensor in every.items() if tensor is not None and tensor.numel()}
-    if "var" not in found or any(tensor.is_meta for tensor in found.values()):
+    if "running variance" not in found or any(tensor.is_meta for tensor in found.values()):
         return None
     for what, tensor in found.items():
         low, high = (float(value) for value in torch.aminmax(tensor))  # not a number if any entry is not
-        if what == "var" and low < 0:
+        if what == "running variance" and low < 0:
             return f"its running variance is negative ({low:g}); the checkpoint is damaged"
         if not (math.isfinite(low) and math.isfinite(high)):
-            called = {"mean": "running mean", "var": "running variance"}.get(what, what)
-            return f"its {called} is not finite; the checkpoint is damaged"
+            return f"its {what} is not finite; the checkpoint is damaged"
     return None
-
-
-def is_lazy(model: nn.Module) -> bool:
-    """Whether a module has no shape yet, so that the model cannot even be traced."""
-    return any(isinstance(module, LazyModuleMixin) for module in model.modules())
 
 
 def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | None:

@@ -53,15 +53,13 @@ def place_alphas(
             whole = [candidate for candidate in branch.candidates if ends[candidate] >= candidate.calls]
             alpha = _place(whole, norms, modules, taken, ("fold", "delete") if vanish else ("delete",))
             if alpha is None:
-                declined.append(branch.why or _SERVES_OTHERS)
+                serves = "no place takes the scalar: what ends the branch serves something else too"
+                declined.append(branch.why or serves)
             else:
                 taken[alpha.holder] = alpha
                 alphas.append(alpha)
         edits.append(SumEdit(total.name, total.kind, reason, tuple(alphas), tuple(declined)))
     return tuple(edits)
-
-
-_SERVES_OTHERS = "no place takes the scalar: what ends the branch serves something else too"
 
 
 def _loses_a_norm(branch: Branch, norms: Mapping[str, NormEdit]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from normfree.analysis.findings import Findings, analyse, flows
 from normfree.analysis.moments import Moments, input_moments
@@ -19,7 +20,7 @@ from normfree.norms import Norm, describe, find_norms, is_norm, looks_like_norm
 from normfree.options import Asked, Options, takes_options
 from normfree.planning.classes import asked, asked_unseen
 from normfree.planning.deciding import Modules, Request, decide
-from normfree.planning.guards import check_model, is_lazy, module_problems
+from normfree.planning.guards import check_model, module_problems
 from normfree.planning.hooks import computed_elsewhere, hooks_left_out
 from normfree.plans import Plan
 from normfree.tracing.copying import meta_copy
@@ -73,9 +74,9 @@ def look(model: nn.Module, options: Options, *, loaded: bool = False) -> tuple[P
     modules, norms, described = dict(model.named_modules(remove_duplicate=False)), find_norms(model), _described(model)
     chosen, why = _choose_init(options.init, list(described.values()), loaded)
     problems = module_problems(model, described, chosen, options.exclude)
-    if is_lazy(model):
+    if any(isinstance(module, LazyModuleMixin) for module in modules.values()):  # it cannot even be traced
         raise UnsupportedModelError(tuple(problems.values()))
-    request = Request(modules, norms, described, chosen, why, options)
+    request = Request(modules, norms, chosen, why, options)
     with _undisturbed():
         copied = meta_copy(model)
         traced = trace(model, copied, frozenset(described), options.inputs)

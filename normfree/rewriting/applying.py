@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normfree.analysis.moments import Moments
 from normfree.analysis.tails import Place
 from normfree.errors import InternalError
-from normfree.layers import CONSTANTS, is_carrier, scaled_weight_class
+from normfree.layers import CONSTANTS, is_carrier
 from normfree.norms import describe, is_norm
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.rewriting.changing import Changes, all_or_nothing, become, set_class
@@ -55,18 +55,16 @@ def rewrite(
     out_of_place = [modules[path] for path in plan.out_of_place]
     drawn = [(modules[path], gain) for path, gain in plan.drawn]
     with all_or_nothing() as changes:
-        written = (*writes.carriers, *writes.outputs, *writes.blocks, *writes.slots, *writes.paired)
+        written = (*writes.carriers, *writes.slots, *writes.classes)
         changes.keep(model, *out_of_place, *(modules[path] for path in written))
+        for path, cls in writes.classes.items():
+            set_class(modules[path], cls)
         for path, carrier in writes.carriers.items():
             _write_carrier(modules[path], carrier, scale, changes)
-        for path, cls in writes.paired.items():
-            set_class(modules[path], cls)
-        for path, (alpha, cls) in writes.outputs.items():
-            set_class(modules[path], cls)
+        for path, alpha in writes.outputs.items():
             modules[path]._parameters["raw_alpha"] = alpha
             modules[path].__dict__["alpha_unit"] = plan.units.alpha
-        for path, (held, cls) in writes.blocks.items():
-            set_class(modules[path], cls)
+        for path, held in writes.blocks.items():
             modules[path]._modules.update(held)
         for activation in out_of_place:
             activation.__dict__["inplace"] = False
@@ -146,7 +144,6 @@ def _write_carrier(layer: nn.Module, carrier: Carrier, scale: bool, changes: Cha
         layer._parameters["bias"] = carrier.bias
     if not carrier.changes_class:
         return
-    set_class(layer, scaled_weight_class(type(layer)))
     layer._parameters["raw_alpha"] = carrier.raw_alpha
     layer.__dict__.update({name: getattr(carrier, name) for name in _CONSTANTS}, alpha_channels=carrier.channels)
     weight = layer._parameters["weight"]

@@ -22,10 +22,11 @@ from normfree.layers import ScaledSum, skipinit_name
 from normfree.rewriting.rows import text_with
 from normfree.rewriting.symbols import LostError, own_graph
 from normfree.tracing.copying import meta_copy
+from normfree.tracing.recorder import optional_arguments
 from normfree.tracing.roles import name_of
 from normfree.tracing.traces import Graph
 
-__all__ = ["operations_of", "optional_arguments", "scaled_block_class", "why_not_scalable"]
+__all__ = ["operations_of", "scaled_block_class", "why_not_scalable"]
 
 
 Places = tuple[tuple[int, int], ...]
@@ -78,17 +79,8 @@ def _only_its_result_goes_on(block: nn.Module, graph: fx.Graph, addition: int) -
 def operations_of(flow: Flow, owner: str) -> list[str]:
     """Return the names of the functions and methods that a forward calls on activations itself, in order."""
     own = (n for n in flow.nodes if n.op != "call_module" and flow.graph.owners.get(n, "") == owner)
-    names = (name_of(node).strip("_") for node in own)  # the operator += is the method add_ to a run
-    return [_OPERATORS.get(name, name) for name in names if name not in ("", "only_default", "getitem")]
-
-
-_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "rsub": "sub"}
-
-
-def optional_arguments(block: nn.Module) -> dict[str, Any]:
-    """Return the optional arguments of a block's forward with their defaults."""
-    parameters = inspect.signature(block.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    names = (name_of(node).strip("_") for node in own)
+    return ["sub" if name == "rsub" else name for name in names if name not in ("", "only_default", "getitem")]
 
 
 def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
@@ -104,35 +96,34 @@ def scaled_block_class(block: nn.Module, places: Places) -> type[nn.Module]:
         graphs[training], settings[training] = own_graph(copied.train(training)), settings_of(copied)
         _scale(copied, graphs[training], places)
         forwards[training] = _compiled(original, graphs[training])
-    members = {
-        "__module__": original.__module__,
-        "_places": places,
-        "_forwards": forwards,
-        "_settings": settings,
-        "_graphs": graphs,
-        "forward": _forward,
-        "__reduce_ex__": _reduce,
-        "__deepcopy__": _deepcopy,
-    }
-    return type(f"Scaled{original.__name__}", (ScaledSum, original), members)
+    members: dict[str, Any] = {"__module__": original.__module__, "_places": places}
+    members |= {"_forwards": forwards, "_settings": settings, "_graphs": graphs}
+    return type(f"Scaled{original.__name__}", (_Rewritten, original), members)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    for setting in self._settings[self.training]:
-        now = setting.now(self)
-        if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
-            name = ".".join(setting.names)
-            raise UsageError(
-                f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
-            )
-    return self._forwards[self.training](self, *args, **kwargs)
+class _Rewritten(ScaledSum):
+    """What the classes that are made here have in common: a forward for each mode, and the settings it holds for."""
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for setting in self._settings[self.training]:
+            now = setting.now(self)
+            if now is not setting.value and (type(now) is not type(setting.value) or now != setting.value):
+                name = ".".join(setting.names)
+                raise UsageError(
+                    f"{name} is {now!r}, but this forward was rewritten for {setting.value!r}: exclude its sum instead"
+                )
+        return self._forwards[self.training](self, *args, **kwargs)
 
-def _reduce(self: Any, _: Any) -> tuple[Any, ...]:
-    # The class is made at run time: pickle rebuilds it from the original class and from what the block holds.
-    if all(isinstance(self._modules[skipinit_name(addition)], fx.GraphModule) for addition, _ in self._places):
-        return _alone(self).__reduce__()
-    return _rebuild, (type(self).__mro__[2], self._places, self.__dict__)
+    def __reduce_ex__(self: Any, _: Any) -> tuple[Any, ...]:
+        # The class is made at run time: pickle rebuilds it from the original class and from what the block holds.
+        if all(isinstance(self._modules[skipinit_name(addition)], fx.GraphModule) for addition, _ in self._places):
+            return _alone(self).__reduce__()
+        return _rebuild, (type(self).__bases__[1], self._places, self.__dict__)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = new = object.__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 def _alone(block: Any) -> fx.GraphModule:
@@ -153,13 +144,6 @@ def _rebuild(original: Any, places: Places, state: dict[str, Any]) -> nn.Module:
     block.__class__ = scaled_block_class(block, places)
     block._modules.update(held)
     return block
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    new = type(self).__new__(type(self))
-    memo[id(self)] = new
-    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return new
 
 
 def _flow(block: nn.Module, graph: fx.Graph) -> Flow:

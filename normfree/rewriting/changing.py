@@ -12,15 +12,14 @@ from torch import Tensor, nn
 __all__ = ["HOOKS", "Changes", "all_or_nothing", "become", "set_class"]
 
 _HELD = ("_parameters", "_buffers", "_modules")
-HOOKS = tuple(
-    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hook", "_hooks_with_kwargs", "_always_called"))
-)
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 """Where a module keeps what was hung on it."""
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class, whatever its own class says to assignments."""
-    object.__setattr__(module, "__class__", cls)
+    if type(module) is not cls:
+        object.__setattr__(module, "__class__", cls)
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

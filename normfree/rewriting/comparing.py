@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -104,13 +104,13 @@ def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], c
     """
     before, after = in_float64(deep_copy(model)), in_float64(deep_copy(model))
     rewrite(after, plan, met)
-    wide, nudged = (_changed(call, change) for change in (Tensor.double, lambda x: x.double() * (1 + 2**-40)))
+    wide = _in_float64(call)
     with _watching(before, plan) as first, _watching(after, plan) as second:
         outputs = _run(before, wide), _run(after, wide)
     error = error_between(*outputs)
     if error <= _EXACT or not all(bool(x.isfinite().all()) for x in outputs[0]):
         return
-    if error_between(outputs[0], _run(before, nudged)) > _EXACT:  # by a few roundings
+    if error_between(outputs[0], _run(before, _in_float64(call, 1 + 2**-40))) > _EXACT:  # a few roundings
         return  # the original itself tells nothing: boxes of a detector change places for a rounding
     place = next((name for name in first if error_between(first[name], second.get(name, [])) > _EXACT), None)
     behind = "" if place is None else f", and the first that differs is {place}"
@@ -121,9 +121,8 @@ def _compare_exactly(model: nn.Module, plan: Plan, met: Mapping[str, Moments], c
     )
 
 
-def _changed(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
-    """Return a call with other numbers."""
-    return cast(Call, tree_map_only(Tensor, lambda x: change(x) if x.is_floating_point() else x, call))
+def _in_float64(call: Call, times: float = 1.0) -> Call:
+    return cast(Call, tree_map_only(Tensor, lambda x: x.double() * times if x.is_floating_point() else x, call))
 
 
 @contextlib.contextmanager

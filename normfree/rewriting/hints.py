@@ -11,8 +11,6 @@ from normfree.layers import CONSTANTS
 
 __all__ = ["hint_", "no_hint_"]
 
-_OURS = (*CONSTANTS, "raw_alpha")
-
 
 def hint_(model: nn.Module) -> None:
     """Let a converted model name the way out when it is to load what was converted by another plan."""
@@ -31,7 +29,7 @@ def _hint(module: nn.Module, state: Mapping[str, Any], prefix: str, *told: Any) 
     theirs = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
     own = module.state_dict(keep_vars=True).keys()
     differ = (key.rpartition(".") for key in theirs ^ own)
-    if any(leaf in _OURS and f"{layer}.weight" in theirs & own for layer, _, leaf in differ):
+    if any(leaf in (*CONSTANTS, "raw_alpha") and f"{layer}.weight" in theirs & own for layer, _, leaf in differ):
         told[-1].append(
             "The checkpoint was converted by another plan than this model, or not at all. Convert by the plan of the "
             "checkpoint: normfree.convert(model, plan=...), with normfree.Plan.of(model) of what was saved, its JSON, "

@@ -36,16 +36,19 @@ class Originals:
     @classmethod
     def of(cls, modules: Mapping[str, nn.Module], plan: Plan) -> Originals:
         """Copy what ``plan`` is about to take away: the user may go on with the model that it comes from."""
-        memo: dict[int, Any] = {}
-        norms = {edit.name: _kept(modules[edit.name], memo) for edit in plan.removed}
-        biases = {path: modules[path]._parameters["bias"] for path in plan.pairs}
-        return cls(norms, {path: None if bias is None else _copied(bias, memo) for path, bias in biases.items()})
+        norms = {edit.name: modules[edit.name] for edit in plan.removed}
+        return cls(norms, {path: modules[path]._parameters["bias"] for path in plan.pairs})._copied({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
-        norms = {path: _kept(norm, memo) for path, norm in self.norms.items()}
-        for norm in norms.values():
+        copied = self._copied(memo)
+        for norm in copied.norms.values():
             norm.__dict__["_modules"] = copy.deepcopy(norm._modules, memo)
-        return Originals(norms, {path: None if b is None else _copied(b, memo) for path, b in self.biases.items()})
+        return copied
+
+    def _copied(self, memo: dict[int, Any]) -> Originals:
+        """Copy tensors, and nothing else; what two norms share, their copies share."""
+        norms = {path: _kept(norm, memo) for path, norm in self.norms.items()}
+        return Originals(norms, copy.deepcopy(self.biases, memo))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by the key that it has in the state of the original model."""
@@ -72,17 +75,8 @@ class Originals:
 
 def _kept(norm: nn.Module, memo: dict[int, Any]) -> nn.Module:
     kept = type(norm).__new__(type(norm))
-    kept.__dict__.update(norm.__dict__)
-    for held in ("_parameters", "_buffers"):
-        tensors = norm.__dict__[held]
-        kept.__dict__[held] = type(tensors)((n, None if t is None else _copied(t, memo)) for n, t in tensors.items())
-    kept.__dict__["_modules"] = norm._modules.copy()
+    # A deep copy would take all of the memory that a buffer may be a part of.
+    memo |= {id(b): b.detach().clone() for b in norm._buffers.values() if b is not None and id(b) not in memo}
+    tensors = {held: copy.deepcopy(norm.__dict__[held], memo) for held in ("_parameters", "_buffers")}
+    kept.__dict__.update(norm.__dict__, _modules=norm._modules.copy(), **tensors)
     return kept
-
-
-def _copied(tensor: Tensor, memo: dict[int, Any]) -> Any:
-    """Copy a parameter or a buffer; what two norms share, their copies share."""
-    if id(tensor) not in memo:
-        made = tensor.detach().clone()
-        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return memo[id(tensor)]

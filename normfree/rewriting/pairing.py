@@ -113,15 +113,10 @@ def unpaired_(model: nn.Module) -> None:
 
 def _is_sequence(module: nn.Module) -> bool:
     """Whether a module calls what it holds one after the other, and does nothing else."""
-    cls = type(module)
-    return (
-        isinstance(module, nn.Sequential)
-        and all(
-            getattr(cls, name) is getattr(nn.Sequential, name)
-            for name in ("forward", "__iter__", "__call__", "__len__")
-        )
-        and "forward" not in module.__dict__
-    )
+    if not isinstance(module, nn.Sequential) or "forward" in module.__dict__:
+        return False
+    deciding = ("forward", "__iter__", "__call__", "__len__")
+    return all(getattr(type(module), name) is getattr(nn.Sequential, name) for name in deciding)
 
 
 def _flat(module: nn.Module) -> list[nn.Module]:
@@ -131,7 +126,6 @@ def _flat(module: nn.Module) -> list[nn.Module]:
 
 
 def _spec(module: nn.Module, pairs: Pairs) -> Spec:
-    """Return the methods of a module that call pairs in a row."""
     spec = list[tuple[str, tuple[tuple[int, int], ...]]]()
     for name in dict.fromkeys(name for base in bases(type(module)) for name in vars(base)):
         method = _method(type(module), name)

@@ -24,6 +24,7 @@ from normfree.layers import (
     SkipInit,
     Vacant,
     scaled_output_class,
+    scaled_weight_class,
     skipinit_name,
 )
 from normfree.norms import describe
@@ -38,13 +39,21 @@ __all__ = ["Writes", "prepare"]
 
 @dataclass
 class Writes:
-    """Everything to be written, complete before the first write."""
+    """Everything to be written, complete before the first write.
 
+    Attributes:
+        carriers: What layers get that stay where they are.
+        slots: What else modules turn into.
+        classes: The classes of all other modules that change theirs.
+        outputs: Scalars of modules whose output is scaled.
+        blocks: What blocks hold whose own forward adds.
+    """
+
+    carriers: dict[str, Carrier]
     slots: dict[str, nn.Module] = field(default_factory=dict)
-    carriers: dict[str, Carrier] = field(default_factory=dict)
-    outputs: dict[str, tuple[nn.Parameter, type[nn.Module]]] = field(default_factory=dict)
-    blocks: dict[str, tuple[dict[str, nn.Module], type[nn.Module]]] = field(default_factory=dict)
-    paired: dict[str, type[nn.Module]] = field(default_factory=dict)
+    classes: dict[str, type[nn.Module]] = field(default_factory=dict)
+    outputs: dict[str, nn.Parameter] = field(default_factory=dict)
+    blocks: dict[str, dict[str, nn.Module]] = field(default_factory=lambda: defaultdict(dict))
 
 
 def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = None) -> Writes:
@@ -52,18 +61,16 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
 
     ``met`` is what the carried layers meet, by path; ``None`` where the constants come from a file.
     """
-    writes = Writes()
     modules = dict(model.named_modules(remove_duplicate=False))
+    writes = Writes(_carriers(modules, plan, met))
     in_slot = {alpha.path: alpha for alpha in plan.alphas if alpha.place == "norm"}
     for edit in plan.removed:
         writes.slots[edit.name] = _slot(modules, edit, plan, in_slot.get(edit.name))
     for path, spec in specs(modules, plan.pairs).items():
         with contextlib.suppress(ValueError, TypeError):  # it calls one by one then, as it always did
             if path not in plan.unpaired:
-                writes.paired[path] = paired_class(type(modules[path]), spec)
-    writes.carriers.update(_carriers(modules, plan, met))
+                writes.classes[path] = paired_class(type(modules[path]), spec)
     _check_finite(writes, modules)
-    sums: dict[str, list[Alpha]] = defaultdict(list)
     for alpha in plan.alphas:
         module = modules[alpha.path]
         if alpha.place == "weight":
@@ -73,27 +80,25 @@ def prepare(model: nn.Module, plan: Plan, met: Mapping[str, Moments] | None = No
         elif alpha.place == "slot":
             writes.slots[alpha.path] = _skipinit(plan, module, model, alpha.channels)
         elif alpha.place == "sum":
-            sums[alpha.path].append(alpha)
+            scalar = _skipinit(plan, module, model, None).train(module.training)
+            writes.blocks[alpha.path][skipinit_name(alpha.addition)] = scalar
+        elif alpha.place == "output" and hasattr(module, "alpha"):  # of its own, as nn.ELU has; it carries no state
+            cls = ChannelAffine if plan.inplace_activations else CopiedAffine
+            act, raw = _shell(module, alpha.path in plan.out_of_place), _alpha_beside(plan, module, model)
+            writes.slots[alpha.path] = cls(raw_alpha=raw, act=act, unit=plan.units.alpha)
         elif alpha.place == "output":
-            scalar = _alpha_beside(plan, module, model)
-            if hasattr(module, "alpha"):  # an attribute of its own, as nn.ELU has; it carries no state
-                cls = ChannelAffine if plan.inplace_activations else CopiedAffine
-                writes.slots[alpha.path] = cls(
-                    raw_alpha=scalar, act=_shell(module, alpha.path in plan.out_of_place), unit=plan.units.alpha
-                )
-            else:
-                mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
-                before = writes.paired.pop(alpha.path, type(module))
-                writes.outputs[alpha.path] = scalar, scaled_output_class(before, mixin)
-    for path, alphas in sums.items():
-        block = modules[path]
-        held: dict[str, nn.Module] = {}
-        for alpha in alphas:
-            held[skipinit_name(alpha.addition)] = _skipinit(plan, block, model, None).train(block.training)
-        writes.blocks[path] = held, scaled_block_class(block, tuple((a.addition, a.operand) for a in alphas))
-        writes.paired.pop(path, None)  # its own text calls pairs together
-    for path, norm_slot in writes.slots.items():
-        norm_slot.training = modules[path].training
+            mixin = ScaledOutput if plan.inplace_activations else CopiedOutput
+            before = writes.classes.get(alpha.path, type(module))
+            writes.classes[alpha.path] = scaled_output_class(before, mixin)
+            writes.outputs[alpha.path] = _alpha_beside(plan, module, model)
+    for path in writes.blocks:  # its own text calls pairs together
+        places = tuple((a.addition, a.operand) for a in plan.alphas if a.path == path)
+        writes.classes[path] = scaled_block_class(modules[path], places)
+    for path, carrier in writes.carriers.items():
+        if carrier.changes_class:
+            writes.classes[path] = scaled_weight_class(type(modules[path]))
+    for path, slot in writes.slots.items():
+        slot.training = modules[path].training
     return writes
 
 
@@ -133,7 +138,6 @@ def _check_finite(writes: Writes, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _slot(modules: Mapping[str, nn.Module], edit: NormEdit, plan: Plan, alpha: Alpha | None) -> nn.Module:
-    """Build what takes the norm's place."""
     module, model, preserve = modules[edit.name], modules[""], plan.init == "preserve"
     norm = describe(module)
     gain = bias = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.analysis.moments import Moments, norm_of
+from normfree.analysis.moments import Moments
 from normfree.edits import Carried, Units
 from normfree.errors import InternalError
 from normfree.layers import Channels, mean_of, shift
@@ -55,7 +56,7 @@ def carry(layer: Any, carrier: Carrier, carried: Carried, units: Units, met: Map
     unit = carried.unit
     if carried.head and moments is not None:
         places = weight[0].numel() // max(len(moments.mean), 1)
-        unit = units.of_head(norm_of(moments.variance, max(places, 1)))
+        unit = units.of_head(math.sqrt(float(moments.variance.sum()) * max(places, 1)))
     ones = weight.new_ones(features_of(layer))
     carrier.unit = unit if carrier.feeds_slot else 1.0  # of a head it is found anew
     carrier.gain = None if unit == 1.0 and carrier.feeds_slot else ones / unit

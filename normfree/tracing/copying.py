@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normfree.errors import UsageError
 
-__all__ = ["deep_copy", "held_by", "in_float64", "is_own_hook", "meta_copy", "real_copy", "sharing_copy"]
+__all__ = ["deep_copy", "held_by", "in_float64", "meta_copy", "real_copy", "sharing_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -145,22 +145,19 @@ def _copy_to_look_at(model: M, copied: Callable[[Tensor], Tensor]) -> M:
     result = _copied(model, memo)
     for before, kept in hooks:
         kept.update(
-            (key, _rebound(copy.deepcopy(hook, memo), memo))
-            for key, hook in before.items()
-            if is_own_hook(hook, held, around=True)
+            (key, _rebound(copy.deepcopy(hook, memo), memo)) for key, hook in before.items() if _is_own_hook(hook, held)
         )
     return result
 
 
-def is_own_hook(hook: Any, held: set[int], *, around: bool = False) -> bool:
-    """Whether a hook belongs to a model: it is a method of something that the model holds, or torch's own.
+def _is_own_hook(hook: Any, held: set[int]) -> bool:
+    """Whether a hook belongs to a model: a method of, or a function around, something that it holds, or torch's own.
 
-    timm's feature extractors collect their outputs that way, torch's old weight reparametrisations work so. A function
-    ``around`` such a thing counts only for who copies that too: in a deep copy it still refers to the original.
+    timm's feature extractors collect their outputs that way, torch's old weight reparametrisations work so.
     """
     while isinstance(hook, functools.partial):
         hook = hook.func
-    cells = getattr(hook, "__closure__", None) or () if around else ()
+    cells = getattr(hook, "__closure__", None) or ()
     owners = [getattr(hook, "__self__", None), *(cell.cell_contents for cell in cells)]
     return any(id(owner) in held for owner in owners) or type(hook).__module__.startswith("torch.nn.utils")
 
@@ -189,9 +186,7 @@ def in_float64(model: M) -> M:
     """Turn a model into float64 in place: its plain tensors too, which ``model.double()`` passes by."""
     model.double()
     for module in model.modules():
-        for name, value in module.__dict__.items():
-            if isinstance(value, (Tensor, list, tuple, dict)) and name not in _OWN:
-                module.__dict__[name] = _double(value)
+        module.__dict__.update({n: _double(value) for n, value in module.__dict__.items() if n not in _OWN})
     return model
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Still", "random_halves", "with_memory"]
+__all__ = ["Still", "in_mode", "random_halves", "with_memory"]
 
 # Half: `rand() < keep` and `floor(keep + rand())` both keep, for every keep above a half.
 _DRAWS = {"aten::bernoulli": 1.0, "aten::bernoulli_": 1.0, "aten::rand": 0.5, "aten::rand_like": 0.5}
@@ -38,6 +39,18 @@ class Still(TorchDispatchMode):
 def with_memory() -> contextlib.AbstractContextManager[Any]:
     """Make tensors with memory again where the user has asked for such without: what is computed here is numbers."""
     return torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in one mode, and back into its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.rewriting.changing import set_class
 from normfree.tracing.notes import Notes, tensors_in
 from normfree.tracing.shapes import meta_function, on_meta, shortened
 
-__all__ = ["Recorder", "is_default", "set_class"]
+__all__ = ["Recorder", "is_default", "optional_arguments"]
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -144,12 +145,6 @@ class Recorder(Notes, TorchFunctionMode):
             return self.write_down("call_module", path, node_args, node_kwargs, before, out)
 
 
-def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Let a module be of a class; to a module itself, setting an attribute takes long."""
-    if type(module) is not cls:
-        object.__setattr__(module, "__class__", cls)
-
-
 class _Watched(dict[str, Any]):
     """The tensors of a norm; says which of them somebody takes."""
 
@@ -192,10 +187,14 @@ def is_default_call(module: nn.Module, args: _Args, kwargs: _Kwargs) -> bool:
     """Whether a call gives an optional argument nothing but its default."""
     if len(args) + len(kwargs) <= 1 and not kwargs:
         return True  # most calls; the first argument is hardly ever optional
-    signature = inspect.signature(module.forward)
-    optional = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
-    given = signature.bind(*args, **kwargs).arguments
-    return all(is_default(given[name], default) for name, default in optional.items() if name in given)
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return all(is_default(given.get(name, default), default) for name, default in optional_arguments(module).items())
+
+
+def optional_arguments(module: nn.Module) -> dict[str, Any]:
+    """Return the optional arguments of a module's forward with their defaults."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def is_default(value: Any, default: Any) -> bool:

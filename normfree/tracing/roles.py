@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.padding import _CircularPadNd, _ConstantPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _LPPoolNd, _MaxPoolNd
 
+from normfree.tracing.randomness import in_mode
+
 __all__ = ["Role", "elementwise", "function_role", "makes_constants", "module_role", "name_of", "scales"]
 
 
@@ -129,11 +131,8 @@ def elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     if not isinstance(function, nn.Module):
         return _is_elementwise(function)
     own = not type(function).__module__.startswith("torch.nn")
-    before = function.training
-    try:
+    with in_mode(function, function.training):
         return all(_is_elementwise(function.train(mode)) for mode in ((False, True) if own else (False,)))
-    finally:
-        function.train(before)
 
 
 def _is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:

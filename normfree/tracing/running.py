@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.rewriting.changing import set_class
 from normfree.tracing.inputs import fresh, tensors
 from normfree.tracing.leaves import is_layer
 from normfree.tracing.randomness import Still, random_halves
-from normfree.tracing.recorder import Recorder, set_class
+from normfree.tracing.recorder import Recorder
 from normfree.tracing.traces import Graph
 
 __all__ = ["disguised", "leaves_of", "record"]

@@ -130,11 +130,9 @@ def _smaller(model: nn.Module) -> nn.Module:
     if hasattr(transform, "min_size") and hasattr(transform, "max_size"):
         transform.min_size, transform.max_size = (64,), 64
         for module in model.modules():
-            module.__dict__.update(dict.fromkeys(_COUNTS & module.__dict__.keys(), 2))
+            counts = module.__dict__.keys() & {"detections_per_img", "topk_candidates"}
+            module.__dict__.update(dict.fromkeys(counts, 2))
     return model
-
-
-_COUNTS = {"detections_per_img", "topk_candidates"}
 
 
 def example_input(model: nn.Module, batch: int = 2, size: int | None = None) -> Inputs:

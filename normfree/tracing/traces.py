@@ -118,16 +118,13 @@ class Graph:
         for node in self.nodes.nodes:
             fed = any(source in names for source in node.all_input_nodes) and not makes_constants(node)
             if fed or node.op in ("placeholder", "output"):
-                given = (node.all_input_nodes,) if _is_switch(node) else (node.args, node.kwargs)
+                switch = node.op in ("call_function", "call_method") and function_role(node) is Role.PASS
+                given = (node.all_input_nodes,) if switch else (node.args, node.kwargs)
                 args = fx.map_arg(given, lambda source: names.get(source, "constant"))
                 names[node] = f"%{len(names)}"
                 written = node in self.values and self.values[node].writes
                 told.append((node.op, node.target, str(args), written))
         return told
-
-
-def _is_switch(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and function_role(node) is Role.PASS
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from normfree.errors import UsageError
 from normfree.layers import ChannelAffine, ScaledWeight, alpha_of, alpha_scale
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.tracing.copying import deep_copy
-from normfree.tracing.randomness import Still
+from normfree.tracing.randomness import Still, in_mode
 from normfree.training.centring import centre_
 
 __all__ = ["CalibrationWarning", "calibrate", "calibrate_"]
@@ -82,7 +82,7 @@ def calibrate_(
     run, reached = forward or _run, set[str]()
     several = [batches] if isinstance(batches, Tensor) else batches
     if plan.init == "preserve":
-        with _in_mode(model, training=False):
+        with in_mode(model, training=False):
             said = centre_(model, plan, lambda batch: run(model, batch), several)
         model.__dict__[PLAN_ATTRIBUTE] = replace(plan, calibrated=said)
         return model
@@ -90,7 +90,7 @@ def calibrate_(
     state = {key: value.clone() for key, value in model.state_dict().items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with _in_mode(model, training=True), Still():
+        with in_mode(model, training=True), Still():  # in which auxiliary heads run too
             for number, batch in enumerate(several, start=1):
                 with _sweep(layers, number, reached):
                     run(model, batch)
@@ -121,18 +121,6 @@ def _layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Return the layers that a norm used to rescale."""
     paths = [path for path, _ in plan.weights] + [edit.name for edit in plan.norms if edit.action in ("bias", "affine")]
     return {path: model.get_submodule(path) for path in paths}
-
-
-@contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode (auxiliary heads run in train mode only), and back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _run(model: nn.Module, batch: Any) -> object:

@@ -912,3 +912,25 @@ def test_a_class_that_a_notebook_defines_after_a_conversion_is_seen(monkeypatch:
         return model(x)
 
     hold(randomise(notebook.Opened()).double().eval(), lambda m, x: m(x), opened)
+
+
+class Obliging:
+    """Has whatever it is asked for, as stand-ins for things that are switched off do."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def __getattr__(self, name: str) -> Obliging:
+        return self
+
+
+OBLIGING = Obliging()
+
+
+class Obliged(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return OBLIGING(self.plain(x))
+
+
+def test_an_object_that_has_whatever_it_is_asked_for_does_not_keep_a_plan_waiting() -> None:
+    assert actions(hold(randomise(Obliged()).double().eval(), lambda m, x: m(x))) == {"b": "fold"}

@@ -143,7 +143,7 @@ def test_rewritten_blocks_survive_copies_compile_and_files(tmp_path: Path) -> No
     compiled = torch.compile(copy.deepcopy(converted), backend="eager", fullgraph=True)
     for other in (copy.deepcopy(converted), pickled, saved, loaded, compiled):
         assert torch.equal(other(X), expected)
-    assert type(pickled[1]).__mro__[2] is Gated
+    assert type(pickled[1]).__bases__[1] is Gated
     pickled[1].skipinit_0.alpha = 0.0
     assert torch.equal(converted(X), expected), "a copy shares nothing"
     assert list(converted.state_dict()) == list(pickled.state_dict())
