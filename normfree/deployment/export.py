@@ -14,6 +14,7 @@ from normfree import zoo
 from normfree.errors import UnsupportedModelError, UsageError, one_line, require, some
 from normfree.files import check_output, replacing
 from normfree.plans import plan_on
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments, fresh, tensors
 from normfree.tracing.trace import example_input
@@ -81,11 +82,12 @@ def export(
     plan, norms = plan_on(model), _norms(program)
     if norms and not (plan and any(edit.action == "keep" for edit in plan.norms)):
         raise UnsupportedModelError((f"{name}: batch norms run in the exported program: {some(norms)}",))
-    larger = tree_map(lambda x: _larger(x, dynamic_size) if _has_batch(x) else x, (args, kwargs))
+    args, kwargs = tree_map(lambda x: _larger(x, dynamic_size) if _has_batch(x) else x, (args, kwargs))
     with replacing(out) as temporary:
         run = (_write_onnx if chosen == "onnx" else _write_pt2)(program, temporary)
-        difference = _difference(model, run, *larger)
-        if not difference <= TOLERANCE:
+        expected = [y.double() for y in tensors(model(*fresh(args), **fresh(kwargs)))]
+        difference = error_between(expected, run(*fresh(args), **fresh(kwargs)))
+        if difference > TOLERANCE:
             raise UnsupportedModelError((f"{name}: the {chosen} program's output differs by {difference:.1e}",))
     return difference
 
@@ -210,12 +212,3 @@ def _name_dimensions(graph: Any) -> None:
         if value.shape is not None:
             dims = [names.get(str(dim), dim) for dim in value.shape]
             value.shape = type(value.shape)(dims)
-
-
-def _difference(model: nn.Module, run: Run, args: Any, kwargs: Any) -> float:
-    expected = tensors(model(*fresh(args), **fresh(kwargs)))
-    found = run(*fresh(args), **fresh(kwargs))
-    if [x.shape for x in found] != [x.shape for x in expected]:
-        return float("inf")
-    pairs = [(x.double(), y.double()) for x, y in zip(found, expected, strict=True)]
-    return max((float((x - y).abs().max()) / (float(y.abs().max()) or 1.0) for x, y in pairs), default=0.0)
