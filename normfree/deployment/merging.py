@@ -140,11 +140,9 @@ def _give_norms(path: str, block: nn.Module, plan: Plan, widths: Mapping[str, in
 
 
 def _norm(edit: NormEdit, width: int, gain: Tensor | None, bias: Tensor | None, like: Tensor) -> nn.Module:
-    kinds: dict[str, type[nn.Module]] = {"1": nn.BatchNorm1d, "2": nn.BatchNorm2d, "3": nn.BatchNorm3d}
-    kind = next((kinds[digit] for digit in edit.type if digit in kinds), nn.BatchNorm2d)
-    norm: Any = kind(width, eps=0.0)  # type: ignore[call-arg]  # all three take it
-    norm.to(like.device, like.dtype)
+    kind = next((getattr(nn, f"BatchNorm{n}d") for n in (1, 3) if f"{n}d" in edit.type), nn.BatchNorm2d)
+    norm = kind(width, eps=0.0, device=like.device, dtype=like.dtype)
     for held, value in ((norm.weight, gain), (norm.bias, bias)):
         if value is not None:
             held.copy_(value)
-    return norm.eval()  # type: ignore[no-any-return]
+    return norm.eval()
