@@ -59,6 +59,7 @@ def export(
             from normfree.deployment import export as exporting
             from normfree.deployment import fuse as fusing
             from normfree.tracing.inputs import tensors
+            from normfree.tracing.trace import example_input
 
             exporting.format_of(out, format)
             files.check_output(out, overwrite=force, inputs=(checkpoint.weights_in(file),))
@@ -69,7 +70,7 @@ def export(
             step("exporting")
             source = None if header.source is None else zoo.find(header.source)
             own = header.input_size or zoo.own_shape(model, source)
-            x = exporting.own_input(model, own, size)
+            x = exporting.own_input(model, own) if size is None else example_input(model, size=size)
             given = tensors(x)[0]
             error = exporting.export(model, out, x, dynamic_size=dynamic_size, overwrite=force)
         sizes = ("H", "W")[: given.dim() - 2] if dynamic_size else given.shape[2:]

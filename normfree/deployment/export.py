@@ -14,6 +14,8 @@ from normfree import zoo
 from normfree.errors import UnsupportedModelError, UsageError, one_line, require, some
 from normfree.files import check_output, replacing
 from normfree.plans import plan_on
+from normfree.proofs.observing import NormSpy, module_stack
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy
 from normfree.tracing.inputs import Inputs, arguments, fresh, tensors
 from normfree.tracing.trace import example_input
@@ -78,31 +80,32 @@ def export(
         program = _program(model, fresh(args), fresh(kwargs), dynamic_size)
     except Exception as error:  # whatever a model's own code leads torch.export to
         raise UnsupportedModelError((f"{name}: torch.export cannot follow it: {one_line(error)}",)) from error
-    plan, norms = plan_on(model), _norms(program)
+    larger = tree_map(lambda x: _larger(x, dynamic_size) if _has_batch(x) else x, (args, kwargs))
+    args, kwargs = fresh(larger)
+    with module_stack(model) as stack, NormSpy(tensors((args, kwargs)), stack) as spy:
+        expected = [y.double() for y in tensors(model(*args, **kwargs))]
+    plan, norms = plan_on(model), list(dict.fromkeys(spy.seen))
     if norms and not (plan and any(edit.action == "keep" for edit in plan.norms)):
         raise UnsupportedModelError((f"{name}: batch norms run in the exported program: {some(norms)}",))
-    larger = tree_map(lambda x: _larger(x, dynamic_size) if _has_batch(x) else x, (args, kwargs))
     with replacing(out) as temporary:
         run = (_write_onnx if chosen == "onnx" else _write_pt2)(program, temporary)
-        difference = _difference(model, run, *larger)
-        if not difference <= TOLERANCE:
+        args, kwargs = fresh(larger)
+        difference = error_between(expected, run(*args, **kwargs))
+        if difference > TOLERANCE:
             raise UnsupportedModelError((f"{name}: the {chosen} program's output differs by {difference:.1e}",))
     return difference
 
 
-def own_input(model: nn.Module, shape: tuple[int, ...] | None = None, size: int | None = None) -> Inputs:
+def own_input(model: nn.Module, shape: tuple[int, ...] | None = None) -> Inputs:
     """Return a batch of two, of white noise, of the size that a model was made for.
 
     Args:
         model: The model.
         shape: That size, ``(C, *)``, if it is known.
-        size: Pixels of a side, where the caller knows better.
 
     Raises:
         UsageError: Nothing says it. Many networks would take any size, but their program is for one.
     """
-    if size is not None:
-        return example_input(model, size=size)
     shape = zoo.own_shape(model) if shape is None else shape
     if shape is None:
         if not any(hasattr(module, "kernel_size") for module in model.modules()):
@@ -148,19 +151,6 @@ def _program(
         free = (0, 2, 3) if dynamic_size and x.dim() == 4 else (0,)
         shapes[x] = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs))
-
-
-def _norms(program: torch.export.ExportedProgram) -> list[str]:
-    """Name the batch norms that see what the user gives; one of weights alone is weight standardisation."""
-    given = set(program.graph_signature.user_inputs)
-    depends: set[torch.fx.Node] = set()
-    found = []
-    for node in program.graph.nodes:
-        if node.name in given or any(source in depends for source in node.all_input_nodes):
-            depends.add(node)
-            if "batch_norm" in str(node.target):
-                found.append(node.name)
-    return found
 
 
 Run = Callable[..., list[Tensor]]
@@ -210,12 +200,3 @@ def _name_dimensions(graph: Any) -> None:
         if value.shape is not None:
             dims = [names.get(str(dim), dim) for dim in value.shape]
             value.shape = type(value.shape)(dims)
-
-
-def _difference(model: nn.Module, run: Run, args: Any, kwargs: Any) -> float:
-    expected = tensors(model(*fresh(args), **fresh(kwargs)))
-    found = run(*fresh(args), **fresh(kwargs))
-    if [x.shape for x in found] != [x.shape for x in expected]:
-        return float("inf")
-    pairs = [(x.double(), y.double()) for x, y in zip(found, expected, strict=True)]
-    return max((float((x - y).abs().max()) / (float(y.abs().max()) or 1.0) for x, y in pairs), default=0.0)

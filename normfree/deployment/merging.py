@@ -23,6 +23,7 @@ from normfree.edits import NormEdit
 from normfree.layers import ChannelAffine, ScaledOutput, is_normfree
 from normfree.plans import Plan
 from normfree.rewriting.changing import become
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy
 
 __all__ = ["merge_"]
@@ -81,7 +82,7 @@ def _merged(path: str, block: nn.Module, plan: Plan, *, check: bool) -> nn.Modul
         with torch.device(like.device), _Doubled():
             made: Any = getattr(copied, method)()
         made = made if isinstance(made, nn.Module) else copied
-        if check and not _is_close(made(x), expected):
+        if check and error_between([expected], [made(x)]) > _TOLERANCE:
             return None
     except Exception:  # whatever a method raises that expects another block
         return None
@@ -139,16 +140,9 @@ def _give_norms(path: str, block: nn.Module, plan: Plan, widths: Mapping[str, in
 
 
 def _norm(edit: NormEdit, width: int, gain: Tensor | None, bias: Tensor | None, like: Tensor) -> nn.Module:
-    kinds: dict[str, type[nn.Module]] = {"1": nn.BatchNorm1d, "2": nn.BatchNorm2d, "3": nn.BatchNorm3d}
-    kind = next((kinds[digit] for digit in edit.type if digit in kinds), nn.BatchNorm2d)
-    norm: Any = kind(width, eps=0.0)  # type: ignore[call-arg]  # all three take it
-    norm.to(like.device, like.dtype)
+    kind = next((getattr(nn, f"BatchNorm{n}d") for n in (1, 3) if f"{n}d" in edit.type), nn.BatchNorm2d)
+    norm = kind(width, eps=0.0, device=like.device, dtype=like.dtype)
     for held, value in ((norm.weight, gain), (norm.bias, bias)):
         if value is not None:
             held.copy_(value)
-    return norm.eval()  # type: ignore[no-any-return]
-
-
-def _is_close(found: Tensor, expected: Tensor) -> bool:
-    scale = expected.abs().max().clamp_min(1e-300)
-    return found.shape == expected.shape and float((found - expected).abs().max() / scale) <= _TOLERANCE
+    return norm.eval()

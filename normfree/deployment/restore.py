@@ -134,13 +134,12 @@ def _norm(
     if layer is not None:  # what its weight makes of a mean now, over what it made at the start
         shifted = shifted + gain.double() * moved(cast(ScaledWeight, layer), unit)
     norm.to(gain.device, gain.dtype)
-    was = describe(norm).affine()
-    alpha = alpha_of(slot.raw_alpha, slot.alpha_unit)
     absorbs = slot.act is None or slot.alpha in (None, 1.0)
-    same = torch.equal(was[0].to(gain), gain) and torch.equal(was[1].to(gain), shifted.to(gain))
-    if not (same and (slot.alpha in (None, 1.0) or not absorbs)):
-        factor = alpha_scale(alpha, slot.channels, len(gain)).double() if alpha is not None and absorbs else 1.0
-        _solve(norm, gain.double() * factor, shifted * factor)
+    wanted = torch.stack([gain.double(), shifted])
+    if slot.raw_alpha is not None and absorbs:
+        wanted = wanted * alpha_scale(alpha_of(slot.raw_alpha, slot.alpha_unit), slot.channels, len(gain)).double()
+    if not torch.equal(torch.stack(describe(norm).affine()).to(gain), wanted.to(gain)):
+        _solve(norm, *wanted)
     norm.training = slot.training
     if absorbs:
         return norm

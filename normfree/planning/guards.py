@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from types import MethodType
@@ -16,7 +17,6 @@ from normfree.errors import AlreadyConvertedError, UsageError, WrappedModelError
 from normfree.layers import is_normfree
 from normfree.layers.reparametrized import ways_out
 from normfree.norms import Norm, find_norms, is_norm, looks_like_norm
-from normfree.norms.trial import why_not_as_described
 from normfree.options import Patterns, matches
 from normfree.plans import PLAN_ATTRIBUTE
 
@@ -135,7 +135,7 @@ def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | N
             norm.problem
             or plain
             or (_broken(norm) if init == "preserve" else None)
-            or why_not_as_described(module, norm)
+            or _why_not_as_described(module, norm)
         )
     if looks_like_norm(module) == "subclass":
         return "an unknown batch norm with a forward of its own; describe it with normfree.register_norm"
@@ -145,4 +145,28 @@ def _module_problem(module: nn.Module, norm: Norm | None, init: Init) -> str | N
         return "a scripted batch norm; convert before scripting"
     if isinstance(module, LazyModuleMixin):
         return "has no shape yet: run one forward pass, then convert"
+    return None
+
+
+def _why_not_as_described(module: nn.Module, norm: Norm) -> str | None:
+    """Run a norm of a class that is not torch's, without its hooks, and say so if it does not do what is said of it."""
+    tensors = [*module.parameters(), *module.buffers()]
+    own = not type(module).__module__.startswith(("torch.", "timm.", "torchvision."))
+    if not own or norm.mean is None or norm.problem is not None or any(t.is_meta for t in tensors):
+        return None
+    trial, bare = type(module).__new__(type(module)), vars(nn.Module())
+    trial.__dict__.update(module.__dict__ | {name: value for name, value in bare.items() if "hook" in name})
+    trial.__dict__["training"] = False
+    gain, shift = norm.affine()
+    for places in ((2, 2), (), (2,), (2, 2, 2)):
+        shape = [1, norm.features, *(1 for _ in places)]
+        x = torch.linspace(-2, 2, 3 * gain.numel(), dtype=norm.mean.dtype, device=norm.mean.device)
+        x = x.reshape(3, -1, *shape[2:]).expand(-1, -1, *places)
+        with contextlib.suppress(Exception), torch.no_grad():  # it may take other shapes
+            wanted = gain.reshape(shape) * x.double() + shift.reshape(shape)
+            wanted = wanted if norm.act is None else norm.act(wanted.to(x.dtype)).double()
+            found = trial(x.clone()).double()
+            if not torch.allclose(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())):
+                return "computes something else than its description says; describe it with normfree.register_norm"
+            return None
     return None

@@ -86,11 +86,8 @@ def _alone(case: Case, model: nn.Module) -> list[float]:
     together, *each = _runs(case, model, [None, *(slice(i, i + 1) for i in range(case.size))])
     if any(len(alone) != len(together) for alone in each):
         return [float("inf")]
-    found = []
-    for i, alone in enumerate(each):
-        pairs = zip(together, alone, strict=True)
-        found.append([error_between([_sample(x, i, case.size, y)], [y]) for x, y in pairs])
-    return [max(errors) for errors in zip(*found, strict=True)]
+    outputs = zip(together, *each, strict=True)
+    return [error_between([_sample(x, i, case.size, y) for i, y in enumerate(alone)], alone) for x, *alone in outputs]
 
 
 def _sample(x: Tensor, i: int, size: int, alone: Tensor) -> Tensor:
@@ -121,8 +118,8 @@ def _replaced(case: Case, model: nn.Module, groups: int) -> list[float]:
     """Measure each group of samples in the place of all the others."""
     alike = [torch.arange(case.size).chunk(groups)[group].repeat(groups) for group in range(groups)]
     together, *each = _runs(case, model, [None, *alike])
-    found = []
-    for group, outputs in enumerate(each):
-        pairs = zip(together, outputs, strict=True)
-        found.append([error_between([x.chunk(groups)[group]], [y.chunk(groups)[group]]) for x, y in pairs])
-    return [max(errors) for errors in zip(*found, strict=True)]
+    outputs = zip(together, *each, strict=True)
+    return [
+        error_between(list(x.chunk(groups)), [y.chunk(groups)[group] for group, y in enumerate(replaced)])
+        for x, *replaced in outputs
+    ]

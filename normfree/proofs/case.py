@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +112,8 @@ class Case:
         return in_float64(copied) if self.dtype == torch.float64 else copied
 
     def frozen(self, training: bool) -> nn.Module:
-        """Return an exact copy of the original whose norms use their statistics in either mode."""
-        if self.structure is None:
-            raise UsageError("the original is not here")
-        copied = self.exact(self.structure, training)
+        """Return an exact copy of the original, which is here, whose norms use their statistics in either mode."""
+        copied = self.exact(cast(nn.Module, self.structure), training)
         for name in find_norms(copied):
             copied.get_submodule(name).training = False
         return copied

@@ -108,8 +108,7 @@ def _hooks(module: nn.Module, kind: str) -> Iterator[str]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _of_another_type(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[str]:

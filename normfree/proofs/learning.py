@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normfree.edits import Alpha
 from normfree.errors import some
 from normfree.proofs.case import Case, Found
 from normfree.proofs.forward import form_of
@@ -42,17 +41,16 @@ def everything_learns(case: Case) -> Found:
     waiting = [path for path in waiting if path not in dead]
     behind = f", {late} once the zero scale before it has moved" if late else ""
     behind += f"; nothing comes to {some(dead)}, and nothing did in the original" if dead else ""
-    trained = [alpha for alpha in alphas.values() if alpha.requires_grad]
-    figures = f"{sum(g is not None for g in grads.values())} gradients, {len(trained)} alphas{behind}"
-    del model, alphas, trained, grads, expected  # copies in float64 are large, and more of them follow
+    trained = sum(alpha.requires_grad for alpha in alphas.values())
+    figures = f"{sum(g is not None for g in grads.values())} gradients, {trained} alphas{behind}"
+    del model, alphas, grads, expected  # copies in float64 are large, and more of them follow
     problems = [
         *([f"no gradient any more: {some(missing)}"] if missing else []),
         *([f"alpha gets none: {some(waiting)}"] if waiting else []),
         *([f"alpha's is not finite: {some(infinite)}"] if infinite else []),
         *_wrong(case),
     ]
-    detail = "; ".join(problems) or figures
-    return Found(not problems, float(len(problems)), detail)
+    return Found(not problems, float(len(problems)), "; ".join(problems) or figures)
 
 
 def _gradients(case: Case, model: nn.Module, nudge: float = 0.0) -> Gradients:
@@ -88,26 +86,20 @@ def _dead(case: Case, expected: Gradients | None, waiting: list[str]) -> list[st
     if case.structure is None or expected is None or not waiting:
         return []
     frozen = _gradients(case, case.frozen(training=True))
-    ends: dict[str, Alpha] = {alpha.holder: alpha for alpha in case.plan.alphas}
+    ends = {alpha.holder: alpha.path for alpha in case.plan.alphas}
     found = []
     for holder in waiting:
-        path = ends[holder].path
-        end = case.structure.get_submodule(path)
-        while not any(True for _ in end.parameters()) and path:
+        path = ends[holder]
+        while path and not any(True for _ in case.structure.get_submodule(path).parameters()):
             path = path.rpartition(".")[0]
-            end = case.structure.get_submodule(path)
-        keys = [f"{path}.{key}".lstrip(".") for key, _ in end.named_parameters()]
-        if any(not any(_is_something(grads.get(key)) for key in keys) for grads in (expected, frozen)):
+        keys = [key for key, _ in case.structure.get_submodule(path).named_parameters(path)]
+        if any(not any(_largest(grads.get(key)) for key in keys) for grads in (expected, frozen)):
             found.append(holder)
     return found
 
 
-def _is_something(grad: Tensor | None) -> bool:
-    return grad is not None and bool(torch.any(grad))
-
-
 def _without_gradient(alphas: dict[str, nn.Parameter]) -> list[str]:
-    return [path for path, alpha in alphas.items() if alpha.requires_grad and not _is_something(alpha.grad)]
+    return [path for path, alpha in alphas.items() if alpha.requires_grad and not _largest(alpha.grad)]
 
 
 @torch.no_grad()

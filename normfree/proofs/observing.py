@@ -1,4 +1,4 @@
-"""What a model is run under: watches, noise that is the same in every run, and nothing that works in place."""
+"""What a model is run under: watches, and noise that is the same in every run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from normfree.tracing.inputs import tensors
 from normfree.tracing.randomness import Still
 from normfree.tracing.traces import memory_of
 
-__all__ = ["NormSpy", "Steady", "module_stack", "out_of_place"]
+__all__ = ["NormSpy", "Steady", "module_stack"]
 
 _NORMAL = ("aten::randn", "aten::randn_like", "aten::normal_")
 
@@ -61,19 +61,6 @@ def module_stack(model: nn.Module) -> Iterator[list[str]]:
         yield stack
 
 
-@contextlib.contextmanager
-def out_of_place(model: nn.Module) -> Iterator[None]:
-    """Switch every in-place module to out-of-place."""
-    changed = [module for module in model.modules() if getattr(module, "inplace", False) is True]
-    try:
-        for module in changed:
-            module.inplace = False  # type: ignore[assignment]  # a plain bool attribute
-        yield
-    finally:
-        for module in changed:
-            module.inplace = True  # type: ignore[assignment]  # as it was
-
-
 class Steady(Still):  # type: ignore[no-untyped-call]  # torch's own
     """Noise of a normal distribution is drawn from a seed; every other draw stands still.
 
@@ -87,9 +74,6 @@ class Steady(Still):  # type: ignore[no-untyped-call]  # torch's own
         if name not in _NORMAL:
             return result
         mean, std = (*args[1:3], 0.0, 1.0)[:2] if name == "aten::normal_" and len(args) > 2 else (0.0, 1.0)
-        return result.copy_(_noise(tuple(result.shape[1:])) * std + mean)
-
-
-def _noise(shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(str(shape).encode()))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+        shape = tuple(result.shape[1:])
+        generator = torch.Generator().manual_seed(zlib.crc32(str(shape).encode()))
+        return result.copy_(torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean)

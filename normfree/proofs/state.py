@@ -14,6 +14,7 @@ from normfree.norms import is_norm, looks_like_norm
 from normfree.plans import Plan
 from normfree.proofs.case import Case, Found
 from normfree.proofs.entries import departures, settings
+from normfree.rewriting.comparing import error_between
 from normfree.tracing.copying import deep_copy
 from normfree.training.initialization import fan_in
 
@@ -98,9 +99,7 @@ def _is_close(made: Tensor, tensor: Tensor) -> bool:
     if not made.is_floating_point() or not tensor.is_floating_point():
         return torch.equal(made, tensor)
     eps = max(torch.finfo(made.dtype).eps, torch.finfo(tensor.dtype).eps)
-    made, tensor = made.double(), tensor.double()
-    bound = _ROUNDINGS * eps * made.abs().max() if made.numel() else torch.zeros(())
-    return bool(((made - tensor).abs() <= bound).all()) or torch.equal(made, tensor)
+    return error_between([made], [tensor]) <= _ROUNDINGS * eps or torch.equal(made.double(), tensor.double())
 
 
 def _may_be_drawn(weight: Tensor, layer: nn.Module, gain: float) -> bool:

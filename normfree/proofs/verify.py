@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from normfree.errors import UsageError
+from normfree.errors import UsageError, one_line
 from normfree.plans import Plan
 from normfree.proofs import PROOFS, Case, Proof
 from normfree.proofs.case import Found
@@ -127,7 +127,7 @@ def each_proof(
         except UsageError:
             raise
         except Exception as error:  # whatever a broken model raises is what there is to say of it
-            found = Found(False, None, _said(error))
+            found = Found(False, None, f"it raises {one_line(error)}")
             if number == 1:  # it runs the model in both modes
                 case, note = _that_runs(case)
                 found = proof(case) if note else found
@@ -152,8 +152,8 @@ def _that_runs(case: Case) -> tuple[Case, str]:
     if False in errors:
         raise errors[False]
     raise UsageError(
-        f"this {type(case.model).__name__} does not run in train mode ({_said(errors[True])}): give inputs= with which "
-        "it runs in both modes, as labels that it wants while it learns, by keyword"
+        f"this {type(case.model).__name__} does not run in train mode (it raises {one_line(errors[True])}): give "
+        "inputs= with which it runs in both modes, as labels that it wants while it learns, by keyword"
     )
 
 
@@ -169,7 +169,3 @@ def _errors(case: Case, model: nn.Module) -> dict[bool, Exception]:
         except Exception as error:
             found[training] = error
     return found
-
-
-def _said(error: Exception) -> str:
-    return f"it raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
