@@ -134,9 +134,8 @@ def _count(name: str, arm: Arm, trained: nn.Module, x: Tensor, setting: Setting)
     """Return what does not depend on the clock."""
     two = torch.cat([x, x])[:2]  # batch norm may refuse one image
     per_image, constant = saved_bytes(arm.model, two, DTYPES[setting.dtype])
-    counted = operators(_step(arm.model, setting), two)
     parameters = sum(p.nbytes for p in arm.model.parameters())
-    result = Result(name, parameters, per_image, constant, counted.all, counted.on_activations)
+    result = Result(name, parameters, per_image, constant, *operators(_step(arm.model, setting), two))
     if x.device.type != "cuda":
         return result
     step = _step(trained, setting)
