@@ -24,6 +24,6 @@ def arm(norm: str, model: nn.Module, init: str = "preserve", alpha: float | None
             warnings.simplefilter("ignore", FuseWarning)  # the norms of a pre-activation network stay operations
             return normfree.fuse(model) if norm == "fused" else model, []
     if norm == "groupnorm":  # as Opacus' ModuleValidator.fix does it, and in timm's norm-and-activation layers too
-        return build_arms(Subject("timm", model, "preserve"), (norm,))[norm].model, []
+        return build_arms(Subject("timm", model, "preserve"), (norm,))[norm], []
     frozen = find_norms(model) if norm == "frozen" else ()
     return model, [model.get_submodule(name) for name in frozen]

@@ -39,7 +39,7 @@ def network(source: zoo.Source, arm: str, data: Data, device: str = "cpu") -> nn
         # Where a skip path protects the signal this changes little; elsewhere nothing else sets its scale.
         model = normfree.convert(model, init="skipinit").to(device)
         return normfree.calibrate(model, data.train.x[:64].to(device))
-    return build_arms(Subject(str(source), model, "skipinit"), (arm,))[arm].model
+    return build_arms(Subject(str(source), model, "skipinit"), (arm,))[arm]
 
 
 def run(source: zoo.Source, arm: str, options: Namespace, lr: float, seed: int) -> Outcome:

@@ -57,7 +57,7 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for name, arm in build_arms(Subject(options.name, model, "skipinit"), ARMS).items():
-            trained = arm.train().to(device=options.device, memory_format=layout)
+            trained = arm.to(device=options.device, memory_format=layout)
             step = Step(trained, torch.optim.SGD(trained.parameters(), lr=0.0, momentum=0.9), DTYPES[options.dtype])
             found = spent(step, x)
             about = (options.name, name, options.batch, options.device, options.dtype)

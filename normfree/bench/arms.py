@@ -24,7 +24,7 @@ from normfree.rewriting.changing import become
 from normfree.rewriting.pairing import unpaired_
 from normfree.tracing.copying import deep_copy
 
-__all__ = ["ARMS", "Arm", "Subject", "arm_names", "build_arms"]
+__all__ = ["ARMS", "Subject", "arm_names", "build_arms", "deployed"]
 
 
 @dataclass(frozen=True)
@@ -42,38 +42,27 @@ class Subject:
     init: Literal["skipinit", "preserve"]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to do without, or with, normalisation.
-
-    Attributes:
-        model: Trained in train mode.
-        frozen: Names of norms that stay in eval mode meanwhile.
-    """
-
-    model: nn.Module
-    frozen: tuple[str, ...] = ()
-
-    def train(self) -> nn.Module:
-        """Put the model in train mode and return it."""
-        self.model.train()
-        for name in self.frozen:
-            self.model.get_submodule(name).eval()
-        return self.model
-
-    def fused(self) -> nn.Module:
-        """Return the model as it is deployed: in eval mode, with whatever can be folded into a weight folded."""
-        model = deep_copy(self.model)
-        if find_norms(model):
-            model = convert(model, init="preserve")
-        if any(isinstance(module, (ScaledWeight, ChannelAffine)) for module in model.modules()):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FuseWarning)  # what stays a multiplication is measured as one
-                model = fuse_(model)
-        return model.eval()
+def deployed(arm: nn.Module) -> nn.Module:
+    """Return an arm as it is deployed: in eval mode, with whatever can be folded into a weight folded."""
+    model = deep_copy(arm)
+    if find_norms(model):
+        model = convert(model, init="preserve")
+    if any(isinstance(module, (ScaledWeight, ChannelAffine)) for module in model.modules()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FuseWarning)  # what stays a multiplication is measured as one
+            model = fuse_(model)
+    return model.eval()
 
 
-def _groupnorm(subject: Subject) -> Arm:
+def _frozen(subject: Subject) -> nn.Module:
+    """Norms that stay in eval mode while all else is trained."""
+    model = deep_copy(subject.model)
+    for name in find_norms(model):
+        model.get_submodule(name).eval()
+    return model
+
+
+def _groupnorm(subject: Subject) -> nn.Module:
     """What Opacus' ``ModuleValidator.fix`` puts in place of a BatchNorm: ``gcd(32, C)`` groups, a new affine.
 
     On timm's norm-and-activation layers it finds nothing to fix; here they are replaced too, and keep their activation.
@@ -85,10 +74,10 @@ def _groupnorm(subject: Subject) -> Arm:
         group_norm = nn.GroupNorm(math.gcd(32, norm.features), norm.features, norm.eps)
         rest = [part for part in (norm.drop, norm.act) if part is not None]
         become(module, nn.Sequential(group_norm, *rest) if rest else group_norm)
-    return Arm(model)
+    return model
 
 
-def _activation(subject: Subject) -> Arm:
+def _activation(subject: Subject) -> nn.Module:
     """Gain, bias and alpha of the converted model on activations, as every other implementation has them."""
     model = convert(subject.model, init=subject.init)
     unpaired_(model)
@@ -105,7 +94,7 @@ def _activation(subject: Subject) -> Arm:
                 scaled[plain] = nn.Sequential(plain, affine)
     for parent in list(model.modules()):
         parent._modules.update([(n, scaled[child]) for n, child in parent._modules.items() if child in scaled])
-    return Arm(model)
+    return model
 
 
 @torch.no_grad()
@@ -121,7 +110,7 @@ def _as_a_norm_has_them(slot: ChannelAffine, plain: nn.Module) -> None:
     slot.bias = nn.Parameter(bias if own is None else bias + gain * own)
 
 
-def _deleted(subject: Subject, biases: bool) -> Arm:
+def _deleted(subject: Subject, biases: bool) -> nn.Module:
     """Norms deleted, with biases in their place or with nothing, and no alpha: what each costs, and the limit."""
     full = plan(subject.model, init="skipinit")
     full = replace(full, sums=tuple(replace(total, alphas=(), declined=()) for total in full.sums))
@@ -130,23 +119,23 @@ def _deleted(subject: Subject, biases: bool) -> Arm:
         full = replace(full, norms=tuple(gone), biases=())
     model = deep_copy(subject.model)
     rewrite(model, full)
-    return Arm(model)
+    return model
 
 
-def _nf(subject: Subject) -> Arm | None:
+def _nf(subject: Subject) -> nn.Module | None:
     """The normalisation-free model of the same name that timm has for some."""
     import timm
 
     name = f"nf_{subject.source.partition(':')[2].partition('.')[0]}"
-    return Arm(zoo.build(zoo.find(f"timm:{name}"))) if timm.is_model(name) else None
+    return zoo.build(zoo.find(f"timm:{name}")) if timm.is_model(name) else None
 
 
-ARMS: Mapping[str, Callable[[Subject], Arm | None]] = {
-    "bn": lambda subject: Arm(deep_copy(subject.model)),
-    "frozen": lambda subject: Arm(deep_copy(subject.model), tuple(find_norms(subject.model))),
+ARMS: Mapping[str, Callable[[Subject], nn.Module | None]] = {
+    "bn": lambda subject: deep_copy(subject.model),
+    "frozen": _frozen,
     "groupnorm": _groupnorm,
     "activation": _activation,
-    "normfree": lambda subject: Arm(convert(subject.model, init=subject.init)),
+    "normfree": lambda subject: convert(subject.model, init=subject.init),
     "biases": lambda subject: _deleted(subject, biases=True),
     "bare": lambda subject: _deleted(subject, biases=False),
     "nf": _nf,
@@ -166,7 +155,8 @@ def arm_names(wanted: str) -> tuple[str, ...]:
     return names
 
 
-def build_arms(subject: Subject, names: tuple[str, ...]) -> dict[str, Arm]:
-    """Build the arms that exist for this model."""
+def build_arms(subject: Subject, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Build the arms that exist for this model, to be trained in the mode that they are in."""
+    subject = replace(subject, model=deep_copy(subject.model).train())
     built = {name: ARMS[name](subject) for name in names}
     return {name: arm for name, arm in built.items() if arm is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.tracing.inputs import tensors
 
-__all__ = ["Operators", "Step", "kernels", "largest_batch", "operators", "peak_memory", "saved_bytes", "seconds"]
+__all__ = ["Step", "kernels", "largest_batch", "operators", "peak_memory", "saved_bytes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,9 @@ class Step:
         return torch.stack([y.float().square().mean() for y in tensors(outputs) if y.is_floating_point()]).sum()
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Return torch's autocast, or nothing for float32."""
-    if dtype is torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return torch's autocast, which is off for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -95,14 +92,6 @@ def _saved(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
     return sum(kept.values())
 
 
-@dataclass(frozen=True)
-class Operators:
-    """How many operators forward and backward dispatch, views aside, and how many of them touch an activation."""
-
-    all: int
-    on_activations: int
-
-
 class _Shapes(TorchDispatchMode):
     """Records every operator with the shapes of what goes in and comes out."""
 
@@ -117,8 +106,8 @@ class _Shapes(TorchDispatchMode):
         return result
 
 
-def operators(step: Step, x: Tensor) -> Operators:
-    """Count the operators of one forward and backward pass.
+def operators(step: Step, x: Tensor) -> tuple[int, int]:
+    """Count the operators of one forward and backward pass, views aside: ``(all, those that touch an activation)``.
 
     An operator touches an activation if some shape it sees depends on the batch: so two passes with different batches
     are compared. What combines gain and alpha with a weight does not, and costs nothing per image; at small batches
@@ -132,7 +121,7 @@ def operators(step: Step, x: Tensor) -> Operators:
         runs.append(shapes.seen)
     step.optimizer.zero_grad(set_to_none=True)
     once, twice = Counter(runs[0]), Counter(runs[1])
-    return Operators(len(runs[0]), (once - twice).total())
+    return len(runs[0]), (once - twice).total()
 
 
 def kernels(step: Step, x: Tensor) -> int:

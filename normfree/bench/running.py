@@ -9,13 +9,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normfree.bench.arms import ARMS, Arm, Subject, build_arms
+from normfree.bench.arms import ARMS, Subject, build_arms, deployed
 from normfree.bench.measures import Step, autocast, kernels, largest_batch, operators, peak_memory, saved_bytes, seconds
 from normfree.bench.results import Result, Spread
 from normfree.errors import UsageError
 
 __all__ = ["Setting", "run"]
 
+Models = Mapping[str, nn.Module]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,20 +73,15 @@ class Setting:
 
 
 def run(
-    source: str,
-    model: nn.Module,
-    setting: Setting,
-    step: Callable[[str], None] = lambda _: None,
-    images: Tensor | None = None,
+    source: str, model: nn.Module, setting: Setting, step: Callable[[str], None] = lambda _: None
 ) -> tuple[Result, ...]:
-    """Measure every arm of a model.
+    """Measure every arm of a model on white noise of three channels.
 
     Args:
         source: Its name, ``torchvision:resnet50``.
         model: The model with its norms; it is not changed.
         setting: How to measure.
         step: Told what comes next, for a progress bar: twice an arm, and once a round.
-        images: What to run on, ``(N, C, *)``; by default white noise of three channels.
 
     Raises:
         UsageError: No arm exists for this model, or batch norm refuses one image.
@@ -95,20 +91,19 @@ def run(
         raise UsageError(f"none of {', '.join(setting.arms)} exists for {source}")
     device = torch.device(setting.device)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    if images is None:
-        shape = (setting.batch, 3, setting.size, setting.size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    shape = (setting.batch, 3, setting.size, setting.size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = images.to(device).contiguous(memory_format=layout)
     for arm in arms.values():
-        cast(Any, arm.model).to(memory_format=layout)
-    trained = {name: _compiled(arm.train(), setting) for name, arm in arms.items()}
+        cast(Any, arm).to(memory_format=layout)
+    trained = {name: _compiled(arm, setting) for name, arm in arms.items()}
     counted: list[Result] = []
     with torch._dynamo.config.patch(recompile_limit=8 * len(arms)):  # all arms share the cache of one forward
         for name, arm in arms.items():
             step(f"counting {name}")
-            arm.model.to(device)
+            arm.to(device)
             counted.append(_count(name, arm, trained[name], x, setting))
-            arm.model.cpu()
+            arm.cpu()
         try:
             times = _times(arms, trained, x, setting, step) if setting.runs else {}
         except ValueError as error:
@@ -130,13 +125,12 @@ def _compiled(model: nn.Module, setting: Setting) -> nn.Module:
     return cast(nn.Module, torch.compile(model)) if setting.compiled else model
 
 
-def _count(name: str, arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> Result:
+def _count(name: str, arm: nn.Module, trained: nn.Module, x: Tensor, setting: Setting) -> Result:
     """Return what does not depend on the clock."""
     two = torch.cat([x, x])[:2]  # batch norm may refuse one image
-    per_image, constant = saved_bytes(arm.model, two, DTYPES[setting.dtype])
-    counted = operators(_step(arm.model, setting), two)
-    parameters = sum(p.nbytes for p in arm.model.parameters())
-    result = Result(name, parameters, per_image, constant, counted.all, counted.on_activations)
+    per_image, constant = saved_bytes(arm, two, DTYPES[setting.dtype])
+    parameters = sum(p.nbytes for p in arm.parameters())
+    result = Result(name, parameters, per_image, constant, *operators(_step(arm, setting), two))
     if x.device.type != "cuda":
         return result
     step = _step(trained, setting)
@@ -147,13 +141,13 @@ def _count(name: str, arm: Arm, trained: nn.Module, x: Tensor, setting: Setting)
 
 
 def _times(
-    arms: Mapping[str, Arm], trained: Mapping[str, nn.Module], x: Tensor, setting: Setting, say: Callable[[str], None]
+    arms: Models, trained: Models, x: Tensor, setting: Setting, say: Callable[[str], None]
 ) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of every round by arm and by what was timed: ``step``, ``forward``, ``fused``."""
     work: dict[str, dict[str, Callable[[], object]]] = {}
     for name, arm in arms.items():
         say(f"preparing {name}")
-        arm.model.to(x.device)
+        arm.to(x.device)
         work[name] = _works(arm, trained[name], x, setting)
         for call in work[name].values():  # compiles, allocates, chooses kernels: not on the clock
             call()
@@ -168,13 +162,13 @@ def _times(
     return times
 
 
-def _works(arm: Arm, trained: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable[[], object]]:
+def _works(arm: nn.Module, trained: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable[[], object]]:
     dtype = DTYPES[setting.dtype]
-    deployed, step = _compiled(arm.fused(), setting), _step(trained, setting)
+    fused, step = _compiled(deployed(arm), setting), _step(trained, setting)
 
     def infer() -> None:
         with torch.inference_mode(), autocast(x.device, dtype):
-            deployed(x)
+            fused(x)
 
     return {"step": lambda: step(x), "forward": lambda: step.loss(x), "fused": infer}
 

@@ -114,11 +114,14 @@ def _loadable(
     touched = {edit.producer or "" for edit in plan.removed} | {*plan.biases, *(layer.path for layer in plan.carried)}
     touched |= {name for name, module in model.named_modules() if is_normfree(module)}
     check_plain(model, touched - {""}, "save")
-    problem = _problem(header, state)
-    if problem is None:
+    try:
+        empty = applied_to_empty(header, header.source)
+        hint = "if only the classifier differs, give its num_classes"
+        check_fits(empty.state_dict(keep_vars=True), state, str(header.source), hint)
         return header
-    if source is not None:
-        raise UsageError(f"load could not read this {type(model).__name__} as {source}: {problem}")
+    except (CheckpointError, UsageError) as error:  # or none is named
+        if source is not None:
+            raise UsageError(f"load could not read this {type(model).__name__} as {source}: {error}") from error
     warnings.warn(
         f"no source= names the architecture of this {type(model).__name__}: to load the file, pass the "
         "original architecture, load(path, model=...)",
@@ -126,17 +129,6 @@ def _loadable(
         stacklevel=3,
     )
     return replace(header, source=None, num_classes=num_classes)
-
-
-def _problem(header: Header, state: Mapping[str, Tensor]) -> str | None:
-    """Say why the architecture that is named is not the model's, by building it without memory."""
-    try:
-        empty = applied_to_empty(header, header.source)
-        hint = "if only the classifier differs, give its num_classes"
-        check_fits(empty.state_dict(keep_vars=True), state, str(header.source), hint)
-    except (CheckpointError, UsageError) as error:  # or none is named
-        return str(error)
-    return None
 
 
 def write(

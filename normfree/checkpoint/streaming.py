@@ -8,7 +8,8 @@ anew for each piece, so that its pages do not pile up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def convert_file(
     rewrite(model, replace(made, reset=False), met(), scale=False)
     factors = _scaled(model, made, streamed, open_again)
     model.__dict__[PLAN_ATTRIBUTE] = made
-    pieces = _Pieces(Path(checkpoint), open_again, streamed, drawn, factors)
+    pieces = partial(_pieces, Path(checkpoint), open_again, streamed, drawn, factors)
     write(model, out, header_of(model, str(found), num_classes, made), overwrite=overwrite, pieces=pieces)
     return made
 
@@ -137,52 +138,46 @@ def _stand_in(old: Tensor, values: Tensor) -> Tensor:
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """The values of a file that is being written, in its order.
+def _pieces(
+    checkpoint: Path,
+    open_again: Callable[[], Read],
+    streamed: Mapping[int, str],
+    drawn: Mapping[int, Draw],
+    factors: Mapping[int, float],
+    state: Mapping[str, Tensor],
+    names: list[str],
+) -> Iterator[Tensor]:
+    """Yield the values of a file that is being written, flat, in the order of ``names``.
 
-    Attributes:
-        checkpoint: Where the placeholders' values are.
-        open_again: Opens it.
-        streamed: Their keys there.
-        drawn: What is drawn anew instead.
-        factors: What some of them are multiplied by.
+    The placeholders' values are in ``checkpoint``, under the keys that ``streamed`` knows, and are multiplied by
+    ``factors``; but what is ``drawn`` is drawn anew.
     """
 
-    checkpoint: Path
-    open_again: Callable[[], Read]
-    streamed: Mapping[int, str]
-    drawn: Mapping[int, Draw]
-    factors: Mapping[int, float]
-
-    def __call__(self, state: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
-        """Yield them flat."""
-        size = self.checkpoint.stat().st_size
-        budget = max(_PIECE, size // 32)
-        opened, used = self._stamp(), 0
-        read, part = self.open_again(), torch.empty(0)
-        for name in names:
-            tensor, key = state[name].detach(), self.streamed.get(id(state[name]))
-            draw = self.drawn.get(id(state[name]))
-            if draw is not None:
-                yield he_normal_(draw, torch.empty(tensor.shape, dtype=tensor.dtype)).reshape(-1)
-                continue
-            if key is None:
-                yield tensor.contiguous().reshape(-1)
-                continue
-            flat = read(key).reshape(-1)
-            step = max(1, budget // flat.itemsize)
-            for start in range(0, tensor.numel(), step):
-                if used >= budget and is_mapped(self.checkpoint):
-                    del read, flat, part  # nothing must hold the old pages
-                    read, used = self.open_again(), 0
-                    if self._stamp() != opened:
-                        raise CheckpointError(f"{self.checkpoint}: the file changed while it was read")
-                    flat = read(key).reshape(-1)
-                part = flat[start : start + step]
-                used += part.numel() * part.itemsize
-                yield part.to(tensor.dtype) * self.factors.get(id(state[name]), 1)
-
-    def _stamp(self) -> tuple[int, int, int]:
-        found = self.checkpoint.stat()
+    def stamp() -> tuple[int, int, int]:
+        found = checkpoint.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
+
+    budget = max(_PIECE, checkpoint.stat().st_size // 32)
+    opened, used = stamp(), 0
+    read, part = open_again(), torch.empty(0)
+    for name in names:
+        tensor, key = state[name].detach(), streamed.get(id(state[name]))
+        draw = drawn.get(id(state[name]))
+        if draw is not None:
+            yield he_normal_(draw, torch.empty(tensor.shape, dtype=tensor.dtype)).reshape(-1)
+            continue
+        if key is None:
+            yield tensor.contiguous().reshape(-1)
+            continue
+        flat = read(key).reshape(-1)
+        step = max(1, budget // flat.itemsize)
+        for start in range(0, tensor.numel(), step):
+            if used >= budget and is_mapped(checkpoint):
+                del read, flat, part  # nothing must hold the old pages
+                read, used = open_again(), 0
+                if stamp() != opened:
+                    raise CheckpointError(f"{checkpoint}: the file changed while it was read")
+                flat = read(key).reshape(-1)
+            part = flat[start : start + step]
+            used += part.numel() * part.itemsize
+            yield part.to(tensor.dtype) * factors.get(id(state[name]), 1)

@@ -47,8 +47,7 @@ def bench(
     """
     with reporting(as_json):
         options.check_written(csv, plot)
-        with progress() as step:
-            step("importing torch")
+        with progress(4 + 2 * arms.count(",") + runs) as step:
             from normfree.bench import Setting, arm_names, run
             from normfree.bench.results import flat, write_csv, write_plot
 
@@ -56,7 +55,6 @@ def bench(
             setting = Setting(
                 batch, size, device, dtype, compiled, channels_last, chosen, runs, arm_names(arms), largest
             )
-            step.total(3 + 2 * len(setting.arms) + runs)
             name, model = options.build_original(source, step, num_classes=num_classes, own=True)
             results = run(name, model, setting, step)
         rows = [flat(result, setting.about(name)) for result in results]

@@ -83,7 +83,7 @@ def convert(
         loaded = options.Loaded(checkpoint, key, prefix, pretrained)
         one = partial(run, source, num_classes, asked, force, proofs, seed, size)
         many = checkpoint is not None and checkpoint.is_dir()
-        with progress(10 if proofs else 4) as step:
+        with progress(9 if proofs else 3) as step:
             if many:
                 rows = list(each(one, loaded, out, step))
             else:
@@ -133,8 +133,7 @@ def inspect(
 ) -> None:
     """Show what a conversion would do: every norm and every sum, with the reason."""
     with reporting(as_json):
-        with progress(3) as step:
-            step("importing torch")
+        with progress(2) as step:
             from normfree.options import Options
             from normfree.planning.plan import look
             from normfree.tracing.trace import example_input
@@ -170,8 +169,7 @@ def verify(
     samples of its output that were recorded at conversion.
     """
     with reporting(as_json):
-        with progress(8) as step:
-            step("importing torch")
+        with progress(7) as step:
             from normfree import checkpoint as files
             from normfree.tracing.trace import example_input
 

@@ -53,8 +53,7 @@ def export(
     The model is fused first. The program is run (ONNX by onnxruntime), and its output compared with the model's.
     """
     with reporting(as_json):
-        with progress(4) as step:
-            step("importing torch")
+        with progress(3) as step:
             from normfree import checkpoint, files, zoo
             from normfree.deployment import export as exporting
             from normfree.deployment import fuse as fusing
@@ -87,8 +86,7 @@ def export(
 def _turn(file: Path, out: Path, force: bool, as_json: bool, *, restored: bool) -> None:
     """Give a file its norms back, or fuse it; write it, and say what was warned about."""
     with reporting(as_json):
-        with progress(4) as step:
-            step("importing torch")
+        with progress(3) as step:
             from normfree import checkpoint
             from normfree.deployment import fuse as fusing
             from normfree.deployment import restore as restoring

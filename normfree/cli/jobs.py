@@ -46,7 +46,6 @@ def run(
     Returns:
         The unambiguous name of the architecture, the plan, and the proofs if there are any.
     """
-    step("importing torch")
     import torch
 
     from normfree import checkpoint as files
@@ -96,7 +95,6 @@ def each(
     Raises:
         UsageError: There is none, or the output is no folder.
     """
-    step("importing torch")
     from normfree.files import ENDINGS
 
     folder = Path(loaded.checkpoint or ".")
@@ -106,9 +104,8 @@ def each(
     if out.suffix in ENDINGS or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out}: a folder of checkpoints is converted into a folder; name one")
     out.mkdir(parents=True, exist_ok=True)
-    step.total(len(found) + 1)
     for path in found:
-        step(path.name)
+        step(path.name, len(found))
         written = out / f"{path.name.removesuffix('.tar').rpartition('.')[0] or path.name}.safetensors"
         try:
             *_, report = one(replace(loaded, checkpoint=path), written, lambda _: None)

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -23,13 +23,12 @@ from normfree.errors import AlreadyConvertedError, NoNormError, NormfreeError, U
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from normfree.plans import Plan
     from normfree.proofs import Proof
 
-__all__ = ["Steps", "Table", "note", "plan_tables", "print_json", "print_out", "print_table", "progress", "proof_table"]
-__all__ += ["quiet", "reporting"]
+__all__ = ["Table", "note", "plan_tables", "print_json", "print_out", "print_table", "progress", "proof_table", "quiet"]
+__all__ += ["reporting"]
 
 
 @contextlib.contextmanager
@@ -85,31 +84,16 @@ def quiet() -> Iterator[None]:
         hub.setLevel(before)
 
 
-class Steps:
-    """Moves a progress bar: calling it says what comes next."""
-
-    def __init__(self, bar: Progress, steps: int | None) -> None:
-        self.bar = bar
-        self.task = bar.add_task("starting", total=steps)
-
-    def __call__(self, text: str) -> None:
-        """Go one step on, to what ``text`` says."""
-        self.bar.update(self.task, description=text, advance=1)
-
-    def total(self, steps: int) -> None:
-        """Say how many steps there are, once that is known."""
-        self.bar.update(self.task, total=steps)
-
-
 @contextlib.contextmanager
-def progress(steps: int | None = None) -> Iterator[Steps]:
-    """Show a bar on stderr while the work goes on."""
+def progress(steps: int) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr, and yield what moves it one step on: told what comes next, and how many there are now."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield Steps(progress, steps)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("importing torch", total=steps)
+        yield lambda text, total=None: bar.update(task, description=text, advance=1, total=total)
 
 
 class Table:

@@ -37,8 +37,7 @@ def signals(
     """
     with reporting(as_json):
         options.check_written(plot=plot)
-        with progress(7) as step:
-            step("importing torch")
+        with progress(6) as step:
             from normfree.tracing.trace import example_input
             from normfree.training import drawing
             from normfree.training import signals as propagation

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from normfree.errors import UsageError
+from normfree.errors import UsageError, some
 from normfree.layers import ChannelAffine, ScaledWeight, alpha_of, alpha_scale
 from normfree.plans import PLAN_ATTRIBUTE, Plan
 from normfree.tracing.copying import deep_copy
@@ -78,7 +78,9 @@ def calibrate_(
     model: M, batches: Tensor | Iterable[Any], *, forward: Callable[[nn.Module, Any], object] | None = None
 ) -> M:
     """Do in place what :func:`calibrate` does on a copy; if it fails, the model is as it was."""
-    plan = _plan(model)
+    plan = Plan.of(model)
+    if plan.fused:
+        raise UsageError(f"this {type(model).__name__} is fused, and learns in plain coordinates: calibrate before")
     run, reached = forward or _run, set[str]()
     several = [batches] if isinstance(batches, Tensor) else batches
     if plan.init == "preserve":
@@ -102,19 +104,10 @@ def calibrate_(
         raise UsageError("no layer was reached: there is no batch, or the model calls none of its converted layers")
     left = [name for name in layers if name not in reached]
     if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        warnings.warn(f"not calibrated, constant or never reached: {shown}", CalibrationWarning, stacklevel=2)
+        warnings.warn(f"not calibrated, constant or never reached: {some(left)}", CalibrationWarning, stacklevel=2)
     said = f"unit variance behind {len(layers) - len(left)} of {len(layers)} layers"
     model.__dict__[PLAN_ATTRIBUTE] = replace(plan, calibrated=said)
     return model
-
-
-def _plan(model: nn.Module) -> Plan:
-    """Return the plan of a model that can be calibrated."""
-    plan = Plan.of(model)
-    if plan.fused:
-        raise UsageError(f"this {type(model).__name__} is fused, and learns in plain coordinates: calibrate before")
-    return plan
 
 
 def _layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def centre_(model: nn.Module, plan: Plan, run: Callable[[Any], object], batches:
     Raises:
         UsageError: No layer was reached, or an input is not finite.
     """
-    layers = {carried: model.get_submodule(carried.path) for carried in plan.carried if carried.centred}
+    layers: dict[Carried, Any] = {it: model.get_submodule(it.path) for it in plan.carried if it.centred}
     seen = {carried: _Seen(layer) for carried, layer in layers.items()}
     handles = [layer.register_forward_pre_hook(seen[carried]) for carried, layer in layers.items()]
     try:
@@ -53,13 +53,9 @@ def centre_(model: nn.Module, plan: Plan, run: Callable[[Any], object], batches:
         raise UsageError(f"{lost[0]}: its input is not finite")
     reached = {carried: found for carried, found in seen.items() if found.count}
     for carried, found in reached.items():
-        _recentre(cast(Any, layers[carried]), found, carried, plan)
-    heads = [f", input of {carried.path} over {1 / _gain(layers[carried]):g}" for carried in reached if carried.head]
+        _recentre(layers[carried], found, carried, plan)
+    heads = [f", input of {it.path} over {1 / float(layers[it].gain[0]):g}" for it in reached if it.head]
     return f"{len(reached)} of {len(layers)} inputs centred{''.join(heads)}"
-
-
-def _gain(head: nn.Module) -> float:
-    return float(cast(Tensor, head.gain)[0])
 
 
 class _Seen:
@@ -107,11 +103,9 @@ def _recentre(layer: Any, found: _Seen, carried: Carried, plan: Plan) -> None:
         ones = weight.new_ones(weight.shape[0])
         layer.__dict__.update(gain=ones, center=torch.zeros_like(center), at_center=torch.zeros_like(ones))
         layer.__dict__.update(filter_mean=None, alpha_channels=None, alpha_unit=1.0, bias_unit=1.0, mean_unit=1.0)
-        layer.__dict__.update(feeds_slot=False, fixed_bias=None)
     rows = (-1, *(1,) * (weight.dim() - 1))
-    if (
-        layer.bias is None and not layer.feeds_slot
-    ):  # what it makes of the old mean and of the new one are both in its weight
+    if layer.bias is None and not layer.feeds_slot:
+        # What it makes of the old mean and of the new one are both in its weight.
         steadied = layer.coordinates.steadied(weight)
         made, _ = combine(steadied, None, None, layer.coordinates._replace(filter_mean=None))
         weight.copy_(made / layer.gain.reshape(rows))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,18 +14,15 @@ from torch import nn
 __all__ = ["Draw", "draw_", "draws", "fan_in", "he_normal_", "zero_biases_"]
 
 
-def fan_in(module: nn.Module) -> float:
+def fan_in(module: Any) -> float:
     """Return how many inputs one output of a convolution or linear sums over.
 
     ``C_in / groups`` times the kernel; a transposed convolution spreads its kernel over stride many outputs.
     """
     weight = module.weight
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{type(module).__qualname__} has no weight")
     kernel = math.prod(weight.shape[2:])
     if getattr(module, "transposed", False):
-        stride = math.prod(module.stride)  # type: ignore[arg-type]  # a tuple of ints on every convolution
-        return max(1.0, float(weight.shape[0] / cast(int, module.groups) * kernel / stride))
+        return max(1.0, float(weight.shape[0] / module.groups * kernel / math.prod(module.stride)))
     return float(weight.shape[1] * kernel)
 
 

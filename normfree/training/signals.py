@@ -135,10 +135,9 @@ def signals(model: nn.Module, x: Inputs | None = None) -> Signals:
     """
     plan = plan_on(model)
     sites = frozenset(find_norms(model)) if plan is None else plan.sites
-    args, kwargs = arguments(example_input(model, batch=16) if x is None else x)
+    given = arguments(example_input(model, batch=16) if x is None else x)
     found: dict[str, Signal] = {}
-    copied = deep_copy(model)
-    for probe in replay(copied, sites, (args, kwargs), _Probe, modes=("train",)):
+    for probe in replay(deep_copy(model), sites, given, _Probe, modes=("train",)):
         for row in probe.rows():
             found.setdefault(row.name, row)
     if not found:

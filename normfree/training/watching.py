@@ -96,7 +96,9 @@ class Watch:
         """Compare the sizes of one pass with those of the first, in the order in which the layers ran."""
         if not self._sizes:
             return
-        sizes = dict(zip(self._sizes, _numbers(list(self._sizes.values())), strict=True))
+        values = list(self._sizes.values())  # which may live on several devices: one wait for all
+        roots = torch.stack([value.to(values[0].device) for value in values]).sqrt().tolist()
+        sizes = dict(zip(self._sizes, roots, strict=True))
         self._sizes.clear()
         self._step += 1
         for path, size in sizes.items():
@@ -117,9 +119,3 @@ class Watch:
             f"{path}: at step {self._step} the root mean square of its output is {now}; the learning rate is too high: "
             "start again with a quarter of it, or with a warm-up"
         )
-
-
-def _numbers(values: list[Tensor]) -> list[float]:
-    """Return the roots of what may live on several devices, waiting for the first of them once."""
-    found: list[float] = torch.stack([value.to(values[0].device) for value in values]).sqrt().tolist()
-    return found

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import training_cost
-from harness import noise
 from marks import broad
 
 from normfree import zoo
@@ -43,7 +42,7 @@ def test_table_shows_the_memory_of_the_bare_network(model: str, init: str) -> No
 )
 def test_figures_are_what_the_table_says(model: str, init: Any) -> None:
     setting = Setting(batch=2, runs=0, init=init, arms=("normfree", "bare"))
-    results = run(model, zoo.build(zoo.find(model)), setting, images=noise(2, 3, 224, 224))
+    results = run(model, zoo.build(zoo.find(model)), setting)
     for result in results:
         found = {key: str(value) for key, value in flat(result, setting.about(model)).items()}
         row = ROWS[model, init, result.arm]
