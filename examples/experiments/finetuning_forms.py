@@ -72,8 +72,8 @@ first root mean square an output behind a norm that went was at most in a hundre
 `one unit` is the form of the last version, run there: whole filters in units of 2, and heads as large as 8. It and
 `units 1` left layers without a bias as they were, of which pre-activation networks have some.
 
-Batch 2, lite1 and lite2, solar cells and the last stage of lite0 are of one or two seeds, and so are rates with another
-n beside others. Open: three seeds of those, and their other rates."""
+Networks of nine blocks at a batch of two are of one or two seeds, batch norm frozen is of one, and so are rates with
+another n beside others. Open: three seeds of those, and other rates of lite1 and lite2."""
 OVERVIEW = """\
 ## At the rate that is best for batch norm
 
