@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors.torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ def _write_config(model: nn.Module, folder: Path, header: Header) -> None:
         if isinstance(getattr(model, "pretrained_cfg", None), dict) and library in ("", "timm"):
             from timm.models._hub import save_config_for_hf
 
-            save_config_for_hf(model, str(temporary))
+            save_config_for_hf(model, cast(Any, temporary))  # timm 1.0.20 opens a path, though it asks for text
         else:
             config = {"architecture": header.source or type(model).__name__, "num_classes": header.num_classes}
             temporary.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
